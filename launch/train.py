@@ -1,0 +1,10 @@
+"""Fine-tune a model. Run as: deepspeed launch/train.py --deepspeed ds_z3_offload.json [--config RECIPE.yaml] [--FLAG VALUE ...]"""
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from trainer.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The one error that users see, and the exit codes."""
+import difflib
+import os
+import sys
+
+DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED = 0, 1, 2, 3, 75
+
+
+class RunError(Exception):
+    """What is wrong, what was found and needed, and how to mend it.
+
+    `code` is the process's exit code: 1 the run failed, 2 bad input or configuration, 3 does not fit or preflight failed.
+    """
+
+    def __init__(self, what, *, found=None, needed=None, fix=None, code=BAD_INPUT):
+        self.code = code
+        lines = [what]
+        for label, text in (("found", found), ("needed", needed), ("fix", fix)):
+            if text is not None:
+                lines.append(f"  {label + ':':<8}{text}")
+        super().__init__("\n".join(lines))
+
+
+def did_you_mean(word, known):
+    """A sentence end such as `; did you mean --x?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def is_main_process():
+    """True on the rank that talks to the user."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def report(error, everywhere=False):
+    """Print an error once for the run. A failure that only one rank sees must be printed there: `everywhere`."""
+    if is_main_process() or everywhere:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""What the machine has. Imports no torch."""
+import os
+import resource
+from pathlib import Path
+
+from .errors import RunError
+
+CAP_IPC_LOCK = 1 << 14  # linux/capability.h: with it, mlock has no limit
+
+
+def gpu_count():
+    """CUDA devices that this process may use, by NVML; 0 without a driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 0
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            count = pynvml.nvmlDeviceGetCount()
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # no driver, no library: there is no GPU to use
+        return 0
+    return min(count, len(visible.split(","))) if visible is not None else count
+
+
+def gpu_has_bf16():
+    """True where every visible GPU has bf16 (compute capability 8.0, Ampere, or later)."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return all(pynvml.nvmlDeviceGetCudaComputeCapability(h)[0] >= 8 for h in handles)
+    except Exception:  # an NVML that cannot tell: torch can
+        import torch
+
+        return torch.cuda.is_bf16_supported()
+
+
+def cpu_has_bf16():
+    """True where the CPU multiplies bf16 itself (AVX-512-BF16 or AMX). Elsewhere it is emulated, hundreds of times slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def uses_gpu(settings):
+    """Whether the run is on CUDA; RunError where CUDA was asked for and there is none."""
+    if settings.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return False
+    found = gpu_count()
+    asked = None
+    if settings.given("use_cpu"):
+        asked = "--use_cpu false"
+    elif os.environ.get("DS_ACCELERATOR") == "cuda":
+        asked = "DS_ACCELERATOR=cuda"
+    elif settings.tf32:
+        asked = "--tf32 true"
+    if asked and not found:
+        raise RunError(f"CUDA was asked for ({asked}) and there is none", found="no NVIDIA GPU that this process may use",
+                       fix="nvidia-smi shows what the driver sees, CUDA_VISIBLE_DEVICES what is hidden; or run on the CPU")
+    return found > 0
+
+
+def free_memory():
+    """Bytes of RAM that can still be taken: MemAvailable."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def memlock_limit():
+    """Bytes that this process may lock, or None for no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:") and int(line.split()[1], 16) & CAP_IPC_LOCK:
+            return None
+    return soft
+
+
+def check_locked_memory(parameter_bytes, optimizer_bytes, ranks_here):
+    """Refuse NVMe buffers beyond the locked-memory limit: DeepSpeed's allocator aborts the process there."""
+    needed = parameter_bytes + optimizer_bytes
+    limit = memlock_limit()
+    detail = f"{needed / 2**30:.2f} GiB a rank (parameters {parameter_bytes / 2**30:.2f}, optimizer {optimizer_bytes / 2**30:.2f})"
+    if limit is not None and needed > limit:
+        raise RunError("locked memory is too small for the NVMe buffers", found=f"{limit / 2**30:.4g} GiB (ulimit -l)",
+                       needed=detail, fix="ulimit -l unlimited (a container: --ulimit memlock=-1), or a smaller "
+                       "sub_group_size and buffer_count in the JSON")
+    if needed * ranks_here > free_memory():
+        raise RunError("not enough free RAM for the NVMe buffers", found=f"{free_memory() / 2**30:.1f} GiB free",
+                       needed=f"{detail}, {ranks_here} rank(s)", fix="a smaller sub_group_size and buffer_count in the JSON",
+                       code=3)
+
+
+def check_swap_directory(path):
+    """The directory for swap files exists and takes O_DIRECT, as libaio needs it."""
+    path = Path(path)
+    probe = path / f".probe-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(probe, os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600)
+    except OSError as error:
+        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=error.strerror,
+                       needed="a writable directory on a local ext4 or xfs filesystem (O_DIRECT; not tmpfs)",
+                       fix="--nvme_path DIR, or NVME=DIR with make") from None
+    os.close(handle)
+    probe.unlink()

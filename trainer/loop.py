@@ -1,0 +1,248 @@
+"""OffloadTrainer: transformers.Trainer with a chunked loss, an order of our own, exact evaluation, guards and measurements."""
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from data.dataset import GlobalBatches, TrainLoader, collate, evaluation_batches
+from data.tokenize import IGNORED
+
+from .errors import FAILED, RunError
+from .loss import ChunkedHead, whole_logits
+from .telemetry import heartbeat
+
+
+def summed(tensor):
+    """The tensor summed over all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class OffloadTrainer(Trainer):
+    """The thin place where engine, callbacks and guards meet.
+
+    telemetry: Telemetry; tracker: Tracker or None; max_nonfinite_steps: updates in a row with a non-finite loss or gradient
+    after which the run stops with exit 1.
+    """
+
+    def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.telemetry, self.tracker = telemetry, tracker
+        self.max_nonfinite_steps, self.nonfinite, self.nonfinite_unlogged = max_nonfinite_steps, 0, 0
+        self.last_good_step = 0
+        # The loss below is a sum over the update's answer tokens divided by their number on all ranks; transformers must
+        # count them, and must not divide by the number of micro-batches again.
+        self.model_accepts_loss_kwargs = True
+        self.head = ChunkedHead.install(_language_model(self.model)) if fused_loss else None
+        self.update_tokens = 0
+        self.engine_timed = False
+        self.evaluated_at = None
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        if self.is_world_process_zero():
+            self.add_callback(Watch(self))
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    def get_train_dataloader(self):
+        """Batches of this rank in the order of `GlobalBatches`."""
+        args = self.args
+        batches = GlobalBatches(len(self.train_dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps,
+                                args.process_index, args.world_size, args.data_seed if args.data_seed is not None else args.seed,
+                                shuffle=args.train_sampling_strategy == "random")
+        return TrainLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate,
+                           num_workers=args.dataloader_num_workers)
+
+    def _collate(self, rows):
+        return collate(rows, self.processing_class.pad_token_id)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The update's micro-batches; the wait for them is measured."""
+        begin = time.perf_counter()
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self.telemetry.clock.add("data_wait", time.perf_counter() - begin)
+        self.update_tokens = sum(int(batch["attention_mask"].sum()) for batch in samples)
+        return samples, items
+
+    # -- one micro-batch ----------------------------------------------------------------------------------------------
+    def _loss_and_hits(self, model, inputs):
+        return self.head(model, inputs) if self.head else whole_logits(model, inputs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the answer tokens of the whole update, on all ranks and micro-batches."""
+        if not self.engine_timed:
+            self._time_engine_step()
+        clock = self.telemetry.clock
+        clock.start("forward")
+        loss, _ = self._loss_and_hits(model, inputs)
+        # ZeRO averages the gradients over the ranks; the sum was divided by the tokens of all of them.
+        loss = loss / num_items_in_batch.clamp(min=1) * self.args.world_size
+        # An infinite loss can have finite gradients. NaN has none, and ZeRO-3 then skips the update on every rank.
+        loss = torch.where(torch.isfinite(loss), loss, torch.full_like(loss, float("nan")))
+        clock.stop("forward")
+        clock.start("backward")
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward, backward and, at the end of an update, the optimizer. Returns the loss; 0 in place of a non-finite one, which
+        is counted, because NaN would stay in the Trainer's running sum for good."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.telemetry.clock.stop("backward")
+        if self.accelerator.gradient_state.sync_gradients:
+            self._update_ended()
+        return torch.nan_to_num(loss)
+
+    def _time_engine_step(self):
+        """Measure the optimizer apart from the backward pass: accelerate runs both in one call."""
+        engine, clock = self.model_wrapped, self.telemetry.clock
+        plain = engine.step
+
+        def step(*args, **kwargs):
+            clock.stop("backward")
+            clock.start("optimizer")
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                clock.stop("optimizer")
+
+        engine.step = step
+        self.engine_timed = True
+        self.telemetry.restart_window()
+
+    def _update_ended(self):
+        self.telemetry.step_done(self.update_tokens)
+        optimizer = self.model_wrapped.optimizer
+        skipped = bool(getattr(optimizer, "overflow", False))
+        if skipped and optimizer.dtype == torch.float16 and float(optimizer.loss_scale) > 1:
+            return  # fp16's loss scale is being lowered, as it should be
+        if not skipped:
+            self.nonfinite, self.last_good_step = 0, self.state.global_step + 1
+            return
+        self.nonfinite += 1
+        self.nonfinite_unlogged += 1
+
+    def check_finite(self):
+        """Stop the run after too many updates in a row that were not made."""
+        if self.nonfinite >= self.max_nonfinite_steps:
+            raise RunError(
+                f"the loss or a gradient was not finite in {self.nonfinite} update(s) in a row; none of them was applied",
+                found=f"step {self.state.global_step}; the last good step was {self.last_good_step}",
+                fix="a lower --learning_rate, a look at the rows of this step, or --max_nonfinite_steps N to go on longer",
+                code=FAILED)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss, perplexity and accuracy over the answer tokens of the validation set: weighted by token, so the same for any
+        batch size and number of ranks."""
+        began = time.perf_counter()
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        model, device = self.model_wrapped, self.args.device
+        training = model.training
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=device)
+        batches = evaluation_batches(rows, self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size)
+        show = self.is_world_process_zero() and sys.stderr.isatty()
+        for batch in tqdm(batches, desc="validation", leave=False, disable=not show):
+            inputs = self._collate(batch or rows[:1])
+            if not batch:  # this rank has no rows left, but ZeRO-3 gathers on all ranks in step
+                inputs["labels"].fill_(IGNORED)
+            inputs = {k: v.to(device) for k, v in inputs.items()}
+            with torch.no_grad():
+                loss, hits = self._loss_and_hits(model, inputs)
+            count = inputs["labels"][:, 1:].ne(IGNORED).sum()
+            totals += torch.stack([loss.double(), torch.as_tensor(hits, device=device).double(), count.double()])
+        model.train(training)
+        model.empty_partition_cache()  # what the last forward pass fetched ahead would stay in flight
+        loss, hits, count = summed(totals).tolist()
+        metrics = {"eval_loss": loss / count, "eval_perplexity": _exp(loss / count), "eval_token_accuracy": hits / count}
+        self.evaluated_at = self.state.global_step
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.telemetry.pause(time.perf_counter() - began)
+        return metrics
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+    def log(self, logs, start_time=None):
+        """One record to metrics.jsonl, W&B and the callbacks."""
+        if "train_runtime" in logs:
+            return  # transformers' closing summary: its speed counts evaluation and export too
+        record = {"step": self.state.global_step, **logs}
+        if "loss" in logs:
+            record.update(self.telemetry.measures(self.args.world_size))
+            if self.nonfinite_unlogged:
+                record["loss"] = record["grad_norm"] = None
+            self.nonfinite_unlogged = 0
+        self.telemetry.write(record)
+        if self.tracker:
+            self.tracker.log(record)
+        self.state.log_history.append(record)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
+        if "loss" in logs:
+            self.check_finite()
+
+
+def _language_model(model):
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _exp(value):
+    try:
+        return torch.tensor(value, dtype=torch.float64).exp().item()
+    except OverflowError:
+        return float("inf")
+
+
+class Watch(TrainerCallback):
+    """What a person sees: a bar on a terminal, a line a logging step elsewhere; and the heartbeat."""
+
+    def __init__(self, trainer):
+        self.trainer, self.bar = trainer, None
+        self.terminal = sys.stderr.isatty()
+        self.rates = []
+
+    def _beat(self, state, phase):
+        heartbeat(self.trainer.args.output_dir, state.global_step, phase)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._beat(state, "train")
+        if self.terminal and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._beat(state, "train")
+        if self.bar:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._beat(state, "train")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_loss" in logs:
+            self._line(f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}  perplexity "
+                       f"{logs['eval_perplexity']:.3f}  token accuracy {logs['eval_token_accuracy']:.3f}")
+            return
+        if "loss" not in logs:
+            return
+        self.rates.append(logs["step_s"])
+        left = (state.max_steps - state.global_step) * sum(self.rates[-20:]) / len(self.rates[-20:])
+        loss = "not finite" if logs["loss"] is None else f"{logs['loss']:.4f}"
+        speed = f"{logs['tokens_per_s_per_gpu'] * self.trainer.args.world_size:,.0f} tok/s"
+        if self.bar:
+            self.bar.set_postfix_str(f"loss {loss}, {speed}")
+        else:
+            self._line(f"step {state.global_step}/{state.max_steps}  loss {loss}  {speed}  {left / 60:.1f} min left")
+
+    def _line(self, text):
+        if self.bar:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.close()

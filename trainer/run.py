@@ -1,0 +1,346 @@
+"""One run from flags to exported model: what `launch/train.py` calls."""
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+from data import DataError, source
+
+from . import __version__, embedded, hardware
+from .args import ROOT, all_keys, check_model, help_text, parse_size, resolve
+from .config import (check_agreement, check_buffers, check_config, find_config, locked_bytes, read_config, resolve_auto,
+                     uses_nvme, write_yaml)
+from .errors import BAD_INPUT, DONE, FAILED, RunError, is_main_process, report
+
+SECRET = ("hub_token",)
+VERSIONED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "datasets", "safetensors", "wandb")
+
+
+def main(argv=None):
+    """Exit code of the run. Bad input ends before torch is imported, where it can be seen without."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(a in ("-h", "--help") for a in argv):
+        print(help_text())
+        return DONE
+    started = False
+    try:
+        settings = resolve(argv)
+        prepared = prepare(settings)
+        started = True
+        return train(settings, *prepared)
+    except (RunError, DataError) as error:
+        # What is decided from flags and files is the same on every rank; what came later may be known to one rank only.
+        report(error, everywhere=started)
+        return error.code if isinstance(error, RunError) else BAD_INPUT
+
+
+def prepare(settings):
+    """All that can be refused without torch: (DeepSpeed configuration, its path, data, precision, on a GPU, reason)."""
+    given = settings.deepspeed
+    path, config = ("--deepspeed", given) if isinstance(given, dict) else (find_config(given), None)
+    config = check_config(read_config(path) if config is None else config, path)
+    check_agreement(config, settings, path)
+    gpu = hardware.uses_gpu(settings)
+    precision, reason = choose_precision(settings, config, gpu, path)
+    offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    if offload == "nvme" and settings.save_strategy != "no":
+        raise RunError("a run with the optimizer on NVMe cannot be checkpointed", found=f"--save_strategy {settings.save_strategy}",
+                       needed="--save_strategy no: DeepSpeed 0.19.8 loses Adam's state on resume from NVMe, without a word")
+    if offload != "none" and settings.given("optim") and not str(settings.optim).startswith("adamw"):
+        raise RunError("an offloaded optimizer is DeepSpeed's CPU Adam", found=f"--optim {settings.optim}",
+                       fix="leave --optim out, or use --deepspeed ds_z3.json")
+    parse_size(settings.max_shard_size, "max_shard_size")
+    if settings.model_name_or_path is not None:
+        check_model(settings.model_name_or_path)
+    elif settings.random_weights:
+        raise RunError("--random_weights needs a shape", needed="--model_name_or_path with a config.json")
+    directory = run_directory(settings)
+    if directory is not None and (directory / "metrics.jsonl").exists() and not settings.resume_from_checkpoint:
+        raise RunError(f"the run directory {directory} holds a run already", fix="another --run_name (RUN= with make)")
+    if uses_nvme(config):
+        hardware.check_swap_directory(settings.nvme_path)
+    seed = settings.data_seed if settings.data_seed is not None else settings.seed
+    rows = source.load(settings.dataset, settings.validation_split, seed, ROOT / "data" / "samples")
+    return config, path, rows, precision, gpu, reason
+
+
+def choose_precision(settings, config, gpu, path):
+    """(bf16, fp16 or fp32, why). Writes the choice into the configuration's own switches."""
+    asked = {}
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise RunError("fp8 is not supported", found="ACCELERATE_MIXED_PRECISION=fp8",
+                       needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these")
+    if settings.precision != "auto":
+        asked[f"--precision {settings.precision}"] = settings.precision
+    refused = False
+    for name in ("bf16", "fp16"):
+        if settings.given(name):
+            if settings.values[name]:
+                asked[f"--{name}"] = name
+            else:
+                refused = True
+        switch = (config.get(name) or {}).get("enabled", "auto")
+        if switch is True:
+            asked[f"{path}: {name}.enabled"] = name
+    if len(set(asked.values())) > 1:
+        raise RunError("two precisions were asked for", found=", ".join(asked), needed="one of them")
+    if asked:
+        reason, precision = next(iter(asked.items()))
+    elif refused:
+        precision, reason = "fp32", "bf16 or fp16 was switched off"
+    elif gpu:
+        bf16 = hardware.gpu_has_bf16()
+        precision, reason = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
+    elif hardware.cpu_has_bf16():
+        precision, reason = "bf16", "the CPU has AVX-512-BF16 or AMX"
+    else:
+        precision, reason = "fp32", "the CPU would emulate bf16"
+    if precision == "fp16" and not gpu:
+        raise RunError("fp16 needs a GPU", found=reason, needed="--precision auto, bf16 or fp32")
+    if precision == "bf16" and gpu and not hardware.gpu_has_bf16():
+        raise RunError("the GPU has no bf16", found=reason, needed="--precision auto or fp16; bf16 came with Ampere")
+    for name in ("bf16", "fp16"):
+        config[name] = {**(config.get(name) or {}), "enabled": precision == name}
+    return precision, reason
+
+
+def run_directory(settings, name=None):
+    """runs/<name>, or --output_dir; None while neither is known."""
+    if settings.output_dir:
+        return Path(settings.output_dir)
+    name = name or settings.run_name
+    if name and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise RunError("--run_name is a name under runs/", found=name, fix="--output_dir takes any path")
+    return Path("runs") / name if name else None
+
+
+def _start_processes(gpu):
+    """Join the ranks; before TrainingArguments, or DeepSpeed would take the number of CPU ranks for 1."""
+    import socket
+
+    import torch
+
+    if "RANK" not in os.environ:  # started by hand as `python launch/train.py`
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Without this every rank's CPU Adam takes all cores at once.
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks_here)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    if gpu:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise RunError("more ranks than GPUs", found=f"rank {local} of this machine, {torch.cuda.device_count()} GPU(s)",
+                           fix="deepspeed --num_gpus N, or GPUS=N with make")
+        torch.cuda.set_device(local)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.logger.setLevel("WARNING")
+    deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
+    return ranks_here
+
+
+def _agreed(value):
+    """Rank 0's value, on every rank."""
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def say(text):
+    """A line for the user, once for the run."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def train(settings, config, config_path, data, precision, gpu, reason):
+    """Train, evaluate, export. Returns the exit code."""
+    # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls; the user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    ranks_here = _start_processes(gpu)
+    import torch
+    from transformers import TrainingArguments, set_seed
+    from transformers.utils import logging as transformers_logging
+
+    from data.tokenize import tokenize
+
+    from . import model as models
+    from .loop import OffloadTrainer
+    from .telemetry import Telemetry, heartbeat
+    from .tracking import Tracker
+
+    world_size = torch.distributed.get_world_size()
+    if not is_main_process():
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    name = models.locate(settings.model_name_or_path)
+    stem = Path(config_path).stem if config_path != "--deepspeed" else "ds"
+    default_name = f"{Path(name).name.lower()}-{settings.method}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = _agreed(str(run_directory(settings, settings.run_name or default_name)))
+    directory = Path(directory)
+    run_name = directory.name
+    swap_directory = Path(_agreed(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
+
+    say(f"configuration: {config_path}")
+    say(f"precision: {precision} ({reason}); {'CUDA' if gpu else 'CPU'}, {world_size} rank(s)")
+    model_config = models.load_config(name, settings)
+    tokenizer, added = models.load_tokenizer(name, settings)
+    for what in added:
+        say(f"tokenizer: given {what}")
+    train_rows, validation_rows, (train_source, validation_source) = data
+    train_tokens, summary = tokenize(tokenizer, train_rows, settings.max_length, train_source, _progress("tokenizing"))
+    say(f"train: {summary}  {train_source}")
+    validation_tokens = []
+    if validation_rows:
+        validation_tokens, summary_v = tokenize(tokenizer, validation_rows, settings.max_length, validation_source)
+        say(f"validation: {summary_v}  {validation_source}")
+
+    skeleton = models.skeleton(model_config, settings)
+    shapes = models.shapes_of(skeleton, precision)
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    del skeleton
+    config = resolve_auto(config, shapes, world_size, swap_directory)
+    check_buffers(config, shapes, world_size, config_path)
+    hardware.check_locked_memory(*locked_bytes(config, shapes, world_size), ranks_here)
+    update_rows = world_size * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    say(f"model: {name}, {parameters:,} parameters, {shapes.trainable:,} trained ({settings.method})")
+    say(f"one update: {world_size} rank(s) x {settings.per_device_train_batch_size} rows x "
+        f"{settings.gradient_accumulation_steps} micro-batches = {update_rows} rows")
+
+    options = settings.training()
+    trackers = options.pop("report_to") or []
+    trackers = trackers if isinstance(trackers, list) else [trackers]
+    if not validation_tokens:
+        options.update(eval_strategy="no", eval_on_start=False)
+        say("validation: no rows, so nothing is measured but the training loss")
+    options.update(output_dir=str(directory), run_name=run_name, deepspeed=config, bf16=precision == "bf16",
+                   fp16=precision == "fp16", use_cpu=not gpu,
+                   report_to=[t for t in trackers if t not in ("wandb", "all", "none")] or "none")
+    try:
+        arguments = TrainingArguments(**options)
+    except ValueError as error:
+        raise RunError("the training arguments do not fit together", found=" ".join(str(error).split())[:400]) from None
+
+    if is_main_process():
+        directory.mkdir(parents=True, exist_ok=True)
+        heartbeat(directory, 0, "load")
+        _write_resolved(directory, settings, arguments, name)
+        _print_settings(settings)
+    set_seed(settings.seed)
+    tracker = None
+    telemetry = None
+    try:
+        model = models.build(name, model_config, settings, precision)
+        leaf = settings.leaf_modules if settings.leaf_modules is not None else (gpu and settings.method == "lora")
+        if leaf:
+            say(f"leaf module: {models.make_leaves(model)}")
+        length = summary.tokens / summary.rows
+        text = model_config.get_text_config()
+        passes = 3 if settings.method == "full" else 2
+        flops = passes * (2 * parameters + 2 * text.num_hidden_layers * length * text.hidden_size)
+        telemetry = Telemetry(directory, is_main_process(), uses_nvme(config), flops,
+                              int(os.environ["LOCAL_RANK"]) if gpu else None)
+        if is_main_process() and ("wandb" in trackers or "all" in trackers):
+            tracker = Tracker(directory, run_name, _public(settings))
+        trainer = OffloadTrainer(model=model, args=arguments, train_dataset=train_tokens, eval_dataset=validation_tokens or None,
+                                 processing_class=tokenizer, telemetry=telemetry, tracker=tracker,
+                                 fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps)
+        trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+        if validation_tokens and trainer.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
+        if settings.export:
+            _export(trainer, tokenizer, directory, settings, name, train_source)
+        if is_main_process():
+            heartbeat(directory, trainer.state.global_step, "done")
+            _closing_words(trainer, directory, settings)
+    except torch.OutOfMemoryError as error:
+        raise RunError("the GPU is out of memory", found=" ".join(str(error).split())[:200], code=FAILED,
+                       fix="a smaller --per_device_train_batch_size or --max_length, --gradient_checkpointing true, or a "
+                       "configuration that offloads more") from None
+    finally:
+        if telemetry:
+            telemetry.close()
+        if tracker:
+            tracker.finish()
+        # The directory carries this run's name and process id and was made for it: nobody else's files are in it.
+        if is_main_process() and uses_nvme(config):
+            shutil.rmtree(swap_directory, ignore_errors=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return DONE
+
+
+def _progress(label):
+    from tqdm import tqdm
+
+    return lambda rows: tqdm(rows, desc=label, leave=False, disable=not (is_main_process() and sys.stderr.isatty()))
+
+
+def _public(settings):
+    return {k: v for k, v in settings.values.items() if k not in SECRET}
+
+
+def _write_resolved(directory, settings, arguments, model):
+    write_yaml(directory / "resolved_config.yaml", {**_public(settings), "model_name_or_path": model})
+    (directory / "resolved_ds_config.json").write_text(json.dumps(arguments.hf_deepspeed_config.config, indent=2))
+    versions = {"zero-offload-trainer": __version__, "python": sys.version.split()[0]}
+    for package in VERSIONED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    (directory / "versions.json").write_text(json.dumps(versions, indent=2))
+
+
+def _print_settings(settings):
+    rows = [("key", "value", "from")] + [(k, str(settings.values[k]), source) for k, source in settings.sources.items()
+                                         if settings.values[k] != all_keys()[k].default and k not in SECRET]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    print("\n" + "\n".join(f"{a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in rows) + "\n", flush=True)
+
+
+def _evaluations(trainer):
+    return [r for r in trainer.state.log_history if "eval_perplexity" in r]
+
+
+def _export(trainer, tokenizer, directory, settings, name, train_source):
+    from .card import model_card
+    from .export import export
+
+    target = directory / "export"
+    say(f"exporting to {target}")
+    base = embedded.HUB_NAME if settings.model_name_or_path is None else name
+    data = os.path.relpath(train_source, ROOT) if Path(train_source).is_relative_to(ROOT) else train_source
+    card = model_card(settings, base, data, _evaluations(trainer), directory)
+    limit = parse_size(settings.max_shard_size, "max_shard_size")
+    export(trainer.model, tokenizer, target, card, limit, is_main_process())
+
+
+def _closing_words(trainer, directory, settings):
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    measured = _evaluations(trainer)
+    print(f"\ndone: {trainer.state.global_step} updates, peak RAM {peak:.2f} GiB (rank 0)")
+    if len(measured) > 1:
+        print(f"validation perplexity {measured[0]['eval_perplexity']:.2f} -> {measured[-1]['eval_perplexity']:.2f}, token accuracy "
+              f"{measured[0]['eval_token_accuracy']:.3f} -> {measured[-1]['eval_token_accuracy']:.3f}")
+    print(f"run: {directory}")
+    if settings.export and settings.method == "lora":
+        print(f"adapter: {directory / 'export'}; a merged model: python launch/export.py --merge {directory}")
+    elif settings.export:
+        print(f"model: {directory / 'export'}")
