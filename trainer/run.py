@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import DataError, source
 
-from . import __version__, embedded, hardware
+from . import __version__, embedded, hardware, offload
 from .args import ROOT, all_keys, check_model, help_text, parse_size, resolve
 from .config import (check_agreement, check_buffers, check_config, find_config, locked_bytes, read_config, resolve_auto,
                      uses_nvme, write_yaml)
@@ -146,6 +146,7 @@ def _start_processes(gpu):
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
+    offload.apply()
     deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
     return ranks_here
 

@@ -1,0 +1,79 @@
+"""The same losses whatever the offload, the ranks and the micro-batches, and as a plain PyTorch loop."""
+import json
+
+import pytest
+
+CONFIGS = ["ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme"]
+TEN = ["--max_steps", 10, "--per_device_train_batch_size", 4, "--lr_scheduler_type", "constant"]
+
+
+def close(a, b, tolerance=1e-3):
+    assert len(a) == len(b)
+    assert max(abs(x - y) for x, y in zip(a, b)) <= tolerance, (a, b)
+
+
+def plain_torch(model_folder, data, steps, batch, learning_rate, seed=42):
+    """AdamW, clip 1.0, token-mean loss over the answers, in the trainer's row order: no DeepSpeed, no Trainer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from data.dataset import GlobalBatches, collate
+    from data.formats import read
+    from data.tokenize import tokenize
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows, _ = tokenize(tokenizer, read(data), 96, data)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    batches = iter(GlobalBatches(len(rows), batch, 1, 0, 1, seed))
+    losses, norms = [], []
+    for _ in range(steps):
+        inputs = collate([rows[i] for i in next(batches)], tokenizer.pad_token_id)
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses, norms
+
+
+def test_four_configurations_and_plain_torch(trains, tiny_model, rows_file):
+    expected, norms = plain_torch(tiny_model, rows_file[0], 10, 4, 1e-3)
+    for config in CONFIGS:
+        run = trains(config, *TEN, "--deepspeed", f"{config}.json")
+        close(run.losses, expected)
+        close([s["grad_norm"] for s in run.steps], norms)
+        if "nvme" in config:
+            read = [s["nvme_read_bytes"] for s in run.steps]
+            written = [s["nvme_written_bytes"] for s in run.steps]
+            assert all(b > a for a, b in zip(read, read[1:])) and read[0] > 0, read
+            assert all(b > a for a, b in zip(written, written[1:])) and written[0] > 0, written
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_lora(trains, config):
+    run = trains("lora", *TEN, "--deepspeed", f"{config}.json", "--method", "lora", "--lora_r", 8)
+    reference = trains("reference", *TEN, "--deepspeed", "ds_z3.json", "--method", "lora", "--lora_r", 8)
+    close(run.losses, reference.losses)
+    assert run.losses[-1] < run.losses[0]
+    assert json.loads((run.directory / "export" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_accumulation(trains):
+    whole = trains("whole", *TEN)
+    parts = trains("parts", "--max_steps", 10, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4,
+                   "--lr_scheduler_type", "constant")
+    close(whole.losses, parts.losses)
+    close([s["grad_norm"] for s in whole.steps], [s["grad_norm"] for s in parts.steps])
+
+
+@pytest.mark.parametrize("config", ["ds_z3_offload", "ds_z3_nvme"])
+def test_two_ranks(trains, config):
+    # 20 updates are more than one epoch of 60 rows, so the end of an epoch is covered too.
+    one = trains("one", "--max_steps", 20, "--per_device_train_batch_size", 4, "--deepspeed", f"{config}.json")
+    two = trains("two", "--max_steps", 20, "--per_device_train_batch_size", 2, "--deepspeed", f"{config}.json", ranks=2)
+    close(one.losses, two.losses)
+    for key in ("eval_loss", "eval_perplexity", "eval_token_accuracy"):
+        assert [e[key] for e in two.evaluations] == pytest.approx([e[key] for e in one.evaluations], rel=1e-3)
