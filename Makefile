@@ -1,0 +1,123 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+MODEL ?=
+DATA ?=
+METHOD ?=
+GPUS ?=
+HOSTFILE ?=
+NVME ?= .swap
+RECIPE ?=
+RUN ?=
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3.10 python3,$(shell $(p) -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $(p))))
+BIN := $(abspath $(VENV))/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+DEBIAN_NEEDS := $(if $(shell command -v g++),,g++) $(if $(shell command -v git),,git)
+DEBIAN_AIO := $(if $(wildcard /usr/include/libaio.h),,libaio-dev)
+
+comma := ,
+LAUNCH = $(BIN)/deepspeed $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(GPUS),--num_gpus $(GPUS)) launch/train.py
+TRAIN_FLAGS = $(if $(RECIPE),--config $(RECIPE)) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(DATA),--dataset $(DATA)) \
+	$(if $(METHOD),--method $(METHOD)) $(if $(RUN),--run_name $(RUN:runs/%=%)) $(ARGS)
+
+##@ Set up
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\nVariables\n'; printf '  %s\n' \
+	  'MODEL=DIR|ORG/NAME   the model (default: the embedded SmolLM2-135M-Instruct)' \
+	  'DATA=FILE            instruction rows as .jsonl or .json (default: the bundled samples)' \
+	  'METHOD=full|lora     what is trained' \
+	  'RECIPE=NAME          a recipe under launch/recipes/, or a path' \
+	  'RUN=NAME             the run is runs/NAME (default: model, method, configuration and time)' \
+	  'GPUS=N               ranks on this machine (default: all GPUs)' \
+	  'HOSTFILE=FILE        several machines, as DeepSpeed reads it' \
+	  'NVME=DIR             directory on a local NVMe for swap files (default: .swap)' \
+	  'TORCH_INDEX=URL      package index with another CUDA build of torch' \
+	  'ARGS="--flag value"  anything else that launch/train.py takes'
+
+setup: $(VENV)/.ready $(VENV)/.ops ## environment, dependencies, DeepSpeed's CPU ops (a second call does nothing)
+
+setup-aio: setup $(VENV)/.ops-aio ## the same, and the NVMe op
+
+ifeq ($(strip $(PYTHON)),)
+$(VENV)/.ready $(VENV)/.python:
+	@echo "no Python 3.10 to 3.12 with venv (another one: make PYTHON=/path/to/python3.11)"
+	@[ -z "$(RETRIED)" ] || exit 3
+	@./launch/debian.sh python3 python3-venv python3-dev
+	@$(MAKE) $@ RETRIED=1
+else
+$(VENV)/.python:
+	@./launch/debian.sh $(DEBIAN_NEEDS) $(shell $(PYTHON) -c 'import os, sysconfig; os.path.exists(sysconfig.get_paths()["include"] + "/Python.h") or print("python3-dev")')
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first and by itself: DeepSpeed's own build must see it, or pip would fetch another torch to build with.
+$(VENV)/.ready: setup.py constraints.txt | $(VENV)/.python
+	@echo "installing packages into $(VENV)"
+	$(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja py-cpuinfo psutil packaging
+	DS_ACCELERATOR=cpu $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'
+	@rm -f $(VENV)/.ops $(VENV)/.ops-aio
+	@touch $@
+endif
+
+# The ops lie in torch's cache, not in the environment: another HOME or a cleaned cache means building again.
+EXTENSIONS := $(or $(TORCH_EXTENSIONS_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/torch_extensions)
+built = $(wildcard $(EXTENSIONS)/$(1)/$(1).so $(EXTENSIONS)/*/$(1)/$(1).so)
+
+$(VENV)/.ops: $(if $(call built,cpu_adam),,rebuild) | $(VENV)/.ready
+	$(BIN)/python -m trainer.ops cpu_adam shm_comm pin_memory
+	@touch $@
+
+$(VENV)/.ops-aio: $(if $(call built,async_io),,rebuild) | $(VENV)/.ops
+	@./launch/debian.sh $(DEBIAN_AIO)
+	$(BIN)/python -m trainer.ops async_io
+	@touch $@
+
+rebuild:
+
+##@ Train
+train-zero3: setup ## ZeRO-3, parameters and optimizer in CPU memory: the main job
+	$(LAUNCH) --deepspeed ds_z3_offload.json $(TRAIN_FLAGS)
+
+train-zero3-gpu: setup ## ZeRO-3 without offload
+	$(LAUNCH) --deepspeed ds_z3.json $(TRAIN_FLAGS)
+
+train-zero3-nvme-optimizer: setup-aio ## ZeRO-3, parameters in CPU memory, optimizer on NVMe
+	$(LAUNCH) --deepspeed ds_z3_nvme_optimizer.json --nvme_path $(NVME) $(TRAIN_FLAGS)
+
+train-zero3-nvme: setup-aio ## ZeRO-3, parameters and optimizer on NVMe
+	$(LAUNCH) --deepspeed ds_z3_nvme.json --nvme_path $(NVME) $(TRAIN_FLAGS)
+
+##@ After a run
+export: setup ## merge the LoRA adapter of RUN into its base model
+	$(BIN)/python launch/export.py --merge $(if $(RUN),runs/$(RUN:runs/%=%),$(error RUN=NAME is needed))
+
+##@ Check
+test: setup-aio ## unit and cpu tests
+	$(BIN)/python -m pytest -q tests/unit tests/cpu
+
+test-gpu: setup-aio ## tests that need a GPU; skipped without one
+	$(BIN)/python -m pytest -q tests/gpu
+
+test-default: setup-aio ## the embedded default through every configuration, full and LoRA (half an hour on two cores)
+	$(BIN)/python -m pytest -q tests/default
+
+lint: $(VENV)/.ready ## ruff
+	$(BIN)/ruff check .
+
+clean: ## remove the environment and caches of this checkout; runs/ and swap files stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: rebuild help setup setup-aio train-zero3 train-zero3-gpu train-zero3-nvme-optimizer train-zero3-nvme export test test-gpu \
+	test-default lint clean

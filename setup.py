@@ -1,0 +1,32 @@
+"""Packages and dependency ranges. Exact versions that were tested together: constraints.txt."""
+from setuptools import setup
+
+REQUIRES = [
+    "torch>=2.7",
+    "deepspeed==0.19.8",
+    "transformers>=5.17,<6",
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "peft>=0.19",
+    "safetensors>=0.5",
+    "hjson>=3.1",
+    "wandb>=0.20",
+    "pyyaml>=6.0",
+    "tqdm>=4.66",
+    "psutil>=5.9",
+    "nvidia-ml-py>=12.535",
+    "gguf>=0.17",  # converts the embedded default model
+    "ninja>=1.11",  # builds DeepSpeed's ops
+]
+
+setup(
+    name="zero-offload-trainer",
+    version="0.1.0",
+    description="Fine-tune language models that do not fit the GPU, with DeepSpeed ZeRO-3 and offload to CPU and NVMe",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=["trainer", "trainer.offload", "data"],
+    package_data={"data": ["samples/*", "templates/*"]},
+    install_requires=REQUIRES,
+    extras_require={"test": ["pytest>=8", "ruff>=0.9"]},
+)

@@ -1,0 +1,124 @@
+"""Build DeepSpeed's compiled ops once, into torch's extension cache, with progress. Run as: python -m trainer.ops cpu_adam async_io"""
+import argparse
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+from .errors import DOES_NOT_FIT, DONE, RunError, report
+from .hardware import gpu_count
+
+BUILDERS = {"cpu_adam": "CPUAdamBuilder", "shm_comm": "ShareMemCommBuilder", "pin_memory": "PinMemoryBuilder",
+            "async_io": "AsyncIOBuilder"}
+CPU_RANKS_ONLY = ("shm_comm", "pin_memory")  # all-reduce and page locking without CUDA
+SECONDS = {"cpu_adam": 84, "shm_comm": 45, "pin_memory": 45, "async_io": 307}  # on two slow cores
+
+
+def cache_directory():
+    """Where torch keeps its extensions."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def check_tools(names, gpu):
+    """Refuse a machine that cannot build, with the line that mends it."""
+    if not shutil.which("g++"):
+        raise RunError("no C++ compiler", needed="g++", fix="apt-get install g++", code=DOES_NOT_FIT)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise RunError("Python's headers are missing", needed=str(header), fix="apt-get install python3-dev", code=DOES_NOT_FIT)
+    if "async_io" in names and subprocess.run(["g++", "-x", "c++", "-fsyntax-only", "-"], input="#include <libaio.h>\n", text=True,
+                                              capture_output=True).returncode:
+        raise RunError("libaio's header is missing", needed="libaio.h", fix="apt-get install libaio-dev", code=DOES_NOT_FIT)
+    if gpu:
+        check_nvcc()
+
+
+def check_nvcc():
+    """On a GPU the ops are compiled against CUDA: nvcc must be there and of torch's CUDA version."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        raise RunError("there is a GPU, but this torch is a CPU build", found=f"torch {torch.__version__}",
+                       fix="rm -r .venv; make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130", code=DOES_NOT_FIT)
+    nvcc = Path(CUDA_HOME or "/usr/local/cuda") / "bin" / "nvcc"
+    if not nvcc.is_file():
+        raise RunError("nvcc is missing, and DeepSpeed's ops are compiled with it", found=f"CUDA_HOME={CUDA_HOME}",
+                       needed=f"the CUDA {torch.version.cuda} toolkit, as torch was built with",
+                       fix="install cuda-toolkit, or export CUDA_HOME=/path/to/cuda", code=DOES_NOT_FIT)
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = text.split("release ")[1].split(",")[0] if "release " in text else "unknown"
+    if found.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise RunError("nvcc and torch are of different CUDA versions", found=f"nvcc {found}", needed=f"CUDA {torch.version.cuda}",
+                       fix="export CUDA_HOME to the matching toolkit, or make setup TORCH_INDEX=… with torch built for "
+                       f"CUDA {found}", code=DOES_NOT_FIT)
+    arch = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if any(not part.strip().removesuffix("+PTX").replace(".", "").isdigit() for part in arch.replace(";", " ").split()):
+        raise RunError("TORCH_CUDA_ARCH_LIST holds an architecture that DeepSpeed cannot read", found=arch,
+                       needed="numbers such as 8.0;9.0", fix="export TORCH_CUDA_ARCH_LIST=9.0", code=DOES_NOT_FIT)
+
+
+def build(names):
+    """Build what is not built yet. One build at a time on a machine; a lock that a killed build left behind is removed."""
+    gpu = gpu_count() > 0
+    if gpu:
+        names = [n for n in names if n not in CPU_RANKS_ONLY]
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_tools(names, gpu)
+    root = cache_directory()
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".zero-offload-trainer.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in names:
+            _build_one(name, root)
+
+
+def _build_one(name, root):
+    from deepspeed.accelerator import get_accelerator
+
+    # The accelerator's own builder: the CPU one and the CUDA one of an op have the same name and different sources.
+    builder = get_accelerator().create_op_builder(BUILDERS[name])
+    stale = root / builder.name / "lock"
+    if stale.exists():  # torch waits for this file for ever; whoever made it is gone, as we hold the lock above
+        stale.unlink()
+    done = threading.Event()
+    started = time.time()
+
+    def tick():
+        while not done.wait(10):
+            print(f"  {name}: compiling, {time.time() - started:.0f} s (about {SECONDS[name]} s on two slow cores)", flush=True)
+
+    print(f"building DeepSpeed's {name}", flush=True)
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        builder.load(verbose=False)
+    except Exception as error:
+        raise RunError(f"DeepSpeed's {name} could not be built", found=" ".join(str(error).split())[-600:], code=DOES_NOT_FIT) from None
+    finally:
+        done.set()
+    print(f"  {name}: ready after {time.time() - started:.0f} s", flush=True)
+
+
+def main(argv=None):
+    """Exit code of `python -m trainer.ops`."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.ops", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="+", choices=BUILDERS)
+    try:
+        build(parser.parse_args(argv).ops)
+    except RunError as error:
+        report(error)
+        return error.code
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
