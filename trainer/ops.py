@@ -26,6 +26,14 @@ def cache_directory():
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
+def use_own_ninja():
+    """Put this environment's programs first on PATH. torch calls `ninja` by name: without the environment activated it would find
+    none, or another version, and one version builds again what the other has built."""
+    own = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
+        os.environ["PATH"] = own + os.pathsep + os.environ.get("PATH", "")
+
+
 def check_tools(names, gpu):
     """Refuse a machine that cannot build, with the line that mends it."""
     if not shutil.which("g++"):
@@ -67,6 +75,7 @@ def check_nvcc():
 
 def build(names):
     """Build what is not built yet. One build at a time on a machine; a lock that a killed build left behind is removed."""
+    use_own_ninja()
     gpu = gpu_count() > 0
     if gpu:
         names = [n for n in names if n not in CPU_RANKS_ONLY]

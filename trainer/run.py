@@ -15,6 +15,7 @@ from .args import ROOT, all_keys, check_model, help_text, parse_size, resolve
 from .config import (check_agreement, check_buffers, check_config, find_config, locked_bytes, read_config, resolve_auto,
                      uses_nvme, write_yaml)
 from .errors import BAD_INPUT, DONE, FAILED, RunError, is_main_process, report
+from .ops import use_own_ninja
 
 SECRET = ("hub_token",)
 VERSIONED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "datasets", "safetensors", "wandb")
@@ -143,6 +144,7 @@ def _start_processes(gpu):
         torch.cuda.set_device(local)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    use_own_ninja()
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
