@@ -40,8 +40,8 @@ def make_model(folder, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = dict(vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False)
+    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False}
     LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
 
 

@@ -12,8 +12,17 @@ from data import DataError, source
 
 from . import __version__, embedded, hardware, offload
 from .args import ROOT, all_keys, check_model, help_text, parse_size, resolve
-from .config import (check_agreement, check_buffers, check_config, find_config, locked_bytes, read_config, resolve_auto,
-                     uses_nvme, write_yaml)
+from .config import (
+    check_agreement,
+    check_buffers,
+    check_config,
+    find_config,
+    locked_bytes,
+    read_config,
+    resolve_auto,
+    uses_nvme,
+    write_yaml,
+)
 from .errors import BAD_INPUT, DONE, FAILED, RunError, is_main_process, report
 from .ops import use_own_ninja
 

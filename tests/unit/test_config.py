@@ -1,0 +1,156 @@
+"""The DeepSpeed JSON: what is refused, and what "auto" becomes."""
+import copy
+import json
+
+import pytest
+
+from trainer.args import resolve
+from trainer.config import (
+    CONFIGS,
+    Shapes,
+    check_agreement,
+    check_buffers,
+    check_config,
+    find_config,
+    locked_bytes,
+    read_config,
+    resolve_auto,
+)
+from trainer.errors import RunError
+from trainer.run import choose_precision
+
+SHIPPED = sorted(p.name for p in CONFIGS.glob("*.json"))
+LLAMA_8B = Shapes(layer=218_112_000, layer_tensors=9, largest=525_336_576, trainable=8_030_261_248, largest_trainable=525_336_576,
+                  itemsize=2)
+
+
+def shipped(name="ds_z3_nvme.json"):
+    return read_config(CONFIGS / name)
+
+
+def test_shipped_are_four():
+    assert SHIPPED == ["ds_z3.json", "ds_z3_nvme.json", "ds_z3_nvme_optimizer.json", "ds_z3_offload.json"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_key_has_a_comment(name):
+    lines = (CONFIGS / name).read_text().splitlines()
+    commented = 0
+    for before, line in zip(lines, lines[1:]):
+        commented += line.strip().startswith('"') and before.strip().startswith("//")
+    assert commented >= 10
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("world", [1, 8])
+def test_auto_leaves_nothing(name, world, tmp_path):
+    config = check_config(shipped(name), name)
+    check_agreement(config, resolve(["--model_name_or_path", "x"]), name)
+    choose_precision(resolve(["--model_name_or_path", "x", "--precision", "fp32"]), config, False, name)
+    done = resolve_auto(config, LLAMA_8B, world, tmp_path)
+    text = json.dumps(done["zero_optimization"])
+    assert '"auto"' not in text
+    zero = done["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == LLAMA_8B.layer
+    assert zero["stage3_max_live_parameters"] >= 3 * LLAMA_8B.layer + LLAMA_8B.largest
+    assert zero["stage3_max_reuse_distance"] >= 2 * LLAMA_8B.layer
+    assert zero["reduce_bucket_size"] <= 5e8 and zero["sub_group_size"] <= 1e8
+    if "nvme" in name:
+        assert zero["offload_optimizer"]["buffer_count"] == 12
+        assert zero["offload_optimizer"]["nvme_path"] == str(tmp_path)
+    if name == "ds_z3_nvme.json":
+        assert zero["offload_param"]["buffer_size"] >= LLAMA_8B.largest / world and zero["offload_param"]["max_in_cpu"] == 0
+        assert zero["offload_param"]["buffer_count"] >= 2 * LLAMA_8B.layer_tensors
+    check_buffers(done, LLAMA_8B, world, name)
+    assert all(n >= 0 for n in locked_bytes(done, LLAMA_8B, world))
+
+
+def edit(path, value):
+    config = shipped()
+    node = config
+    *parents, last = path.split(".")
+    for key in parents:
+        node = node.setdefault(key, {})
+    if value is None:
+        node.pop(last)
+    else:
+        node[last] = value
+    return config
+
+
+@pytest.mark.parametrize("path, value, words", [
+    ("zero_optimisation", {"stage": 3}, ["zero_optimisation", "did you mean zero_optimization"]),
+    ("aio.que_depth", 8, ["aio.que_depth", "did you mean queue_depth"]),
+    ("aio.queue_depth", "lots", ["aio.queue_depth", "lots", "int"]),
+    ("aio.queue_depth", 0, ["aio.queue_depth"]),
+    ("aio", 3, ["aio"]),
+    ("aio.block_size", "auto", ["auto"]),
+    ("zero_optimization.stage", 2, ["stage 3", "stage 2"]),
+    ("zero_optimization.stage", None, ["stage"]),
+    ("zero_optimization", None, ["no zero_optimization"]),
+    ("zero_optimization.offload_param.nvme_path", None, ["nvme_path"]),
+    ("zero_optimization.offload_optimizer.nvme_path", None, ["nvme_path"]),
+    ("zero_optimization.offload_param.device", "nvm", ["device", "did you mean nvme"]),
+    ("zero_optimization.stage3_prefetch_bucket_sizes", 1, ["did you mean stage3_prefetch_bucket_size"]),
+    ("zero_optimization.sub_group_size", -1, ["negative"]),
+    ("zero_optimization.sub_group_size", "big", ["big"]),
+    ("optimizer", {"type": "AdamW"}, ["recipe"]),
+    ("fp8", {"enabled": True}, ["fp8"]),
+    ("bf16.enabled", "yes", ["bf16.enabled"]),
+])
+def test_refused(path, value, words):
+    with pytest.raises(RunError) as error:
+        check_config(edit(path, value), "my.json")
+    for word in ["my.json", *words]:
+        assert word in str(error.value)
+    assert error.value.code == 2
+
+
+def test_contradiction_with_the_recipe():
+    config = edit("train_micro_batch_size_per_gpu", 4)
+    with pytest.raises(RunError, match="contradicts"):
+        check_agreement(config, resolve(["--model_name_or_path", "x", "--per_device_train_batch_size", "2"]), "my.json")
+
+
+def test_small_buffers_are_refused(tmp_path):
+    for path, value, word in (("zero_optimization.offload_param.buffer_size", 10**6, "buffer_size"),
+                              ("zero_optimization.offload_optimizer.buffer_count", 4, "buffer_count")):
+        with pytest.raises(RunError, match=word):
+            check_buffers(resolve_auto(edit(path, value), LLAMA_8B, 1, tmp_path), LLAMA_8B, 1, "my.json")
+
+
+def test_find_looks_here_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("ds_z3.json") == CONFIGS / "ds_z3.json" and find_config("ds_z3") == CONFIGS / "ds_z3.json"
+    (tmp_path / "ds_z3.json").write_text("{}")
+    assert str(find_config("ds_z3.json")) == "ds_z3.json"
+    with pytest.raises(RunError, match="did you mean ds_z3_nvme.json"):
+        find_config("ds_z3_nvm.json")
+
+
+@pytest.mark.parametrize("text, word", [("{", "not readable"), ("[1]", "not a DeepSpeed"), ('{"aio": {}, "aio": {}}', "twice")])
+def test_unreadable(tmp_path, text, word):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(RunError, match=word):
+        read_config(path)
+
+
+@pytest.mark.parametrize("flags, gpu, hardware_has, expected", [
+    ([], False, False, "fp32"), ([], False, True, "bf16"), ([], True, True, "bf16"), ([], True, False, "fp16"),
+    (["--precision", "fp32"], True, True, "fp32"), (["--bf16", "false"], True, True, "fp32"), (["--bf16"], False, False, "bf16"),
+])
+def test_precision(monkeypatch, flags, gpu, hardware_has, expected):
+    monkeypatch.setattr("trainer.hardware.cpu_has_bf16", lambda: hardware_has)
+    monkeypatch.setattr("trainer.hardware.gpu_has_bf16", lambda: hardware_has)
+    config = shipped()
+    chosen, _ = choose_precision(resolve(["--model_name_or_path", "x", *flags]), config, gpu, "my.json")
+    assert chosen == expected
+    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (expected == "bf16", expected == "fp16")
+
+
+@pytest.mark.parametrize("flags, gpu", [(["--fp16"], False), (["--bf16", "--fp16"], True), (["--precision", "bf16"], True)])
+def test_precision_refused(monkeypatch, flags, gpu):
+    monkeypatch.setattr("trainer.hardware.gpu_has_bf16", lambda: False)
+    with pytest.raises(RunError):
+        choose_precision(resolve(["--model_name_or_path", "x", *flags]), copy.deepcopy(shipped()), gpu, "my.json")
