@@ -24,7 +24,9 @@ DEBIAN_NEEDS := $(if $(shell command -v g++),,g++) $(if $(shell command -v git),
 DEBIAN_AIO := $(if $(wildcard /usr/include/libaio.h),,libaio-dev)
 
 comma := ,
-LAUNCH = $(BIN)/deepspeed $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(GPUS),--num_gpus $(GPUS)) launch/train.py
+# Several ranks meet at a port: a free one, so that two runs can share the machine.
+PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+LAUNCH = $(BIN)/deepspeed --master_port $(PORT) $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(GPUS),--num_gpus $(GPUS)) launch/train.py
 TRAIN_FLAGS = $(if $(RECIPE),--config $(RECIPE)) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(DATA),--dataset $(DATA)) \
 	$(if $(METHOD),--method $(METHOD)) $(if $(RUN),--run_name $(RUN:runs/%=%)) $(ARGS)
 

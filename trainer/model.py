@@ -10,6 +10,7 @@ from . import embedded
 from .config import Shapes
 from .errors import BAD_INPUT, RunError, did_you_mean
 
+SWAPPED_BYTES = 2**20  # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -61,9 +62,11 @@ def shapes_of(model, precision):
     layers = decoder_layers(model) or [model]
     layer = max(layers, key=lambda m: sum(p.numel() for p in m.parameters()))
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    return Shapes(layer=sum(p.numel() for p in layer.parameters()), layer_tensors=sum(1 for _ in layer.parameters()),
+    itemsize = DTYPES[precision].itemsize
+    return Shapes(layer=sum(p.numel() for p in layer.parameters()),
+                  layer_tensors=sum(p.numel() * itemsize >= SWAPPED_BYTES for p in layer.parameters()),
                   largest=max(p.numel() for p in model.parameters()), trainable=sum(trainable),
-                  largest_trainable=max(trainable), itemsize=DTYPES[precision].itemsize)
+                  largest_trainable=max(trainable), itemsize=itemsize)
 
 
 def add_adapters(model, settings):

@@ -58,8 +58,9 @@ def prepare(settings):
     precision, reason = choose_precision(settings, config, gpu, path)
     offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
     if offload == "nvme" and settings.save_strategy != "no":
-        raise RunError("a run with the optimizer on NVMe cannot be checkpointed", found=f"--save_strategy {settings.save_strategy}",
-                       needed="--save_strategy no: DeepSpeed 0.19.8 loses Adam's state on resume from NVMe, without a word")
+        raise RunError("a run with the optimizer on NVMe cannot be checkpointed",
+                       found=f"--save_strategy {settings.save_strategy}: DeepSpeed 0.19.8 loses Adam's state on resume from NVMe",
+                       needed="--save_strategy no")
     if offload != "none" and settings.given("optim") and not str(settings.optim).startswith("adamw"):
         raise RunError("an offloaded optimizer is DeepSpeed's CPU Adam", found=f"--optim {settings.optim}",
                        fix="leave --optim out, or use --deepspeed ds_z3.json")
@@ -134,11 +135,13 @@ def _start_processes(gpu):
 
     import torch
 
-    if "RANK" not in os.environ:  # started by hand as `python launch/train.py`
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        # Alone, no other process has to know the port: a free one, so that a second run on the machine does not fail on it.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(port)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "OMP_NUM_THREADS" not in os.environ:
         # Without this every rank's CPU Adam takes all cores at once.
