@@ -72,10 +72,15 @@ def _convert(work, made):
     logging.disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(work, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF)
+    # The file says so; transformers before 5.21 reads another end-of-turn token out of it.
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
+                                  "pad_token": "<|im_end|>"})
     logging.enable_progress_bar()
     # The loaded model is marked as quantized and refuses to be saved; a fresh one of its configuration is not.
     config = loaded.config
     config.__dict__.pop("quantization_config", None)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,

@@ -111,8 +111,9 @@ def build(name, config, settings, precision):
     model.config.use_cache = False
     if settings.method == "lora":
         model = add_adapters(model, settings)
-        if settings.gradient_checkpointing:
-            model.enable_input_require_grads()  # else nothing upstream of the first adapter asks for a gradient
+        # Else nothing upstream of the first adapter asks for a gradient: checkpointing would skip the layer, and the backward
+        # hook of a first layer that is a ZeRO-3 leaf would fire, and release its parameters, before their gradients are made.
+        model.enable_input_require_grads()
     return model
 
 
