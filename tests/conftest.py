@@ -91,13 +91,13 @@ class Run:
         return [r for r in self.records if "eval_loss" in r]
 
 
-def train(directory, *flags, ranks=1, launcher=True, env=None, timeout=600):
+def train(directory, *flags, ranks=1, launcher=True, env=None, timeout=600, script="launch/train.py", **popen):
     """`deepspeed launch/train.py …` from the repository root; the run directory is `directory`."""
     binary = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port",
               str(29600 + os.getpid() % 300)] if launcher else [sys.executable]
-    command = [*binary, "launch/train.py", "--output_dir", str(directory), *map(str, flags)]
+    command = [*binary, script, "--output_dir", str(directory), *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=timeout, **popen)
     return Run(done.returncode, done.stdout, Path(directory))
 
 

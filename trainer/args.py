@@ -74,6 +74,7 @@ LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 
 RENAMED = {"gradient_checkpointing": "activation_checkpointing",
            "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
+_PRECISION = {"precision", "bf16", "fp16"}
 _OLD = {new: old for old, new in RENAMED.items()}
 
 # Names that tutorials still use and transformers 5 dropped: what to do instead.
@@ -272,7 +273,10 @@ def read_recipe(path):
         content = {}
     if not isinstance(content, dict):
         raise RunError(f"{path} is not a recipe", found=type(content).__name__, needed="a YAML mapping of key: value")
-    blocks = {m: content.pop(m) or {} for m in CHOICES["method"] if isinstance(content.get(m), dict) or (m in content and content[m] is None)}
+    blocks = {m: content.pop(m) or {} for m in CHOICES["method"] if m in content}
+    for method, block in blocks.items():
+        if not isinstance(block, dict):
+            raise RunError(f"{path}: the block {method} is not a mapping", found=repr(block), needed=f"{method}: and indented keys")
     where = str(path)
     plain = {n: convert(_lookup(n, where, str(n)), v, where) for n, v in content.items()}
     return plain, {m: {n: convert(_lookup(n, where, str(n)), v, where) for n, v in b.items()} for m, b in blocks.items()}
@@ -322,6 +326,11 @@ def resolve(argv):
     label = f"recipe {path.name}" if path else ""
     for layer, source in ((plain, label), (blocks.get(method, {}), f"{label}, {method}"), (command_line, "command line")):
         layer = {_OLD.get(n, n): v for n, v in layer.items()}
+        # --precision, --bf16 and --fp16 say one thing: what a later layer says of it replaces what an earlier one said.
+        if _PRECISION & layer.keys():
+            for name in _PRECISION:
+                values[name] = all_keys()[name].default
+                sources.pop(name, None)
         values.update(layer)
         sources.update(dict.fromkeys(layer, source))
     if "lora_target_modules" in values:

@@ -118,7 +118,8 @@ def check_agreement(config, settings, where):
     for key, flag in pairs:
         value = config.get(key, "auto")
         if value != "auto" and value != settings.values[flag]:
-            raise RunError(f"{where}: {key} contradicts --{flag}", found=f"{value} in the JSON, {settings.values[flag]} in the run",
+            raise RunError(f"{where}: {key} contradicts --{flag}",
+                           found=f"{value} in the JSON, {settings.values[flag]} in the run",
                            fix=f'"{key}": "auto"')
         config[key] = "auto"
     config.setdefault("train_batch_size", "auto")
@@ -127,7 +128,8 @@ def check_agreement(config, settings, where):
 def uses_nvme(config, tier=None):
     """True where `tier` (offload_param or offload_optimizer), or either, goes to NVMe."""
     zero = config["zero_optimization"]
-    return any((zero.get(t) or {}).get("device") == "nvme" for t in ([tier] if tier else ("offload_param", "offload_optimizer")))
+    tiers = [tier] if tier else ["offload_param", "offload_optimizer"]
+    return any((zero.get(t) or {}).get("device") == "nvme" for t in tiers)
 
 
 @dataclass
@@ -164,9 +166,9 @@ def resolve_auto(config, shapes, world_size, swap_directory):
         # 1e8: the CPU step of one sub-group overlaps nothing, so smaller buffers cost no time. Small models: eighths.
         "sub_group_size": max(min(int(1e8), math.ceil(shapes.trainable / world_size / 8)), 1),
         "stage3_prefetch_bucket_size": shapes.layer,
-        "stage3_param_persistence_threshold": int(1e5),  # norms and biases stay on the GPU: a transfer each is latency only
+        "stage3_param_persistence_threshold": int(1e5),  # norms and biases stay on the GPU
         "stage3_max_live_parameters": 3 * shapes.layer + shapes.largest,
-        "stage3_max_reuse_distance": 2 * shapes.layer + shapes.largest,
+        "stage3_max_reuse_distance": 2 * shapes.layer,
     }
     for key, value in values.items():
         if zero.get(key) == "auto":
@@ -175,8 +177,9 @@ def resolve_auto(config, shapes, world_size, swap_directory):
     if parameters.get("buffer_size") == "auto":
         parameters["buffer_size"] = math.ceil(shapes.largest / world_size) + 4096
     if parameters.get("buffer_count") == "auto":
-        # One parameter a buffer: a layer in use, one on its way, and embedding and head.
-        parameters["buffer_count"] = 2 * shapes.layer_tensors + 3
+        # One parameter a buffer, held until the GPU's copy is released: the layer in use, the two within the reuse distance,
+        # embedding, head, and one to spare. With fewer the step fails with "Not enough buffers".
+        parameters["buffer_count"] = 3 * shapes.layer_tensors + 3
     if optimizer.get("buffer_count") == "auto":
         ahead = bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write"))
         optimizer["buffer_count"] = _STATES * (1 + ahead)

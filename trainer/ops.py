@@ -1,4 +1,7 @@
-"""Build DeepSpeed's compiled ops once, into torch's extension cache, with progress. Run as: python -m trainer.ops cpu_adam async_io"""
+"""Build DeepSpeed's compiled ops once, into torch's extension cache, with progress.
+
+Run as: python -m trainer.ops cpu_adam async_io
+"""
 import argparse
 import fcntl
 import os
@@ -111,7 +114,8 @@ def _build_one(name, root):
     try:
         builder.load(verbose=False)
     except Exception as error:
-        raise RunError(f"DeepSpeed's {name} could not be built", found=" ".join(str(error).split())[-600:], code=DOES_NOT_FIT) from None
+        raise RunError(f"DeepSpeed's {name} could not be built", found=" ".join(str(error).split())[-600:],
+                       code=DOES_NOT_FIT) from None
     finally:
         done.set()
     print(f"  {name}: ready after {time.time() - started:.0f} s", flush=True)

@@ -36,6 +36,16 @@ def test_embedded_default_takes_its_recipe():
     assert resolve(["--method", "lora"]).learning_rate == 1e-3
 
 
+def test_precision_is_said_once(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("precision: fp32")
+    settings = resolve([str(recipe), "--bf16"])
+    assert settings.precision == "auto" and settings.bf16 is True and not settings.given("precision")
+    recipe.write_text("bf16: true")
+    settings = resolve([str(recipe), "--precision", "fp32"])
+    assert settings.precision == "fp32" and not settings.given("bf16")
+
+
 @pytest.mark.parametrize("argv, key, value", [
     (["--bf16"], "bf16", True), (["--bf16", "false"], "bf16", False), (["--no_bf16"], "bf16", False),
     (["--max-steps=5"], "max_steps", 5), (["--learning-rate", "1e-5"], "learning_rate", 1e-5),

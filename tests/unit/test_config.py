@@ -60,7 +60,7 @@ def test_auto_leaves_nothing(name, world, tmp_path):
         assert zero["offload_optimizer"]["nvme_path"] == str(tmp_path)
     if name == "ds_z3_nvme.json":
         assert zero["offload_param"]["buffer_size"] >= LLAMA_8B.largest / world and zero["offload_param"]["max_in_cpu"] == 0
-        assert zero["offload_param"]["buffer_count"] >= 2 * LLAMA_8B.layer_tensors
+        assert zero["offload_param"]["buffer_count"] >= 3 * LLAMA_8B.layer_tensors + 2
     check_buffers(done, LLAMA_8B, world, name)
     assert all(n >= 0 for n in locked_bytes(done, LLAMA_8B, world))
 

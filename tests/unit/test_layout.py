@@ -11,8 +11,8 @@ FILES = sorted(p for d in ("launch", "trainer", "data") for p in (ROOT / d).rglo
 # Layers inside trainer: a module imports its own layer and those before it.
 LAYERS = [{"errors", "ds_schema", "args", "config"}, {"hardware", "ops", "embedded"},
           {"offload", "model", "loss", "telemetry", "tracking", "export", "merge", "card"}, {"loop", "run"}]
-TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run", "trainer.ops",
-              "trainer.embedded", "data.formats", "data.source", "data.tokenize"]
+TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run",
+              "trainer.ops", "trainer.embedded", "data.formats", "data.source", "data.tokenize"]
 
 
 def imports(path):

@@ -1,0 +1,29 @@
+"""launch/train.py with a fault: FAULT_STEP=n multiplies the loss of the n-th micro-batch on FAULT_RANK by FAULT_VALUE."""
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from trainer.run import main  # noqa: E402
+
+
+def install():
+    from trainer.loop import OffloadTrainer
+
+    plain, count = OffloadTrainer._loss_and_hits, [0]
+
+    def faulty(self, model, inputs):
+        loss, hits = plain(self, model, inputs)
+        if model.training:
+            count[0] += 1
+            if count[0] == int(os.environ["FAULT_STEP"]) and os.environ["RANK"] == os.environ.get("FAULT_RANK", "0"):
+                loss = loss * float(os.environ["FAULT_VALUE"])
+        return loss, hits
+
+    OffloadTrainer._loss_and_hits = faulty
+
+
+if __name__ == "__main__":
+    install()
+    sys.exit(main())
