@@ -136,7 +136,8 @@ def uses_nvme(config, tier=None):
 class Shapes:
     """What the "auto" values are made from; counts are elements.
 
-    layer: parameters of the largest decoder layer. layer_tensors: its tensors that are large enough for NVMe. largest: the largest parameter.
+    layer: parameters of the largest decoder layer. layer_tensors: its tensors that are large enough for NVMe.
+    largest: the largest parameter.
     trainable, largest_trainable: what the optimizer sees. itemsize: bytes of one parameter in the run's precision.
     """
 
