@@ -171,10 +171,13 @@ def resolve_auto(config, shapes, world_size, swap_directory):
         "stage3_max_live_parameters": 3 * shapes.layer + shapes.largest,
         "stage3_max_reuse_distance": 2 * shapes.layer,
     }
+    parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
+    if parameters.get("device") == "nvme":
+        # What is on the GPU holds its buffer too: no more than a layer in use and one on its way.
+        values["stage3_max_live_parameters"] = 2 * shapes.layer
     for key, value in values.items():
         if zero.get(key) == "auto":
             zero[key] = value
-    parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
     if parameters.get("buffer_size") == "auto":
         parameters["buffer_size"] = math.ceil(shapes.largest / world_size) + 4096
     if parameters.get("buffer_count") == "auto":

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from conftest import make_model, make_tokenizer
 
 CONFIGS = ["ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme"]
 TEN = ["--max_steps", 10, "--per_device_train_batch_size", 4, "--lr_scheduler_type", "constant"]
@@ -60,6 +61,16 @@ def test_lora(trains):
         assert json.loads((run.directory / "export" / "adapter_config.json").read_text())["r"] == 8
     leaf = trains("leaf", *lora, "--leaf_modules", "true", "--gradient_checkpointing", "false")
     close(leaf.losses, runs["ds_z3"].losses)
+
+
+@pytest.mark.parametrize("method, checkpointing", [("full", "false"), ("full", "true"), ("lora", "true")])
+def test_nvme_look_ahead(trains, tmp_path, method, checkpointing):
+    # Many small layers and a large tied embedding: the look-ahead passes the turn from forward to backward, and the buffers are few.
+    make_model(tmp_path / "deep", num_hidden_layers=12, tie_word_embeddings=True, vocab_size=8192)
+    make_tokenizer(tmp_path / "deep")
+    flags = ["--model_name_or_path", tmp_path / "deep", "--max_steps", 5, "--per_device_train_batch_size", 2, "--method", method,
+             "--gradient_checkpointing", checkpointing]
+    close(trains("nvme", *flags, "--deepspeed", "ds_z3_nvme.json").losses, trains("cpu", *flags).losses)
 
 
 def test_accumulation(trains):

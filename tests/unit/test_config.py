@@ -52,7 +52,8 @@ def test_auto_leaves_nothing(name, world, tmp_path):
     assert '"auto"' not in text
     zero = done["zero_optimization"]
     assert zero["stage3_prefetch_bucket_size"] == LLAMA_8B.layer
-    assert zero["stage3_max_live_parameters"] >= 3 * LLAMA_8B.layer + LLAMA_8B.largest
+    layers = 2 * LLAMA_8B.layer if name == "ds_z3_nvme.json" else 3 * LLAMA_8B.layer + LLAMA_8B.largest
+    assert zero["stage3_max_live_parameters"] == layers
     assert zero["stage3_max_reuse_distance"] >= 2 * LLAMA_8B.layer
     assert zero["reduce_bucket_size"] <= 5e8 and zero["sub_group_size"] <= 1e8
     if "nvme" in name:

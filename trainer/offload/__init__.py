@@ -10,7 +10,7 @@ def apply():
 
     if deepspeed.__version__.split("+")[0] != SUPPORTED:
         return []
-    return [_prefetch_each_parameter_once(), _copy_out_of_swap_buffers()]
+    return [_prefetch_each_parameter_once(), _make_room_for_what_is_needed(), _copy_out_of_swap_buffers()]
 
 
 def _prefetch_each_parameter_once():
@@ -23,10 +23,43 @@ def _prefetch_each_parameter_once():
     if not hasattr(plain, "__wrapped__"):
         @functools.wraps(plain)
         def swap_in(self, params, *args, **kwargs):
-            return plain(self, list(dict.fromkeys(params)), *args, **kwargs)
+            params = list(dict.fromkeys(params))
+            ahead = self.__dict__.setdefault("read_ahead", {})  # id → parameter, the latest read last
+            for param in params:
+                ahead.pop(param.ds_id, None)
+                ahead[param.ds_id] = param
+            return plain(self, params, *args, **kwargs)
 
         Swapper.swap_in = swap_in
     return "NVMe prefetch takes each parameter once"
+
+
+def _make_room_for_what_is_needed():
+    # The NVMe look-ahead passes over parameters that are on the GPU at that moment and fills every buffer with later ones. Where one
+    # of the former is released and needed again at once (the head between forward and backward), the step fails with "Not enough
+    # buffers". What was only read ahead, and is on no GPU yet, is given up for it; it is read again when its turn comes.
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+    from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+
+    plain = Init._ensure_availability_of_partitioned_params
+    if not hasattr(plain, "__wrapped__"):
+        @functools.wraps(plain)
+        def ensure(self, params):
+            missing = [p for p in params if p.nvme_swapper is not None and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+            if missing:
+                swapper = missing[0].nvme_swapper
+                lacking = len(missing) - swapper.available_swap_in_buffers()
+                if lacking > 0:
+                    swapper.synchronize_reads()
+                    needed = {p.ds_id for p in params}
+                    ahead = getattr(swapper, "read_ahead", {})
+                    idle = [p for i, p in ahead.items() if i not in needed and i in swapper.available_params
+                            and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+                    swapper.remove_partition_and_release_buffers(idle[-lacking:])
+            return plain(self, params)
+
+        Init._ensure_availability_of_partitioned_params = ensure
+    return "a needed parameter takes the buffer of one that was only read ahead"
 
 
 def _copy_out_of_swap_buffers():
