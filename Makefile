@@ -35,7 +35,7 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables\n'; printf '  %s\n' \
 	  'MODEL=DIR|ORG/NAME   the model (default: the embedded SmolLM2-135M-Instruct)' \
-	  'DATA=FILE            instruction rows as .jsonl or .json (default: the bundled samples)' \
+	  'DATA="FILE …"       rows: files, folders, globs, s3:// and other addresses, each with :SHARE (default: the samples)' \
 	  'METHOD=full|lora     what is trained' \
 	  'RECIPE=NAME          a recipe under launch/recipes/, or a path' \
 	  'RUN=NAME             the run is runs/NAME (default: model, method, configuration and time)' \
@@ -100,6 +100,10 @@ train-zero3-nvme-optimizer: setup-aio ## ZeRO-3, parameters in CPU memory, optim
 train-zero3-nvme: setup-aio ## ZeRO-3, parameters and optimizer on NVMe
 	$(LAUNCH) --deepspeed ds_z3_nvme.json --nvme_path $(NVME) $(TRAIN_FLAGS)
 
+##@ Before a run
+data-check: $(VENV)/.ready ## look at DATA: formats, bad rows, tokens, what is trained, packing
+	$(BIN)/python launch/data.py check $(DATA) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(RECIPE),--config $(RECIPE)) $(ARGS)
+
 ##@ After a run
 export: setup ## merge the LoRA adapter of RUN into its base model
 	$(BIN)/python launch/export.py --merge $(if $(RUN),runs/$(RUN:runs/%=%),$(error RUN=NAME is needed))
@@ -121,5 +125,5 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: rebuild help setup setup-aio train-zero3 train-zero3-gpu train-zero3-nvme-optimizer train-zero3-nvme export test test-gpu \
+.PHONY: rebuild help setup setup-aio train-zero3 train-zero3-gpu train-zero3-nvme-optimizer train-zero3-nvme data-check export test test-gpu \
 	test-default lint clean

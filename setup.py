@@ -13,6 +13,10 @@ REQUIRES = [
     "wandb>=0.20",
     "pyyaml>=6.0",
     "tqdm>=4.66",
+    "filelock>=3.13",
+    "aiohttp>=3.10",  # https:// data, through fsspec
+    "s3fs>=2025.1",  # s3:// data
+    "gcsfs>=2025.1",  # gs:// data
     "psutil>=5.9",
     "nvidia-ml-py>=12.535",
     "gguf>=0.17",  # converts the embedded default model
@@ -28,5 +32,5 @@ setup(
     packages=["trainer", "trainer.offload", "data"],
     package_data={"data": ["samples/*", "templates/*"]},
     install_requires=REQUIRES,
-    extras_require={"test": ["pytest>=8", "ruff>=0.9"]},
+    extras_require={"test": ["pytest>=8", "ruff>=0.9", "moto>=5", "flask>=3", "flask-cors>=4", "tiktoken>=0.9"]},
 )

@@ -1,5 +1,9 @@
-"""Records in, token batches out. Imports nothing of `trainer` or `launch`."""
+"""Records in, packed token batches out. Imports nothing of `trainer` or `launch`."""
 
 
 class DataError(Exception):
-    """Bad input data. The message names the file and line, what was found and what is needed."""
+    """Data that cannot be used: the message says where, what was found, and the mend. Ends with exit code 2."""
+
+
+class RowError(ValueError):
+    """One row cannot be used, and why."""

@@ -1,94 +1,207 @@
-"""Records in → one canonical conversation: a list of {"role", "content"} that ends with the assistant's answer."""
+"""Raw records → one canonical conversation. Imports no torch.
+
+A conversation is a list of {"role", "content"} with roles system, user, assistant and tool, in OpenAI's shape (tool_calls and
+tool_call_id as there). Raw text, which gets no chat template, has the one role "prompt" (never trained) and "completion".
+"""
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from . import DataError
+from . import RowError
 
-SHOWN = 10  # bad rows that an error lists
+FORMATS = {"alpaca": "instruction and output", "sharegpt": "conversations", "messages": "messages",
+           "prompt-completion": "prompt and completion", "text": "text"}
+_KEY = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "prompt-completion": "completion",
+        "text": "text"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "chatgpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
+         "function_response": "tool", "function_call": "function_call"}
+_TAGS = {"user": "user", "assistant": "assistant", "system": "system", "observation": "tool", "function": "function_call"}
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+# What may come before each role; "" is the beginning.
+_AFTER = {"system": ("",), "user": ("", "system", "assistant"), "assistant": ("user", "tool"), "tool": ("call", "tool")}
 
 
 @dataclass
 class Row:
-    """One conversation and where it stood."""
+    """One conversation, the tools that it may call, and where it stood."""
 
     messages: list
     line: int
+    tools: list | None = None
 
 
-def find(path):
-    """The data file; DataError says what was looked for."""
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"no data file {path}\n  found:  nothing at {path.absolute()}\n  needed: a .jsonl or .json file "
-                        "of objects with instruction, input and output")
-    if path.is_dir():
-        raise DataError(f"{path} is a directory\n  needed: a .jsonl or .json file")
-    return path
-
-
-def instruction_row(record):
-    """instruction/input/output, with optional system and history, as messages. ValueError says what is wrong with the row."""
+def detect(record):
+    """The record's format; RowError where it has none."""
     if not isinstance(record, dict):
-        raise ValueError(f"not an object but {type(record).__name__}")
-    if "instruction" not in record:
-        raise ValueError(f"no instruction; the keys are {', '.join(map(str, record)) or 'none'}")
-    for key in ("instruction", "input", "output", "system"):
-        if record.get(key) is not None and not isinstance(record[key], str):
-            raise ValueError(f"{key} is not text but {type(record[key]).__name__}")
-    question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part and part.strip())
+        raise RowError(f"not an object but {type(record).__name__}")
+    for name, key in _KEY.items():
+        if key in record:
+            return name
+    if "chosen" in record and "rejected" in record:
+        raise RowError("preference data (chosen and rejected); needed: one answer a row")
+    if "output" in record:
+        raise RowError("no instruction")
+    found = ", ".join(map(str, list(record)[:8])) or "none"
+    raise RowError(f"no known format; the keys are {found}; needed: " + ", or ".join(FORMATS.values())
+                   + "; dataset_info.json can name other columns")
+
+
+def convert(record, format, line, tags=None):
+    """The Row of a record of `format`. RowError says what is wrong with it."""
+    found = detect(record)
+    if found != format:
+        raise RowError(f"format {found} in a file of {format}; needed: one format a file")
+    tools = _tools(record.get("tools"))
+    if format == "alpaca":
+        messages = _alpaca(record)
+    elif format == "text":
+        messages = [{"role": "completion", "content": _text(record["text"], "text")}]
+    elif format == "prompt-completion":
+        if isinstance(record.get("prompt"), list) or isinstance(record["completion"], list):
+            messages = _conversation([*_list(record.get("prompt"), "prompt"), *_list(record["completion"], "completion")], None, tags)
+        else:
+            messages = [{"role": "prompt", "content": _text(record.get("prompt"), "prompt", empty=True)},
+                        {"role": "completion", "content": _text(record["completion"], "completion")}]
+    else:
+        key = _KEY[format]
+        messages = _conversation(_list(record[key], key), record.get("system"), tags)
+    return Row(messages, line, tools)
+
+
+def _text(value, name, empty=False):
+    if value is None and not empty:
+        raise RowError(f"{name} is null; needed: text")
+    if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+        value = "\n".join(part["text"] for part in value)  # OpenAI's content parts
+    if value is not None and not isinstance(value, str):
+        if isinstance(value, list):
+            raise RowError(f"{name} holds more than text; needed: text alone")
+        raise RowError(f"{name} is not text but {type(value).__name__}")
+    if not empty and not value.strip():
+        raise RowError(f"{name} is empty")
+    return value or ""
+
+
+def _list(value, name):
+    if isinstance(value, str):  # Parquet files and JSON dumps often carry the list as a JSON string
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if not isinstance(value, list):
+        raise RowError(f"{name} is not a list but {'null' if value is None else type(value).__name__}")
+    if not value:
+        raise RowError(f"{name} is empty")
+    return value
+
+
+def _tools(value):
+    if value is None or value == "" or value == []:
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError("tools is not a JSON list") from None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError("tools is not a list of objects")
+    return value or None
+
+
+def _alpaca(record):
+    question = "\n\n".join(part for part in (_text(record["instruction"], "instruction", empty=True),
+                                             _text(record.get("input"), "input", empty=True)) if part.strip())
     if not question:
-        raise ValueError("instruction is empty")
-    if not (record.get("output") or "").strip():
-        raise ValueError("no output" if "output" not in record else "output is empty")
-    messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+        raise RowError("instruction is empty")
+    if "output" not in record:
+        raise RowError("no output")
+    answer = _text(record["output"], "output")
+    system = _text(record.get("system"), "system", empty=True)
+    messages = [{"role": "system", "content": system}] if system.strip() else []
     history = record.get("history") or []
-    if not isinstance(history, list):
-        raise ValueError("history is not a list of [question, answer]")
-    for turn in history:
-        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
-            raise ValueError("history is not a list of [question, answer]")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise RowError("history is not a list of [question, answer]")
+    for i, (asked, answered) in enumerate(history):
+        messages += [{"role": "user", "content": _text(asked, f"history[{i}][0]")},
+                     {"role": "assistant", "content": _text(answered, f"history[{i}][1]")}]
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _records(path):
-    """Yield (line, record or ValueError) of a JSONL file, or of a JSON file that holds a list."""
-    raw = path.read_bytes()
-    if raw.startswith(b"\xef\xbb\xbf"):
-        raw = raw[3:]
-    if path.suffix == ".json" and raw.lstrip()[:1] == b"[":
-        try:
-            for number, record in enumerate(json.loads(raw), 1):
-                yield number, record
-        except ValueError as error:
-            yield getattr(error, "lineno", 1), ValueError(f"not readable as JSON: {error}")
-        return
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
+def _conversation(turns, system, tags):
+    tags = tags or {}
+    messages, before = [], ""
+    system = _text(system, "system", empty=True)
+    if system.strip():
+        messages.append({"role": "system", "content": system})
+        before = "system"
+    roles = {**ROLES, **{tags[f"{tag}_tag"]: role for tag, role in _TAGS.items() if f"{tag}_tag" in tags}}
+    for i, turn in enumerate(turns):
+        place = f"turn {i + 1}"
+        if not isinstance(turn, dict):
+            raise RowError(f"{place} is not an object but {type(turn).__name__}")
+        role_key = tags.get("role_tag") or ("role" if "role" in turn else "from")
+        content_key = tags.get("content_tag") or ("content" if "content" in turn or "role" in turn else "value")
+        if role_key not in turn:
+            raise RowError(f"{place} has no role; its keys are {', '.join(map(str, turn))}")
+        role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            raise RowError(f"{place}: unknown role {turn[role_key]!r}; needed: system, user, assistant or tool")
+        message = _message(role, turn, turn.get(content_key), f"{place} ({turn[role_key]}): {content_key}")
+        role = message["role"]
+        if before not in _AFTER[role] and not (role == "system" and not messages):
+            last = messages[-1]["role"] if messages else "the beginning"
+            raise RowError(f"{place}: {role} after {last}; needed: system first if any, then user and assistant in turn"
+                           + ("; tool after an assistant's tool_calls" if role == "tool" else ""))
+        before = "call" if message.get("tool_calls") else role
+        if role != "system" or message["content"].strip():
+            messages.append(message)
+    if not any(m["role"] == "assistant" for m in messages):
+        raise RowError("no assistant turn: there is nothing to learn from")
+    if messages[-1]["role"] != "assistant":
+        raise RowError(f"ends with a {messages[-1]['role']} turn that nothing answers; needed: an assistant turn at the end")
+    return messages
+
+
+def _message(role, turn, content, place):
+    if role == "function_call":  # ShareGPT: the call as JSON in the text
+        return {"role": "assistant", "content": "", "tool_calls": _calls(_json_calls(content, place), place)}
+    calls = turn.get("tool_calls") if role == "assistant" else None
+    if role == "assistant" and not calls and turn.get("function_call"):  # OpenAI's older form
+        calls = [{"function": turn["function_call"]}]
+    message = {"role": role, "content": _text(content, place, empty=bool(calls) or role in ("tool", "system"))}
+    message.update({key: turn[key] for key in _KEPT if turn.get(key) is not None and key != "tool_calls"})
+    if calls:
+        message["tool_calls"] = _calls(calls, place)
+    if role == "assistant" and turn.get("weight") is not None:  # OpenAI: 0 keeps a turn out of the loss
+        if turn["weight"] not in (0, 1):
+            raise RowError(f"{place}: weight {turn['weight']!r}; needed: 0 or 1")
+        if not turn["weight"]:
+            message["weight"] = 0
+    return message
+
+
+def _json_calls(content, place):
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        raise RowError(f"{place} is not a JSON call") from None
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _calls(calls, place):
+    result = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"{place}: a tool call without a function name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
             try:
-                yield number, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                yield number, ValueError("not UTF-8")
-            except ValueError as error:
-                yield number, ValueError(f"not readable as JSON: {error}")
-
-
-def read(path):
-    """All rows of a file. DataError lists the first bad rows as `file:line: reason` and counts the rest."""
-    path = find(path)
-    rows, bad = [], []
-    for line, record in _records(path):
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            rows.append(Row(instruction_row(record), line))
-        except ValueError as error:
-            bad.append(f"{path}:{line}: {error}")
-    if bad:
-        more = f"\n  … and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(f"{len(bad)} of {len(bad) + len(rows)} rows of {path} cannot be used\n  "
-                        + "\n  ".join(bad[:SHOWN]) + more + "\n  needed: every row with an instruction and an output")
-    if not rows:
-        raise DataError(f"{path} has no rows\n  found:  {path.stat().st_size} bytes\n  needed: one JSON object a line")
-    return rows
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                raise RowError(f"{place}: the arguments of {function['name']} are not JSON") from None
+        if not isinstance(arguments, dict):
+            raise RowError(f"{place}: the arguments of {function['name']} are not an object")
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        result.append({**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return result

@@ -1,91 +1,260 @@
-"""Conversations → token ids and labels. The loss covers the answer and its end-of-turn token, nothing else."""
-from dataclasses import dataclass
+"""Rows → token ids on disk, once: what is trained is kept as spans, so that length, masks and packing are decided afterwards."""
+import array
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import DataError
+import numpy as np
 
-IGNORED = -100  # the label that the loss skips
-TEMPLATES = Path(__file__).parent / "templates"
+from . import DataError, RowError, storage
+from . import source as sources
+from .template import Template
 
-
-@dataclass
-class Tokens:
-    """One row: input ids and labels (shape [tokens]); the line it came from."""
-
-    input_ids: list
-    labels: list
-    line: int
+CHUNK = 1024  # rows that are rendered and encoded together
+VERSION = 1  # of the files below
+RAW = 2000  # characters of a refused row that rejected.jsonl keeps
+_ARRAYS = {"lengths": np.int32, "lines": np.int64, "contents": np.uint64, "spans": np.int32, "span_counts": np.int32}
+_CODES = {np.int32: "i", np.int64: "q", np.uint64: "Q"}
 
 
-@dataclass
-class Summary:
-    """What tokenising did: rows kept, rows truncated, rows left out because no answer token remained, tokens, trained tokens."""
+class Encoder:
+    """A tokenizer and its template: rows → ids and trained token ranges. Adds no special token that the template does not write."""
 
-    rows: int = 0
-    truncated: int = 0
-    left_out: int = 0
-    tokens: int = 0
-    trained: int = 0
+    def __init__(self, tokenizer, last_turn_only=False):
+        from tokenizers import Tokenizer
 
-    def __str__(self):
-        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained"
-        if self.truncated:
-            text += f", {self.truncated:,} truncated"
-        return text + (f", {self.left_out:,} left out (no answer token within max_length)" if self.left_out else "")
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(f"{type(tokenizer).__name__} is a tokenizer in plain Python, without character offsets\n"
+                            "  needed: a tokenizer.json beside the model's weights")
+        written = backend.to_str()
+        self.backend = Tokenizer.from_str(written)  # a copy: a truncation set in the file must not cut rows unseen
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.template = Template(tokenizer, last_turn_only)
+        self.special, self.pad = frozenset(tokenizer.all_special_ids), tokenizer.pad_token_id
+        ends = (tokenizer.eos_token, tokenizer.bos_token)
+        self.controls = [t for t in tokenizer.all_special_tokens if t in self.template.text or t in ends]
+        # Raw text gets what the tokenizer would add to it by itself, and an end.
+        first = tokenizer("")["input_ids"][:1]
+        self.bos = first if first and first[0] == tokenizer.bos_token_id else []
+        self.eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.fingerprint = storage.digest(VERSION, written, self.template.text, sorted(self.template.variables.items()),
+                                          last_turn_only)
+
+    def render(self, rows):
+        """[(text, character ranges, raw) or RowError]: the part before the tokenizer."""
+        raw = [row.messages[0]["role"] in ("prompt", "completion") for row in rows]
+        chats = iter(self.template.render([row for row, r in zip(rows, raw) if not r]) if not all(raw) else [])
+        result = []
+        for row, is_raw in zip(rows, raw):
+            if is_raw:
+                text = "".join(m["content"] for m in row.messages)
+                result.append((text, [(len(text) - len(row.messages[-1]["content"]), len(text))], True))
+            else:
+                chat = next(chats)
+                result.append(chat if isinstance(chat, RowError) else (*chat, False))
+        return result
+
+    def control_in(self, row):
+        """A control token that stands in the row's own text, where the tokenizer reads it as the real one; or None."""
+        return next((c for c in self.controls for m in row.messages if c in m["content"]), None)
+
+    def encode(self, texts):
+        """The backend's encodings; releases the interpreter lock, so that the next rows are rendered meanwhile."""
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+    def finish(self, text, ranges, raw, encoding):
+        """(ids, [(begin, end), …]): token ranges of the character ranges."""
+        ids, spans = encoding.ids, []
+        for begin, end in ranges:
+            first = _token_at(encoding, begin, end, 1)
+            if first is not None and encoding.token_to_chars(first)[0] < begin:
+                # A token crosses the border; a model that answers sees the prompt's own tokens, so both are encoded apart.
+                return self._apart(text, ranges, raw)
+            last = _token_at(encoding, end - 1, begin - 1, -1)
+            if first is None or last is None:
+                continue
+            while last + 1 < len(ids) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:
+                last += 1  # one character of several tokens
+            spans.append(self._trimmed(ids, first, last + 1))
+        return self._ended(ids, spans) if raw else (ids, spans)
+
+    def _apart(self, text, ranges, raw):
+        ids, spans, at = [], [], 0
+        for begin, end in ranges:
+            before, answer = (self.backend.encode(part, add_special_tokens=False).ids for part in (text[at:begin], text[begin:end]))
+            first = len(ids) + len(before)
+            ids = [*ids, *before, *answer]
+            spans.append(self._trimmed(ids, first, len(ids)))
+            at = end
+        ids += self.backend.encode(text[at:], add_special_tokens=False).ids
+        return self._ended(ids, spans) if raw else (ids, spans)
+
+    def _trimmed(self, ids, first, end):
+        # Without marks an answer's range goes on to what the template writes after the end-of-turn token: not the model's to learn.
+        if not self.template.marked:
+            stop = end
+            while stop > first and ids[stop - 1] not in self.special:
+                stop -= 1
+            end = stop if stop > first else end
+        return first, end
+
+    def _ended(self, ids, spans):
+        shift = len(self.bos)
+        ids = [*self.bos, *ids, *self.eos]
+        return ids, [(a + shift, b + shift + (len(self.eos) if i == len(spans) - 1 else 0)) for i, (a, b) in enumerate(spans)]
 
 
-def prepare_tokenizer(tokenizer):
-    """Give the tokenizer what fine-tuning needs: a chat template and a pad token. Returns what was added, in words."""
-    added = []
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = (TEMPLATES / "alpaca.jinja").read_text()
-        added.append("the alpaca chat template, as it has none")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        added.append(f"{tokenizer.pad_token} as the pad token; padding is masked by position, not by token")
-    tokenizer.padding_side = "right"
-    return added
+def _token_at(encoding, start, stop, step):
+    """The token of the first character from `start` towards `stop` that has one."""
+    for position in range(start, stop, step):
+        token = encoding.char_to_token(position)
+        if token is not None:
+            return token
+    return None
 
 
-def tokenize_row(tokenizer, messages, max_length):
-    """messages → (input ids, labels, truncated). DataError where the template does not keep the prompt as a prefix."""
-    def ids_of(text):
-        # The template writes the special tokens itself; adding them again would double the BOS.
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+class TokenFile:
+    """The tokens of one source, in the cache.
 
-    prompt_text = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not text.startswith(prompt_text):
-        raise DataError("the model's chat template writes the prompt differently when an answer follows, so the answer "
-                        "cannot be told apart from it")
-    prompt, ids = ids_of(prompt_text), ids_of(text)
-    if ids[: len(prompt)] != prompt:  # a token crosses the border; a model that answers sees the prompt's own tokens
-        ids = prompt + ids_of(text[len(prompt_text):])
-    # What the template writes after the end-of-turn token is not the model's to learn.
-    ends = [i for i in range(len(prompt), len(ids)) if ids[i] in tokenizer.all_special_ids]
-    stop = ends[-1] + 1 if ends else len(ids)
-    labels = [IGNORED] * len(prompt) + ids[len(prompt):stop] + [IGNORED] * (len(ids) - stop)
-    return ids[:max_length], labels[:max_length], len(ids) > max_length
+    lengths, lines: [rows]; contents: [rows, 2], a hash of each conversation; spans: [spans, 2], trained token ranges within their
+    row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these), largest (token id).
+    """
+
+    def __init__(self, folder, manifest):
+        self.folder, self.manifest = Path(folder), manifest
+        arrays = {name: np.load(self.folder / f"{name}.npy") for name in _ARRAYS}
+        self.lengths, self.lines = arrays["lengths"], arrays["lines"]
+        self.contents = arrays["contents"].reshape(-1, 2)
+        self.spans = arrays["spans"].reshape(-1, 2)
+        self.first_span = np.concatenate([[0], np.cumsum(arrays["span_counts"], dtype=np.int64)])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[:-1]
+        self._handle = None
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_handle": None}
+
+    def tokens(self, start, length):
+        """`length` ids from token `start` of the file; int32. By pread: no mapping that counts as memory, safe in forks."""
+        if self._handle is None:
+            self._handle = os.open(self.folder / "tokens.bin", os.O_RDONLY)
+        return np.frombuffer(os.pread(self._handle, 4 * int(length), 4 * int(start)), dtype=np.int32)
+
+    def trained(self, row):
+        """Trained token ranges of a row: [spans, 2]."""
+        return self.spans[self.first_span[row]:self.first_span[row + 1]]
+
+    @property
+    def trained_tokens(self):
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum()) if len(self.spans) else 0
+
+    def rejected(self):
+        """Yield {"line", "reason", "row"} of the refused rows."""
+        with open(self.folder / "rejected.jsonl", encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
 
-def tokenize(tokenizer, rows, max_length, source, progress=lambda rows: rows):
-    """Rows → (list of Tokens, Summary). DataError where no token would be trained on."""
-    result, summary = [], Summary()
-    for row in progress(rows):
-        try:
-            ids, labels, cut = tokenize_row(tokenizer, row.messages, max_length)
-        except DataError as error:
-            raise DataError(f"{source}:{row.line}: {error}") from None
-        summary.truncated += cut
-        if all(label == IGNORED for label in labels[1:]):
-            summary.left_out += 1
-            continue
-        result.append(Tokens(ids, labels, row.line))
-        summary.tokens += len(ids)
-        summary.trained += sum(label != IGNORED for label in labels[1:])
-    summary.rows = len(result)
-    if not result:
-        raise DataError(f"0 trainable tokens in {len(rows)} rows of {source}\n  found:  every label is masked; "
-                        f"{summary.truncated} rows were truncated to max_length {max_length}\n  needed: answers within "
-                        "max_length tokens; raise --max_length")
-    return result, summary
+def tokenized(source, encoder, progress=lambda rows: rows):
+    """The TokenFile of a source, from the cache or made: by one process of this machine, while the others wait."""
+    folder = storage.cache_directory() / "tokens" / storage.digest(encoder.fingerprint, *source.key())
+    with storage.locked(folder):
+        manifest = storage.read_manifest(folder)
+        if manifest is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as work:
+                _make(Path(work), source, encoder, progress)
+                os.chmod(work, 0o755)
+                os.rename(work, folder)
+                os.mkdir(work)  # for the context manager to remove
+            manifest = storage.read_manifest(folder)
+    source.format = manifest["format"]
+    return TokenFile(folder, manifest)
+
+
+def _content(row):
+    return hashlib.blake2b(json.dumps([row.messages, row.tools]).encode(), digest_size=16).digest()
+
+
+def _make(work, source, encoder, progress):
+    notes, refused, first, largest, odd = [], 0, [], -1, {}
+    columns = {name: array.array(_CODES[kind]) for name, kind in _ARRAYS.items()}
+    with open(work / "tokens.bin", "wb") as tokens, open(work / "rejected.jsonl", "w", encoding="utf-8") as rejected:
+
+        def refuse(line, reason, record):
+            nonlocal refused
+            refused += 1
+            if len(first) < sources.KEPT:
+                first.append([line, str(reason)])
+            text = json.dumps(record, ensure_ascii=True, default=str)
+            rejected.write(json.dumps({"line": line, "reason": str(reason), "row": record if len(text) <= RAW else text[:RAW]},
+                                      default=str) + "\n")
+
+        def note(line, text):
+            odd.setdefault(text, [line, 0])[1] += 1
+
+        def keep(rows, rendered, encodings):
+            nonlocal largest
+            written = array.array("i")
+            for row, (text, ranges, raw), encoding in zip(rows, rendered, encodings):
+                ids, spans = encoder.finish(text, ranges, raw, encoding)
+                if not spans:
+                    refuse(row.line, "no trained token: the tokenizer makes nothing of the answer", row.messages)
+                    continue
+                if control := encoder.control_in(row):
+                    note(row.line, f"the text itself holds {control}, which the tokenizer reads as a control token")
+                if encoder.pad in ids and any(encoder.pad in ids[a:b] for a, b in spans):
+                    note(row.line, "an answer holds the pad token; it is trained all the same")
+                written.extend(ids)
+                columns["lengths"].append(len(ids))
+                columns["lines"].append(row.line)
+                columns["contents"].frombytes(_content(row))
+                columns["span_counts"].append(len(spans))
+                for span in spans:
+                    columns["spans"].extend(span)
+            if written:
+                largest = max(largest, max(written))
+            tokens.write(written.tobytes())
+
+        def chunks():
+            good = []
+            for line, row, record in progress(sources.read(source, lambda line, text: notes.append([line, text]))):
+                if isinstance(row, RowError):
+                    refuse(line, row, record)
+                    continue
+                good.append(row)
+                if len(good) == CHUNK:
+                    yield good
+                    good = []
+            yield good
+
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            for rows in chunks():
+                kept_rows, kept = [], []
+                for row, rendered in zip(rows, encoder.render(rows)):
+                    if isinstance(rendered, RowError):
+                        refuse(row.line, rendered, row.messages)
+                    else:
+                        kept_rows.append(row)
+                        kept.append(rendered)
+                job = pool.submit(encoder.encode, [text for text, _, _ in kept])
+                if waiting:
+                    keep(waiting[0], waiting[1], waiting[2].result())
+                waiting = kept_rows, kept, job
+            if waiting:
+                keep(waiting[0], waiting[1], waiting[2].result())
+    for name, kind in _ARRAYS.items():
+        np.save(work / f"{name}.npy", np.frombuffer(columns[name].tobytes(), dtype=kind))
+    notes += [[line, text if count == 1 else f"{text} ({count:,} rows)"] for text, (line, count) in odd.items()]
+    manifest = {"format": source.format, "notes": notes, "refused": refused, "first": first, "largest": largest}
+    manifest["files"] = storage.checksums(work)
+    (work / "manifest.json").write_text(json.dumps(manifest))

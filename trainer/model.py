@@ -4,7 +4,7 @@ import json
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data.tokenize import prepare_tokenizer
+from data.template import prepare_tokenizer
 
 from . import embedded
 from .config import Shapes
@@ -36,7 +36,7 @@ def load_tokenizer(name, settings):
     except Exception as error:  # transformers raises half a dozen kinds for a missing or broken tokenizer
         raise RunError(f"the tokenizer of {name} cannot be read", found=" ".join(str(error).split())[:300],
                        needed="tokenizer.json and tokenizer_config.json beside the weights") from None
-    return tokenizer, prepare_tokenizer(tokenizer)
+    return tokenizer, prepare_tokenizer(tokenizer, settings.template)
 
 
 def decoder_layers(model):
@@ -92,12 +92,12 @@ def add_adapters(model, settings):
     return adapted
 
 
-def build(name, config, settings, precision):
+def build(name, config, settings, precision, attention=None):
     """The model in `precision`, partitioned by ZeRO-3 as it is loaded. TrainingArguments must exist already: without them
     transformers does not know about ZeRO-3 and every rank would load the whole model."""
     options = {"dtype": DTYPES[precision], "trust_remote_code": settings.trust_remote_code}
-    if settings.attn_implementation:
-        options["attn_implementation"] = settings.attn_implementation
+    if attention:
+        options["attn_implementation"] = attention
     try:
         if settings.random_weights:
             model = AutoModelForCausalLM.from_config(config, **options)

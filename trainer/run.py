@@ -8,9 +8,9 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from data import DataError, source
+from data import DataError
 
-from . import __version__, embedded, hardware, offload
+from . import __version__, embedded, hardware, offload, rows
 from .args import ROOT, all_keys, check_model, help_text, parse_size, resolve
 from .config import (
     check_agreement,
@@ -74,9 +74,7 @@ def prepare(settings):
         raise RunError(f"the run directory {directory} holds a run already", fix="another --run_name (RUN= with make)")
     if uses_nvme(config):
         hardware.check_swap_directory(settings.nvme_path)
-    seed = settings.data_seed if settings.data_seed is not None else settings.seed
-    rows = source.load(settings.dataset, settings.validation_split, seed, ROOT / "data" / "samples")
-    return config, path, rows, precision, gpu, reason
+    return config, path, rows.plan(settings, _progress("looking at the rows")), precision, gpu, reason
 
 
 def choose_precision(settings, config, gpu, path):
@@ -191,8 +189,7 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as transformers_logging
 
-    from data.tokenize import tokenize
-
+    from . import attention
     from . import model as models
     from .loop import OffloadTrainer
     from .telemetry import Telemetry, heartbeat
@@ -216,30 +213,27 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     tokenizer, added = models.load_tokenizer(name, settings)
     for what in added:
         say(f"tokenizer: given {what}")
-    train_rows, validation_rows, (train_source, validation_source) = data
-    train_tokens, summary = tokenize(tokenizer, train_rows, settings.max_length, train_source, _progress("tokenizing"))
-    say(f"train: {summary}  {train_source}")
-    validation_tokens = []
-    if validation_rows:
-        validation_tokens, summary_v = tokenize(tokenizer, validation_rows, settings.max_length, validation_source)
-        say(f"validation: {summary_v}  {validation_source}")
+    tokens = rows.build(data, settings, tokenizer, model_config.get_text_config().vocab_size, _progress("tokenizing"))
+    for line in tokens.lines:
+        say(line)
 
     skeleton = models.skeleton(model_config, settings)
     shapes = models.shapes_of(skeleton, precision)
     parameters = sum(p.numel() for p in skeleton.parameters())
+    backend = attention.choose(skeleton, settings, gpu, precision)
     del skeleton
     config = resolve_auto(config, shapes, world_size, swap_directory)
     check_buffers(config, shapes, world_size, config_path)
     hardware.check_locked_memory(*locked_bytes(config, shapes, world_size), ranks_here)
     update_rows = world_size * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     say(f"model: {name}, {parameters:,} parameters, {shapes.trainable:,} trained ({settings.method})")
-    say(f"one update: {world_size} rank(s) x {settings.per_device_train_batch_size} rows x "
+    say(f"one update: {world_size} rank(s) x {settings.per_device_train_batch_size} {'packed ' if settings.packing else ''}rows x "
         f"{settings.gradient_accumulation_steps} micro-batches = {update_rows} rows")
 
     options = settings.training()
     trackers = options.pop("report_to") or []
     trackers = trackers if isinstance(trackers, list) else [trackers]
-    if not validation_tokens:
+    if not len(tokens.validation):
         options.update(eval_strategy="no", eval_on_start=False)
         say("validation: no rows, so nothing is measured but the training loss")
     options.update(output_dir=str(directory), run_name=run_name, deepspeed=config, bf16=precision == "bf16",
@@ -254,16 +248,19 @@ def train(settings, config, config_path, data, precision, gpu, reason):
         directory.mkdir(parents=True, exist_ok=True)
         heartbeat(directory, 0, "load")
         _write_resolved(directory, settings, arguments, name)
+        if tokens.refused:
+            rows.write_rejected(directory / "rejected.jsonl", tokens.refused)
+            say(f"refused rows: {directory / 'rejected.jsonl'}")
         _print_settings(settings)
     set_seed(settings.seed)
     tracker = None
     telemetry = None
     try:
-        model = models.build(name, model_config, settings, precision)
+        model = models.build(name, model_config, settings, precision, backend)
         leaf = settings.leaf_modules if settings.leaf_modules is not None else (gpu and settings.method == "lora")
         if leaf:
             say(f"leaf module: {models.make_leaves(model)}")
-        length = summary.tokens / summary.rows
+        length = tokens.summary.tokens / tokens.summary.rows
         text = model_config.get_text_config()
         passes = 3 if settings.method == "full" else 2
         flops = passes * (2 * parameters + 2 * text.num_hidden_layers * length * text.hidden_size)
@@ -271,14 +268,16 @@ def train(settings, config, config_path, data, precision, gpu, reason):
                               int(os.environ["LOCAL_RANK"]) if gpu else None)
         if is_main_process() and ("wandb" in trackers or "all" in trackers):
             tracker = Tracker(directory, run_name, _public(settings))
-        trainer = OffloadTrainer(model=model, args=arguments, train_dataset=train_tokens, eval_dataset=validation_tokens or None,
+        trainer = OffloadTrainer(model=model, args=arguments, train_dataset=tokens.train,
+                                 eval_dataset=tokens.validation if len(tokens.validation) else None, mixture=tokens.mixture,
+                                 capacity=settings.max_length if settings.packing else None, varlen=backend == "varlen",
                                  processing_class=tokenizer, telemetry=telemetry, tracker=tracker,
                                  fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps)
         trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
-        if validation_tokens and trainer.evaluated_at != trainer.state.global_step:
+        if len(tokens.validation) and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
         if settings.export:
-            _export(trainer, tokenizer, directory, settings, name, train_source)
+            _export(trainer, tokenizer, directory, settings, name, [s.shown for s in data.train])
         if is_main_process():
             heartbeat(directory, trainer.state.global_step, "done")
             _closing_words(trainer, directory, settings)
@@ -302,7 +301,7 @@ def train(settings, config, config_path, data, precision, gpu, reason):
 def _progress(label):
     from tqdm import tqdm
 
-    return lambda rows: tqdm(rows, desc=label, leave=False, disable=not (is_main_process() and sys.stderr.isatty()))
+    return lambda rows: tqdm(rows, desc=label, unit=" rows", leave=False, disable=not (is_main_process() and sys.stderr.isatty()))
 
 
 def _public(settings):
@@ -332,14 +331,14 @@ def _evaluations(trainer):
     return [r for r in trainer.state.log_history if "eval_perplexity" in r]
 
 
-def _export(trainer, tokenizer, directory, settings, name, train_source):
+def _export(trainer, tokenizer, directory, settings, name, sources):
     from .card import model_card
     from .export import export
 
     target = directory / "export"
     say(f"exporting to {target}")
     base = embedded.HUB_NAME if settings.model_name_or_path is None else name
-    data = os.path.relpath(train_source, ROOT) if Path(train_source).is_relative_to(ROOT) else train_source
+    data = ", ".join(os.path.relpath(s, ROOT) if Path(s).is_relative_to(ROOT) else s for s in sources)
     card = model_card(settings, base, data, _evaluations(trainer), directory)
     limit = parse_size(settings.max_shard_size, "max_shard_size")
     export(trainer.model, tokenizer, target, card, limit, is_main_process())

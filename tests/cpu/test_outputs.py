@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, samples
 
 QUICK = ["--max_steps", 2, "--per_device_train_batch_size", 2]
 
@@ -16,17 +16,14 @@ def plain_evaluation(model_folder, data, max_length=96):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from data.formats import read
-    from data.tokenize import tokenize
-
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    rows, _ = tokenize(tokenizer, read(data), max_length, data)
+    rows, _ = samples(tokenizer, data, max_length)
     loss = hits = count = 0
     with torch.no_grad():
-        for row in rows:
-            labels = torch.tensor(row.labels[1:])
-            logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+        for ids, labels in (rows[i] for i in range(len(rows))):
+            labels = torch.tensor(labels[1:])
+            logits = model(torch.tensor([ids.tolist()])).logits[0, :-1]
             loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             hits += int((logits.argmax(-1) == labels).sum())
             count += int((labels != -100).sum())

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, samples
 
 CONFIGS = ["ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme"]
 TEN = ["--max_steps", 10, "--per_device_train_batch_size", 4, "--lr_scheduler_type", "constant"]
@@ -18,19 +18,20 @@ def plain_torch(model_folder, data, steps, batch, learning_rate, seed=42):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from data.dataset import GlobalBatches, collate
-    from data.formats import read
-    from data.tokenize import tokenize
+    from data.dataset import Order, collate
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows, _ = tokenize(tokenizer, read(data), 96, data)
+    rows, _ = samples(tokenizer, data)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    batches = iter(GlobalBatches(len(rows), batch, 1, 0, 1, seed))
+    batches = iter(Order(rows.lengths, batch, 1, 0, 1, seed))
     losses, norms = [], []
     for _ in range(steps):
-        inputs = collate([rows[i] for i in next(batches)], tokenizer.pad_token_id)
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        units = [rows[unit] for unit in next(batches)]
+        inputs = collate(units, tokenizer.pad_token_id)
+        # The usual padded call: the trainer leaves the mask out, as no token sees the padding to its right.
+        mask = torch.tensor([[1] * len(unit[0][0]) + [0] * (inputs["input_ids"].shape[1] - len(unit[0][0])) for unit in units])
+        logits = model(input_ids=inputs["input_ids"], attention_mask=mask).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))

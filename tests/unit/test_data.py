@@ -1,84 +1,199 @@
-"""Rows in: formats, bad rows, the split, and the bundled samples."""
+"""Rows in: every format and every fault, sources and mixtures, packing, order, the split. No torch."""
 import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data import DataError, formats, source
+from data import DataError, RowError, formats, pack, records, source
 from trainer.args import ROOT
 
+DATA = ROOT / "tests" / "data"
 SAMPLES = ROOT / "data" / "samples"
 
 
-def write(path, *lines):
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
-    return path
+def read(path, **options):
+    """(rows, refused as [(line, reason)], notes) of one file."""
+    (one,) = source.resolve([str(path)], **options)
+    notes = []
+    found = list(source.read(one, lambda line, text: notes.append((line, text))))
+    return ([r for _, r, _ in found if not isinstance(r, RowError)],
+            [(line, str(r)) for line, r, _ in found if isinstance(r, RowError)], notes)
 
 
-def test_alpaca_rows(tmp_path):
-    path = write(tmp_path / "d.jsonl", '{"instruction": "a", "input": "b", "output": "c"}', "",
-                 '{"instruction": "a", "output": "c", "system": "s", "history": [["q", "r"]]}')
-    one, two = formats.read(path)
-    assert one.messages == [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]
-    assert [m["role"] for m in two.messages] == ["system", "user", "assistant", "user", "assistant"] and two.line == 3
+def contents(row):
+    return [(m["role"], m["content"]) for m in row.messages]
 
 
-def test_json_list_bom_and_crlf(tmp_path):
-    assert len(formats.read(write(tmp_path / "d.json", '[{"instruction": "a", "output": "b"}]'))) == 1
-    assert len(formats.read(write(tmp_path / "d.jsonl", b'\xef\xbb\xbf{"instruction": "a", "output": "b"}\r\n'))) == 1
+# -- formats ------------------------------------------------------------------------------------------------------------
+def test_alpaca():
+    rows, refused, _ = read(DATA / "formats" / "alpaca.jsonl")
+    assert not refused and len(rows) == 7
+    assert contents(rows[1]) == [("user", "What is 2 plus 2?\n\nAnswer with a number."), ("assistant", "4")]
+    assert contents(rows[6]) == [("system", "You add."), ("user", "What is 6 plus 6?"), ("assistant", "12"), ("user", "And 7?"),
+                                 ("assistant", "14")]
 
 
-@pytest.mark.parametrize("line, reason", [
-    ('{"instruction": "a"}', "no output"), ('{"instruction": "a", "output": ""}', "output is empty"),
-    ('{"instruction": "a", "output": null}', "output is empty"), ('{"output": "a"}', "no instruction"),
-    ('{"instruction": " ", "output": "b"}', "instruction is empty"), ('{"instruction": 3, "output": "b"}', "not text"),
-    ('{"instruction": "a", "output"', "not readable as JSON"), ('[1]', "not an object"), (b'{"instruction": "\xff"}', "not UTF-8"),
-    ('{"instruction": "a", "output": "b", "history": ["x"]}', "history"),
+def test_sharegpt_and_messages_say_the_same():
+    for name in ("sharegpt", "messages"):
+        (talk, tools), refused, _ = read(DATA / "formats" / f"{name}.jsonl")
+        assert not refused
+        assert contents(talk) == [("system", "Be brief."), ("user", "Who wrote Faust?"), ("assistant", "Goethe."),
+                                  ("user", "And Hamlet?"), ("assistant", "Shakespeare.")]
+        call = tools.messages[1]["tool_calls"][0]["function"]
+        assert call == {"name": "weather", "arguments": {"city": "Bern"}} and tools.messages[1]["content"] == ""
+        assert tools.tools[0]["function"]["name"] == "weather" and tools.messages[2]["role"] == "tool"
+
+
+def test_raw_text():
+    assert contents(read(DATA / "formats" / "prompt_completion.jsonl")[0][0]) == [("prompt", "The capital of France is"),
+                                                                                 ("completion", " Paris.")]
+    assert [role for role, _ in contents(read(DATA / "formats" / "text.jsonl")[0][0])] == ["completion"]
+
+
+@pytest.mark.parametrize("name", ["list.json", "packed.jsonl.gz", "packed.jsonl.zst", "table.parquet"])
+def test_the_same_rows_in_every_container(name):
+    plain, _, _ = read(DATA / "formats" / "alpaca.jsonl")
+    rows, refused, _ = read(DATA / "formats" / name)
+    assert not refused and [r.messages for r in rows] == [r.messages for r in plain[:6]]
+
+
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize("record, messages", [
+    ({"prompt": [{"role": "user", "content": "a"}], "completion": [ANSWER]}, [("user", "a"), ("assistant", "b")]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWER]}, [("user", "a"), ("assistant", "b")]),
+    ({"messages": json.dumps([{"role": "user", "content": "a"}, ANSWER])}, [("user", "a"), ("assistant", "b")]),
+    ({"conversations": [{"role": "user", "content": "a"}, ANSWER]}, [("user", "a"), ("assistant", "b")]),
+    ({"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "a"}, ANSWER]},
+     [("system", "s"), ("user", "a"), ("assistant", "b")]),
 ])
-def test_bad_rows_are_named(tmp_path, line, reason):
-    path = write(tmp_path / "d.jsonl", '{"instruction": "a", "output": "b"}', line)
+def test_other_spellings(record, messages):
+    assert contents(formats.convert(record, formats.detect(record), 1)) == messages
+
+
+# -- faults -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, line, words", [
+    ("broken_json", 2, "broken JSON at column"), ("nul", 2, "NUL byte"), ("invalid_utf8", 2, "iconv"), ("utf16", 1, "UTF-16"),
+    ("surrogate", 2, "surrogate"), ("empty", 1, "no rows"), ("null_content", 2, "null"), ("not_text", 2, "not text but int"),
+    ("no_output", 2, "no output"), ("wrong_role", 2, "unknown role 'asistant'"), ("role_order", 2, "user after user"),
+    ("no_assistant", 2, "no assistant turn"), ("ends_with_user", 2, "ends with a user turn"),
+    ("duplicate_keys", 2, "'output' stands twice"),
+    ("mixed_formats", 2, "format messages in a file of alpaca"), ("no_format", 1, "the keys are question, answer"),
+    ("preference", 1, "preference data"), ("not_an_object", 2, "not an object but list"), ("half_list.json", 27, "half-written"),
+    ("half_written.jsonl.gz", None, "damaged or half-written"), ("not_parquet.parquet", 1, "not readable as Parquet"),
+])
+def test_faults_are_named(name, line, words):
+    path = DATA / "faults" / (name if "." in name else f"{name}.jsonl")
+    _, refused, _ = read(path)
+    assert len(refused) == 1 and words in refused[0][1] and line in (None, refused[0][0]), refused
     with pytest.raises(DataError) as error:
-        formats.read(path)
-    assert f"{path}:2: " in str(error.value) and reason in str(error.value)
+        source.check_all(source.resolve([str(path)]), "stop")
+    assert f"{path}:{refused[0][0]}: " in str(error.value) and words in str(error.value) and "--on_bad_row skip" in str(error.value)
+
+
+@pytest.mark.parametrize("name, words", [("bom", "byte order mark"), ("crlf", "CRLF"), ("blank_lines", "2 blank line(s)")])
+def test_noted_and_accepted(name, words):
+    rows, refused, notes = read(DATA / "noted" / f"{name}.jsonl")
+    assert rows and not refused and words in notes[0][1]
+
+
+def test_every_fault_file_is_tested():
+    named = {p.name for p in (DATA / "faults").iterdir()}
+    assert len(named) == 21
+
+
+def test_a_huge_line_costs_no_memory(tmp_path):
+    path = tmp_path / "huge.jsonl"
+    path.write_bytes(b'{"instruction": "a", "output": "' + b"x" * 50_000_000 + b'"}\n{"instruction": "a", "output": "b"}\n')
+    code = ("import sys; sys.path.insert(0, sys.argv[2]); from data import source\n"
+            "found = list(source.read(source.resolve([sys.argv[1]])[0]))\n"
+            "print([(l, str(r)[:40]) for l, r, _ in found][0], len(found), "
+            "open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # its own peak; ru_maxrss is inherited
+    out = subprocess.run([sys.executable, "-c", code, str(path), str(ROOT)], text=True, capture_output=True, check=True).stdout
+    assert "(1, 'a row of 50,000,03" in out and int(out.split()[-1]) < 200_000, out
+
+
+def test_skipping_leaves_the_good_rows():
+    found = source.check_all(source.resolve([str(DATA / "faults")]), "skip")
+    assert found > 10
+    with pytest.raises(DataError, match="no row can be used"):
+        source.check_all(source.resolve([str(DATA / "faults" / "no_format.jsonl")]), "skip")
 
 
 def test_many_bad_rows_are_counted(tmp_path):
-    path = write(tmp_path / "d.jsonl", *['{"instruction": "a"}'] * 30)
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"instruction": "a"}\n' * 30)
     with pytest.raises(DataError, match="30 of 30") as error:
-        formats.read(path)
+        source.check_all(source.resolve([str(path)]), "stop")
     assert "20 more" in str(error.value)
 
 
-def test_empty_and_missing(tmp_path):
-    with pytest.raises(DataError, match="no rows"):
-        formats.read(write(tmp_path / "e.jsonl", ""))
-    with pytest.raises(DataError, match="nothing at"):
-        formats.read(tmp_path / "absent.jsonl")
+# -- sources ------------------------------------------------------------------------------------------------------------
+def test_files_folders_globs_and_shares(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    assert [Path(s.path).name for s in source.resolve([str(tmp_path)])] == ["a.jsonl", "b.jsonl"]
+    assert [Path(s.path).name for s in source.resolve([f"{tmp_path}/b*"])] == ["b.jsonl"]
+    one, two = source.resolve([f"{tmp_path}/a.jsonl:0.7", f"{tmp_path}/b.jsonl:.3"])
+    assert (one.weight, two.weight, one.group, two.group) == (0.7, 0.3, 0, 1)
 
 
-def rows(tmp_path, n):
-    return write(tmp_path / "n.jsonl", *[json.dumps({"instruction": f"q{i // 2}", "output": "a"}) for i in range(n)])
+@pytest.mark.parametrize("specs, words", [
+    (["absent.jsonl"], "nothing at"), (["{}/c.txt"], "not a data file"), (["{}/a.jsonl:0"], "above 0"),
+    (["{}/z*"], "no data file matches"),
+    (["{}/a.jsonl:1", "{}/b.jsonl"], "a share for each"), (["ftp://x/y.jsonl"], "not supported"), (["{}/none"], "no data file in"),
+])
+def test_sources_refused(tmp_path, specs, words):
+    (tmp_path / "none").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    with pytest.raises(DataError, match=words):
+        source.resolve([s.format(tmp_path) for s in specs])
 
 
-@pytest.mark.parametrize("wanted, count", [("0.2", 20), ("10", 10), ("0", 0), (None, 5)])
-def test_split(tmp_path, wanted, count):
-    train, validation, _ = source.load(rows(tmp_path, 100), wanted, 1, SAMPLES)
-    assert count <= len(validation) <= count + 1 and len(train) + len(validation) == 100
-    asked = [{r.messages[0]["content"] for r in part} for part in (train, validation)]
-    assert not asked[0] & asked[1]  # rows that are alike stay on one side
-    again = source.load(rows(tmp_path, 100), wanted, 1, SAMPLES)[1]
-    assert [r.line for r in again] == [r.line for r in validation]
+def test_registry():
+    (sums,) = source.resolve(["sums"], str(DATA))
+    assert len([r for _, r, _ in source.read(sums)]) == 4
+    (quiz,), (talk,) = source.resolve(["quiz"], str(DATA)), source.resolve(["talk"], str(DATA / "dataset_info.json"))
+    assert contents(next(r for _, r, _ in source.read(quiz))) == [("user", "1 + 1?"), ("assistant", "2")]
+    assert contents(next(r for _, r, _ in source.read(talk))) == [("user", "Hello?"), ("assistant", "Welcome.")]
+    with pytest.raises(DataError, match="did you mean quiz"):
+        source.resolve(["quizz"], str(DATA))
 
 
-@pytest.mark.parametrize("wanted", ["1.5", "-1", "nan", "absent.jsonl", "100", "0.999"])
-def test_split_refused(tmp_path, wanted):
-    with pytest.raises(DataError):
-        source.load(rows(tmp_path, 100), wanted, 1, SAMPLES)
+@pytest.mark.parametrize("entry, words", [
+    ({"file_name": "a.jsonl", "formatting": "vicuna"}, "formatting"), ({"file_name": "a.jsonl", "ranking": True}, "preference"),
+    ({"file_name": "a.jsonl", "columns": {"promt": "q"}}, "column 'promt'"), ({}, "names no data"),
+    ({"file_name": "a.jsonl", "num_samples": 0}, "num_samples"),
+])
+def test_registry_refused(tmp_path, entry, words):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(DataError, match=words):
+        source.resolve(["x"], str(tmp_path))
+
+
+def test_a_check_is_remembered_until_the_content_changes(tmp_path, monkeypatch):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "x"}\n')
+    (one,) = source.resolve([str(path)])
+    first = source.check(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "read", lambda *a: pytest.fail("read again"))
+        assert source.check(source.resolve([str(path)])[0]) == first
+    path.write_text('{"text": "x"}\n{"text": "y"}\n')
+    assert source.check(source.resolve([str(path)])[0]).rows == 2
 
 
 def test_samples_do_not_leak():
     import re
 
-    train, validation = (formats.read(SAMPLES / f"{n}.jsonl") for n in ("train", "validation"))
+    (train, _, _), (validation, _, _) = (read(SAMPLES / f"{n}.jsonl") for n in ("train", "validation"))
     assert len(train) >= 2000 and len(validation) >= 50
     words = [{re.search(r"'([^']+)'", r.messages[0]["content"])[1] for r in part} for part in (train, validation)]
     answers = [{r.messages[-1]["content"] for r in part} for part in (train, validation)]
@@ -86,3 +201,47 @@ def test_samples_do_not_leak():
     assert len(words[0]) == len(train) and len(answers[0]) == len(train)
     questions = {re.sub(r"'[^']+'", "X", r.messages[0]["content"].split("\n")[0]) for r in train}
     assert len(questions) > 10
+
+
+# -- packing ------------------------------------------------------------------------------------------------------------
+def long_tailed(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.clip(rng.lognormal(5.3, 0.9, count), 8, 2048).astype(np.int64)
+
+
+def slow_best_fit(lengths, capacity):
+    bins = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [b for b in bins if b[0] >= lengths[i]]
+        if not fitting:
+            bins.append([capacity, []])
+            fitting = bins[-1:]
+        best = min(fitting, key=lambda b: b[0])
+        best[0] -= lengths[i]
+        best[1].append(i)
+    return bins
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_fit_decreasing(seed):
+    rng = random.Random(seed)
+    capacity = rng.choice([16, 100, 2048])
+    lengths = np.array([rng.randint(1, capacity) for _ in range(rng.randint(1, 200))])
+    groups = pack.members(pack.best_fit(lengths, capacity))
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    assert all(lengths[g].sum() <= capacity for g in groups)
+    slow = slow_best_fit(lengths.tolist(), capacity)
+    assert sorted(int(lengths[g].sum()) for g in groups) == sorted(capacity - b[0] for b in slow)
+
+
+def test_the_number_of_bins_does_not_depend_on_the_order():
+    lengths = long_tailed(5000)
+    counts = {int(pack.best_fit(np.random.default_rng(s).permutation(lengths), 2048).max()) for s in range(5)}
+    assert len(counts) == 1
+
+
+def test_fill_and_speed():
+    lengths = long_tailed(200_000)
+    began = time.perf_counter()
+    assert pack.fill(lengths, 2048) >= 0.97
+    assert len(lengths) / (time.perf_counter() - began) > 100_000  # rows/s; 5 times that on a machine of its own

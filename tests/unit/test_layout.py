@@ -10,9 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(p for d in ("launch", "trainer", "data") for p in (ROOT / d).rglob("*.py"))
 # Layers inside trainer: a module imports its own layer and those before it.
 LAYERS = [{"errors", "ds_schema", "args", "config"}, {"hardware", "ops", "embedded"},
-          {"offload", "model", "loss", "telemetry", "tracking", "export", "merge", "card"}, {"loop", "run"}]
+          {"offload", "attention", "rows", "model", "loss", "telemetry", "tracking", "export", "merge", "card"},
+          {"loop", "run", "data_check"}]
 TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run",
-              "trainer.ops", "trainer.embedded", "data.formats", "data.source", "data.tokenize"]
+              "trainer.ops", "trainer.embedded", "trainer.rows", "data.formats", "data.records", "data.source",
+              "data.storage", "data.template", "data.tokenize", "data.pack", "data.validate"]
 
 
 def imports(path):
