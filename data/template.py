@@ -91,9 +91,8 @@ class Template:
         spans = marks if self.marked else self._between_prompts(rows, conversations, texts)
         result = []
         for row, text, ranges in zip(rows, texts, spans):
-            turns = [m for m in row.messages if m["role"] == "assistant"]
-            ranges = list(ranges)
-            if self.marked and len(ranges) == len(turns):
+            if self.marked and any("weight" in m for m in row.messages):
+                turns = [m for m in row.messages if m["role"] == "assistant"]
                 ranges = [r for r, turn in zip(ranges, turns) if turn.get("weight") != 0]
             ranges = [r for r in ranges if r[0] < r[1]]
             result.append((text, ranges[-1:] if self.last_turn_only else ranges) if ranges
@@ -102,20 +101,20 @@ class Template:
 
     def _between_prompts(self, rows, conversations, texts):
         """The answers' ranges, where the template does not mark them."""
-        cuts = []  # (row, turn): prompts to render
-        for i, messages in enumerate(conversations):
-            turns = [t for t, m in enumerate(messages) if m["role"] == "assistant"]
-            cuts += [(i, t) for t in (turns[-1:] if self.last_turn_only else turns) if messages[t].get("weight") != 0]
+        # (row, turn): prompts to render
+        cuts = [(i, t) for i, messages in enumerate(conversations) for t, m in enumerate(messages) if m["role"] == "assistant"
+                and m.get("weight") != 0 and (t == len(messages) - 1 or not self.last_turn_only)]
         prompts, _ = self._texts([rows[i] for i, _ in cuts], [conversations[i][:t] for i, t in cuts], add_generation_prompt=True)
         inner = [(i, t) for i, t in cuts if t < len(conversations[i]) - 1]
         ends, _ = self._texts([rows[i] for i, _ in inner], [conversations[i][:t + 1] for i, t in inner]) if inner else ([], None)
         ends = dict(zip(inner, ends))
         spans = [[] for _ in rows]
         for (i, t), prompt in zip(cuts, prompts):
-            end = ends.get((i, t), texts[i])
-            # What a template adds only at the very end (Llama-2's blank, say) is not in the middle of the conversation.
-            stop = end if texts[i].startswith(end) else end.rstrip()
-            if not texts[i].startswith(prompt) or not texts[i].startswith(stop):
+            text = texts[i]
+            stop = end = ends.get((i, t), text)
+            if end is not text and not text.startswith(end):
+                stop = end.rstrip()  # what a template adds at the very end only is not in the middle of the conversation
+            if not text.startswith(prompt) or not text.startswith(stop):
                 raise RowError(f"the model's chat template writes turn {t + 1} differently when the conversation goes on, so what "
                                "was answered cannot be told apart; mend: --last_turn_only true, or --template NAME")
             spans[i].append((len(prompt), len(stop)))
