@@ -75,12 +75,12 @@ class Encoder:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode(self, rendered, pool=None):
-        """A function that gives the encodings of rendered rows. With a pool, the tokenizer works there at once, without the interpreter
-        lock, while the next rows are rendered.
+        """A function that gives the encodings of rendered rows. With a pool, the tokenizer works there at once, without the
+        interpreter's lock, while the next rows are rendered.
 
-        A row's encoding is a list, of the text between the borders of its ranges, where that gives the text's own tokens: a model that
-        answers has seen the prompt's tokens, and control tokens border the answer's end. It costs half of what an encoding with
-        character offsets does, which the other rows get.
+        A row's encoding is a list, of the text between the borders of its ranges, where that gives the text's own tokens: a model
+        that answers has seen the prompt's tokens, and control tokens border the answer's end. Other rows get an encoding with
+        character offsets, which costs more.
         """
         parts, whole, plan = [], [], []
         for text, ranges, _ in rendered:
@@ -167,8 +167,8 @@ def _token_at(encoding, start, stop, step):
 class TokenFile:
     """The tokens of one source, in the cache.
 
-    lengths, lines: [rows]; contents: [rows, 2], a hash of each conversation as rendered; spans: [spans, 2], trained token ranges within their
-    row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these), largest (token id).
+    lengths, lines: [rows]; contents: [rows, 2], a hash of each conversation as rendered; spans: [spans, 2], trained token ranges
+    within their row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these), largest (token id).
     """
 
     def __init__(self, folder, manifest):

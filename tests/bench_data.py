@@ -26,7 +26,7 @@ def generate(path, rows):
     with open(path, "w") as file:
         for i in range(rows):
             words = rng.lognormvariate(0, 0.6)
-            count = max(1, round(8.3 * words))
+            count = max(1, round(9.3 * words))
             at = rng.randrange(len(sentences) - 60)
             body = " ".join(sentences[at:at + min(count, 60)])
             file.write(json.dumps({"instruction": lines[i % len(lines)]["instruction"], "input": "", "output": f"{i} {body}"}) + "\n")
@@ -85,9 +85,9 @@ def run(work, args):
     seconds = time.perf_counter() - began
     tokens, ours = int(file.lengths.sum()), int(file.lengths.sum()) / seconds
     after = bare()
-    print(f"tokenise   {ours:12,.0f} tokens/s {seconds:7.1f} s   peak RSS {peak():.2f} GiB   {len(file):,} rows of {tokens / len(file):.0f} "
-          f"tokens\nbare encode_batch, before and after: {before:,.0f} and {after:,.0f} tokens/s: ours is {ours / ((before + after) / 2):.2f} "
-          "of it", flush=True)
+    print(f"tokenise   {ours:12,.0f} tokens/s {seconds:7.1f} s   peak RSS {peak():.2f} GiB   {len(file):,} rows of "
+          f"{tokens / len(file):.0f} tokens\nbare encode_batch, before and after: {before:,.0f} and {after:,.0f} tokens/s: ours is "
+          f"{ours / ((before + after) / 2):.2f} of it", flush=True)
     samples, _ = dataset.cut([file], [(0, np.arange(len(file)))], 2048)
     began = time.perf_counter()
     bins = pack.best_fit(samples.lengths, 2048)

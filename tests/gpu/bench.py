@@ -8,6 +8,7 @@ NVMe cases, about 60 GiB of disk under --nvme.
 import argparse
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -40,6 +41,10 @@ def make_inputs(work):
     text = (ROOT / "data" / "samples" / "train.jsonl").read_text()
     length = 6 * SEQUENCE
     rows = [{"instruction": "Go on.", "output": text[i * 977:i * 977 + length]} for i in range(256)]
+    # Rows of all lengths, most of them short, as instruction data has them: for packing.
+    rng = random.Random(0)
+    sizes = [min(length, int(rng.lognormvariate(6.3, 0.9))) for _ in range(4000)]
+    write_rows(work / "mixed.jsonl", [{"instruction": "Go on.", "output": text[i * 97:i * 97 + n]} for i, n in enumerate(sizes)])
     return write_rows(work / "rows.jsonl", rows)
 
 
@@ -60,12 +65,12 @@ def run(label, command, log, seconds):
     return code, text
 
 
-def ours(out, work, label, shape, config, micro, steps, seconds, *flags):
+def ours(out, work, label, shape, config, micro, steps, seconds, *flags, rows="rows.jsonl"):
     """Train through launch/train.py; medians over the steps after the second."""
     directory = out / "runs" / label
     subprocess.run(["rm", "-rf", str(directory)])
     command = ["deepspeed", "--num_gpus", "1", "launch/train.py", "--deepspeed", config, "--model_name_or_path", str(work / shape),
-               "--random_weights", "--dataset", str(work / "rows.jsonl"), "--validation_split", "0", "--max_length", str(SEQUENCE),
+               "--random_weights", "--dataset", str(work / rows), "--validation_split", "0", "--max_length", str(SEQUENCE),
                "--per_device_train_batch_size", str(micro), "--max_steps", str(steps), "--learning_rate", "1e-5",
                "--lr_scheduler_type", "constant", "--export", "false", "--output_dir", str(directory), "--nvme_path",
                str(work / "swap"), *flags]
@@ -74,8 +79,8 @@ def ours(out, work, label, shape, config, micro, steps, seconds, *flags):
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     steady = records[2:] or records
     result = {"label": label, "exit": code, "micro_batch": micro, "steps": len(records), "losses": [r["loss"] for r in records]}
-    for key in ("tokens_per_s_per_gpu", "model_tflops_per_gpu", "step_s", "forward_s", "backward_s", "optimizer_s", "gpu_util",
-                "gpu_mem_gib", "host_rss_gib", "pinned_gib", "nvme_read_gbps", "nvme_write_gbps", "h2d_gbps", "d2h_gbps"):
+    for key in ("tokens_per_s_per_gpu", "model_tflops_per_gpu", "step_s", "data_wait_s", "forward_s", "backward_s", "optimizer_s",
+                "gpu_util", "gpu_mem_gib", "host_rss_gib", "pinned_gib", "nvme_read_gbps", "nvme_write_gbps", "h2d_gbps", "d2h_gbps"):
         values = [r[key] for r in steady if r.get(key) is not None]
         if values:
             result[key] = round(statistics.median(values), 3)
@@ -135,6 +140,9 @@ def main():
                             yardstick(out, "8b-lora-peer", "8b", "lora", 1, 4, 150)],
         "8b-lora-noleaf": lambda: [ours(out, work, "8b-lora-noleaf", "8b", "ds_z3_offload.json", 16, 6, 200, *lora,
                                         "--leaf_modules", "false")],
+        "8b-lora-packed": lambda: [
+            ours(out, work, "8b-lora-mixed", "8b", "ds_z3_offload.json", 32, 6, 150, *lora, rows="mixed.jsonl"),
+            ours(out, work, "8b-lora-packed", "8b", "ds_z3_offload.json", 16, 6, 150, *lora, "--packing", rows="mixed.jsonl")],
         "8b-lora-steps": lambda: [ours(out, work, "8b-lora-cpu-m4", "8b", "ds_z3_offload.json", 4, 5, 150, *lora)],
         "3b-full": lambda: [ours(out, work, "3b-full-ours", "3b", "ds_z3_offload.json", 16, 7, 200),
                             yardstick(out, "3b-full-peer", "3b", "full", 1, 4, 150)],
