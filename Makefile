@@ -118,6 +118,9 @@ test-gpu: setup-aio ## tests that need a GPU; skipped without one
 test-default: setup-aio ## the embedded default through every configuration, full and LoRA (half an hour on two cores)
 	$(BIN)/python -m pytest -q tests/default
 
+bench-data: $(VENV)/.ready ## speed and memory of checking, tokenising and packing a million rows
+	$(BIN)/python tests/bench_data.py
+
 lint: $(VENV)/.ready ## ruff
 	$(BIN)/ruff check .
 
@@ -126,4 +129,4 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: rebuild help setup setup-aio train-zero3 train-zero3-gpu train-zero3-nvme-optimizer train-zero3-nvme data-check export test test-gpu \
-	test-default lint clean
+	test-default bench-data lint clean

@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -143,6 +144,7 @@ def _filesystem(url):
     package = _PACKAGES.get(scheme)
     if package is None and scheme != "file":
         raise DataError(f"{shown(url)}: the scheme {scheme}:// is not supported\n  needed: s3://, gs://, https:// or file://")
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of each bucket whose kind it may not ask for
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError:

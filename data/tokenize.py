@@ -168,7 +168,8 @@ class TokenFile:
     """The tokens of one source, in the cache.
 
     lengths, lines: [rows]; contents: [rows, 2], a hash of each conversation as rendered; spans: [spans, 2], trained token ranges
-    within their row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these), largest (token id).
+    within their row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these),
+    largest (token id).
     """
 
     def __init__(self, folder, manifest):

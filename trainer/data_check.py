@@ -64,8 +64,6 @@ def check(argv):
     settings, as_json, rejected = _split(argv)
     specs = settings.dataset or [str(rows.SAMPLES / "train.jsonl"), str(rows.SAMPLES / "validation.jsonl")]
     sources = source.resolve(specs, settings.dataset_dir)
-    from tqdm import tqdm
-
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would say that it looks for one
     from .model import load_tokenizer
 
@@ -73,8 +71,7 @@ def check(argv):
     tokenizer, given = load_tokenizer(str(directory), settings)
     rows.check_vocabulary(tokenizer, rows.vocabulary_of(directory))
     encoder = Encoder(tokenizer, settings.last_turn_only)
-    files = [tokenized(s, encoder, lambda r, s=s: tqdm(r, desc=s.shown, unit=" rows", leave=False, disable=not sys.stderr.isatty()))
-             for s in sources]
+    files = [tokenized(s, encoder, rows.progress(s.shown)) for s in sources]
     samples, _ = dataset.cut(files, [(n, np.arange(len(f))) for n, f in enumerate(files)], settings.max_length, settings.too_long,
                              settings.train_on_prompt)
     result = validate.report(sources, files, samples, settings.max_length)

@@ -1,6 +1,8 @@
 """From the data flags to token samples: what a run trains on and validates with. Torch comes in only when tokens are made."""
 import json
 import math
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,26 @@ from .args import ROOT
 from .errors import RunError, is_main_process
 
 SAMPLES = ROOT / "data" / "samples"
+LINE_EVERY = 15  # seconds
 SMALL = 20  # rows; too few to give a share away unasked
+
+
+def progress(label):
+    """A wrapper for rows that shows how many are done: a bar on a terminal, else a line now and then. On the rank that does it."""
+    def show(rows):
+        from tqdm import tqdm
+
+        if sys.stderr.isatty():
+            yield from tqdm(rows, desc=label, unit=" rows", leave=False)
+            return
+        began = said = time.monotonic()
+        for count, row in enumerate(rows, 1):
+            if not count % 1024 and (now := time.monotonic()) - said >= LINE_EVERY:
+                print(f"{label}: {count:,} rows, {count / (now - began):,.0f} rows/s", file=sys.stderr, flush=True)
+                said = now
+            yield row
+
+    return show
 
 
 @dataclass
@@ -23,7 +44,7 @@ class Plan:
     asked: bool
 
 
-def plan(settings, progress):
+def plan(settings, show):
     """The Plan, every row looked at once. DataError for what cannot be used."""
     given, wanted = settings.dataset, settings.validation_split
     specs = [str(SAMPLES / "train.jsonl")] if given is None else given
@@ -40,7 +61,7 @@ def plan(settings, progress):
     validation = source.resolve([share], settings.dataset_dir) if number is None else []
     for sources in (train, validation):
         if sources:
-            source.check_all(sources, settings.on_bad_row, progress)
+            source.check_all(sources, settings.on_bad_row, show)
     return Plan(train, validation, share if number is not None else None, wanted is not None)
 
 
@@ -56,7 +77,7 @@ class Data:
     refused: list  # (source, TokenFile) with refused rows
 
 
-def build(plan, settings, tokenizer, vocabulary, progress):
+def build(plan, settings, tokenizer, vocabulary, show):
     """Tokenise (or take from the cache), split and cut. vocabulary: rows of the model's embedding."""
     import numpy as np
 
@@ -66,8 +87,8 @@ def build(plan, settings, tokenizer, vocabulary, progress):
     check_vocabulary(tokenizer, vocabulary)
     encoder = Encoder(tokenizer, settings.last_turn_only)
     seed = settings.data_seed if settings.data_seed is not None else settings.seed
-    files = [_tokens(s, encoder, settings, progress) for s in plan.train]
-    held_out = [_tokens(s, encoder, settings, progress) for s in plan.validation]
+    files = [_tokens(s, encoder, settings, show) for s in plan.train]
+    held_out = [_tokens(s, encoder, settings, show) for s in plan.validation]
     lines = []
     for name, sources, made in (("train", plan.train, files), ("validation", plan.validation, held_out)):
         for s, file in zip(sources, made):
@@ -109,10 +130,10 @@ def build(plan, settings, tokenizer, vocabulary, progress):
     return Data(train, validation, summary, mixture, lines, refused)
 
 
-def _tokens(s, encoder, settings, progress):
+def _tokens(s, encoder, settings, show):
     from data.tokenize import tokenized
 
-    file = tokenized(s, encoder, progress)
+    file = tokenized(s, encoder, show)
     if file.manifest["refused"] and settings.on_bad_row == "stop":
         raise source.refuse(s, len(file), file.manifest["refused"], file.manifest["first"])
     return file

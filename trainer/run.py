@@ -8,7 +8,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from data import DataError
+from data import DataError, storage
 
 from . import __version__, embedded, hardware, offload, rows
 from .args import ROOT, all_keys, check_model, help_text, parse_size, resolve
@@ -74,7 +74,7 @@ def prepare(settings):
         raise RunError(f"the run directory {directory} holds a run already", fix="another --run_name (RUN= with make)")
     if uses_nvme(config):
         hardware.check_swap_directory(settings.nvme_path)
-    return config, path, rows.plan(settings, _progress("looking at the rows")), precision, gpu, reason
+    return config, path, rows.plan(settings, rows.progress("looking at rows")), precision, gpu, reason
 
 
 def choose_precision(settings, config, gpu, path):
@@ -213,7 +213,7 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     tokenizer, added = models.load_tokenizer(name, settings)
     for what in added:
         say(f"tokenizer: given {what}")
-    tokens = rows.build(data, settings, tokenizer, model_config.get_text_config().vocab_size, _progress("tokenizing"))
+    tokens = rows.build(data, settings, tokenizer, model_config.get_text_config().vocab_size, rows.progress("tokenizing"))
     for line in tokens.lines:
         say(line)
 
@@ -298,14 +298,13 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     return DONE
 
 
-def _progress(label):
-    from tqdm import tqdm
-
-    return lambda rows: tqdm(rows, desc=label, unit=" rows", leave=False, disable=not (is_main_process() and sys.stderr.isatty()))
-
-
 def _public(settings):
-    return {k: v for k, v in settings.values.items() if k not in SECRET}
+    """The settings without secrets: tokens, and what an address may hold besides its path."""
+    public = {k: v for k, v in settings.values.items() if k not in SECRET}
+    for key in ("dataset", "validation_split"):
+        value = public[key]
+        public[key] = [storage.shown(v) for v in value] if isinstance(value, list) else value and storage.shown(value)
+    return public
 
 
 def _write_resolved(directory, settings, arguments, model):
@@ -321,8 +320,9 @@ def _write_resolved(directory, settings, arguments, model):
 
 
 def _print_settings(settings):
-    rows = [("key", "value", "from")] + [(k, str(settings.values[k]), source) for k, source in settings.sources.items()
-                                         if settings.values[k] != all_keys()[k].default and k not in SECRET]
+    public = _public(settings)
+    rows = [("key", "value", "from")] + [(k, str(public[k]), source) for k, source in settings.sources.items()
+                                         if k in public and settings.values[k] != all_keys()[k].default]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     print("\n" + "\n".join(f"{a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in rows) + "\n", flush=True)
 

@@ -2,6 +2,7 @@
 import http.server
 import json
 import threading
+import urllib.parse
 
 import pytest
 
@@ -81,6 +82,45 @@ def test_s3_without_credentials(s3, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     with pytest.raises(DataError, match="AWS_ACCESS_KEY_ID"):
         rows("s3://data/train/a.jsonl")
+
+
+# -- GCS ----------------------------------------------------------------------------------------------------------------
+class Gcs(http.server.BaseHTTPRequestHandler):
+    """What gcsfs needs of Google's JSON API for gs://data/train/{a,b}.jsonl."""
+
+    NAMES = ("train/a.jsonl", "train/b.jsonl")
+
+    def do_GET(self):
+        address = urllib.parse.urlparse(self.path)
+        query = urllib.parse.parse_qs(address.query)
+        name = urllib.parse.unquote(address.path.rpartition("/o/")[2])
+        code, found = 200, {"kind": "storage#object", "bucket": "data", "size": str(len(ROWS)), "etag": "1", "generation": "1",
+                            "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z"}
+        if address.path.rstrip("/").endswith("/o"):
+            prefix = query.get("prefix", [""])[0]
+            body = json.dumps({"items": [{**found, "name": n} for n in self.NAMES if n.startswith(prefix)]}).encode()
+        elif name not in self.NAMES:
+            code, body = 404, b'{"error": {"code": 404, "message": "Not Found"}}'
+        else:
+            body = ROWS if query.get("alt") == ["media"] else json.dumps({**found, "name": name}).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_gcs(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gcs)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    assert rows("gs://data/train/a.jsonl") == [5] and rows("gs://data/train") == [5, 5] == rows("gs://data/train/*.jsonl")
+    with pytest.raises(DataError, match="gs://data/absent.jsonl cannot be read"):
+        rows("gs://data/absent.jsonl")
+    server.shutdown()
 
 
 # -- HTTP ---------------------------------------------------------------------------------------------------------------
