@@ -70,7 +70,8 @@ def parse(line):
     except UnicodeDecodeError as error:
         raise RowError(f"invalid UTF-8 at byte {error.start + 1}; mend: iconv -f LATIN1 -t UTF-8") from None
     except json.JSONDecodeError as error:
-        raise RowError(f"broken JSON at column {error.pos + 1}: {error.msg}") from None
+        alone = "; are its lines ended by CR alone? mend: tr '\\r' '\\n'" if b"\r" in line.rstrip() else ""
+        raise RowError(f"broken JSON at column {error.pos + 1}: {error.msg}{alone}") from None
     except RecursionError:
         raise RowError("JSON that is nested too deeply") from None
 
@@ -201,6 +202,17 @@ def _parquet(path):
         yield number + 1, RowError(f"not readable as Parquet: {' '.join(str(error).split())[:200]}")
 
 
+def _one_object(path, packed):
+    """The object that a whole file is, written over several lines; None where it is not."""
+    with _open(path, packed) as stream:
+        content = stream.read(MAX_ROW + 1)
+    try:
+        record = parse(content) if len(content) <= MAX_ROW else None
+    except RowError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def read(path, name=None, note=lambda line, text: None):
     """Yield (line, record, or RowError for what cannot be read) of a data file; `note(line, text)` is told what was tolerated.
 
@@ -224,6 +236,9 @@ def read(path, name=None, note=lambda line, text: None):
                     stream = _open(path, packed)
                 records = _json_list(stream) if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"[" else _json_lines(stream, note)
             for line, record in records:
+                if line == 1 and suffix == ".json" and isinstance(record, RowError) and (whole := _one_object(path, packed)):
+                    yield 1, whole
+                    return
                 yield line, record
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):

@@ -82,7 +82,7 @@ def digest(*parts):
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def content_hash(path, progress=lambda done, total: None):
+def content_hash(path):
     """SHA-256 of a file's content. Remembered by path, inode, size and times, so that the next rank does not read it again."""
     status = os.stat(path)
     memo = cache_directory() / "hashes" / digest(Path(path).absolute(), status.st_ino, status.st_size, status.st_mtime_ns,
@@ -90,10 +90,12 @@ def content_hash(path, progress=lambda done, total: None):
     if memo.is_file() and len(found := memo.read_text()) == 64:
         return found
     hashed = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            hashed.update(block)
-            progress(file.tell(), status.st_size)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                hashed.update(block)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read\n  found:  {error.strerror}\n  needed: the right to read it") from None
     write_atomically(memo, hashed.hexdigest().encode())
     return hashed.hexdigest()
 

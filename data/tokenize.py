@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +39,7 @@ class Encoder:
         self.control_texts = tuple(tokenizer.all_special_tokens)
         ends = (tokenizer.eos_token, tokenizer.bos_token)
         self.controls = [t for t in tokenizer.all_special_tokens if t in self.template.text or t in ends]
+        self.writes_calls = "tool_calls" in self.template.text
         self.apart = self._can_encode_apart()
         # Raw text gets what the tokenizer would add to it by itself, and an end.
         first = tokenizer("")["input_ids"][:1]
@@ -127,7 +127,7 @@ class Encoder:
                 continue
             while last + 1 < len(ids) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:
                 last += 1  # one character of several tokens
-            spans.append(self._trimmed(ids, first, last + 1))
+            spans.append((first, last + 1) if raw else self._trimmed(ids, first, last + 1))
         return self._ended(ids, spans) if raw else (ids, spans)
 
     def _joined(self, parts, raw):
@@ -137,7 +137,7 @@ class Encoder:
             first = len(ids)
             ids += part
             if number % 2 and len(ids) > first:
-                spans.append(self._trimmed(ids, first, len(ids)))
+                spans.append((first, len(ids)) if raw else self._trimmed(ids, first, len(ids)))
         return self._ended(ids, spans) if raw else (ids, spans)
 
     def _trimmed(self, ids, first, end):
@@ -214,13 +214,18 @@ def tokenized(source, encoder, progress=lambda rows: rows):
     with storage.locked(folder):
         manifest = storage.read_manifest(folder)
         if manifest is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as work:
-                _make(Path(work), source, encoder, progress)
-                os.chmod(work, 0o755)
+            work = folder.with_name(f".making-{folder.name}")  # a killed maker's half is removed by the next
+            for old in (folder, work):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                work.mkdir(parents=True)
+                _make(work, source, encoder, progress)
                 os.rename(work, folder)
-                os.mkdir(work)  # for the context manager to remove
+            except OSError as error:
+                shutil.rmtree(work, ignore_errors=True)
+                raise DataError(f"the tokens of {source.shown} cannot be written to {folder.parent}\n"
+                                f"  found:  {error.strerror or error}\n  needed: 4 bytes a token; ZERO_OFFLOAD_CACHE names another "
+                                "place") from None
             manifest = storage.read_manifest(folder)
     source.format = manifest["format"]
     return TokenFile(folder, manifest)
@@ -251,6 +256,8 @@ def _make(work, source, encoder, progress):
                 if not spans:
                     refuse(row.line, "no trained token: the tokenizer makes nothing of the answer", row.messages)
                     continue
+                if not encoder.writes_calls and any("tool_calls" in m for m in row.messages):
+                    note(row.line, "the chat template leaves tool calls out; --template chatml or llama3 writes them")
                 if control := encoder.control_in(row):
                     note(row.line, f"the text itself holds {control}, which the tokenizer reads as a control token")
                 written.extend(ids)

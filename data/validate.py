@@ -16,14 +16,18 @@ def _tokens(file):
 
 
 def report(sources, files, samples, max_length):
-    """The object that --json prints. samples: data.dataset.Samples of all files at max_length."""
+    """The object that --json prints. samples: data.dataset.Samples of all files at max_length.
+
+    rows: those accepted; trained_share: of all their tokens, before any cut; truncated: rows of more than max_length tokens.
+    """
     entries = []
     for source, file in zip(sources, files):
         total = int(file.lengths.sum(dtype=np.int64))
+        trained = total - len(file) if samples.train_on_prompt else file.trained_tokens
         entries.append({
             "path": source.shown, "format": source.format, "rows": len(file),
             "rejected": [{"line": e["line"], "reason": e["reason"]} for e in file.rejected()],
-            "tokens": _tokens(file), "trained_share": round(file.trained_tokens / total, 4) if total else 0.0,
+            "tokens": _tokens(file), "trained_share": round(trained / total, 4) if total else 0.0,
             "truncated": int((file.lengths > max_length).sum()),
             "notes": [{"line": line, "text": text} for line, text in file.manifest["notes"]]})
     return {"files": entries, "packing_fill": round(pack.fill(samples.lengths, max_length), 4)}

@@ -49,7 +49,7 @@ def _fits_varlen(config, gpu, precision):
 def choose(skeleton, settings, gpu, precision):
     """The attention backend by name, or None for the model's own choice. RunError where packed rows could not be kept apart."""
     asked = settings.attn_implementation
-    if not settings.packing:
+    if not settings.packing and asked != "varlen":
         return asked
     model = skeleton.get_base_model() if hasattr(skeleton, "peft_config") else skeleton
     config = model.config.get_text_config()

@@ -36,6 +36,7 @@ def test_every_format(every_format):
         assert entry["rejected"] == [] and 0 < entry["tokens"]["p50"] <= entry["tokens"]["p95"] <= entry["tokens"]["max"]
         assert 0 < entry["trained_share"] <= 1 and entry["truncated"] == 0
     assert 0 < result["packing_fill"] <= 1
+    assert "leaves tool calls out" in found["messages.jsonl"]["notes"][0]["text"]
 
 
 def test_every_fault(tiny_model):
@@ -92,7 +93,7 @@ def test_training_skips_and_says_so(trains, tmp_path):
                                              for i in range(40)])
     more = write_rows(tmp_path / "e.jsonl", [{"text": f"text {i}"} for i in range(30)])
     run = trains("run", "--dataset", f"{rows}:0.75", f"{more}:0.25", "--validation_split", "0.1", "--on_bad_row", "skip",
-                 "--max_steps", 1)
+                 "--max_steps", 1, "--train_sampling_strategy", "group_by_length")
     assert "alpaca, 36 rows, 4 refused rows skipped" in run.output and "mixture: an epoch takes" in run.output
     kept = [json.loads(line) for line in (run.directory / "rejected.jsonl").read_text().splitlines()]
     assert [k["line"] for k in kept] == [1, 11, 21, 31] and {k["reason"] for k in kept} == {"no output"}

@@ -134,6 +134,8 @@ def test_raw_text_begins_and_ends(tokenizer):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids, spans = encoded(tokenizer, [{"role": "prompt", "content": "one two"}, {"role": "completion", "content": " three"}])
     assert ids[-1] == eos and ids[0] != bos and tokenizer.decode(ids[spans[0][0]:spans[0][1]]) == " three<|im_end|>"
+    ids, spans = encoded(tokenizer, [{"role": "completion", "content": "one <|im_end|> two"}])
+    assert spans == [(0, len(ids))] and ids[-1] == eos
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])
@@ -282,6 +284,19 @@ def test_a_damaged_cache_is_made_again(tokenizer, rows_file, capsys):
         assert "made again" in capsys.readouterr().err
     (file.folder / "manifest.json").write_text("{")
     assert tokenize.tokenized(one, encoder).tokens(0, 50).tolist() == before
+
+
+def test_a_full_disk_is_said(tokenizer, rows_file, tmp_path, monkeypatch):
+    def full(work, *rest):
+        (work / "tokens.bin").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left.*\n.*ZERO_OFFLOAD_CACHE"):
+        patch.setattr(tokenize, "_make", full)
+        tokenize.tokenized(source.resolve([str(rows_file[1])])[0], tokenize.Encoder(tokenizer))
+    assert not list((tmp_path / "tokens").iterdir())
+    assert len(tokenize.tokenized(source.resolve([str(rows_file[1])])[0], tokenize.Encoder(tokenizer))) == 11
 
 
 def test_one_writer(tiny_model, rows_file, tmp_path):

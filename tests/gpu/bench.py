@@ -44,7 +44,8 @@ def make_inputs(work):
     # Rows of all lengths, most of them short, as instruction data has them: for packing.
     rng = random.Random(0)
     sizes = [min(length, int(rng.lognormvariate(6.3, 0.9))) for _ in range(4000)]
-    write_rows(work / "mixed.jsonl", [{"instruction": "Go on.", "output": text[i * 97:i * 97 + n]} for i, n in enumerate(sizes)])
+    starts = [i * 97 % (len(text) - length) for i in range(len(sizes))]
+    write_rows(work / "mixed.jsonl", [{"instruction": "Go on.", "output": text[at:at + n]} for at, n in zip(starts, sizes)])
     return write_rows(work / "rows.jsonl", rows)
 
 

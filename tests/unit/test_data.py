@@ -97,6 +97,14 @@ def test_faults_are_named(name, line, words):
     assert f"{path}:{refused[0][0]}: " in str(error.value) and words in str(error.value) and "--on_bad_row skip" in str(error.value)
 
 
+def test_json_that_is_one_object(tmp_path):
+    for text, reason in (('{\n "instruction": "a",\n "output": "b"\n}\n', None), ('{"data": [\n{}]}', "the keys are data"),
+                         ('{\n "instruction": "a"', "broken JSON")):
+        (tmp_path / "d.json").write_text(text)
+        rows, refused, _ = read(tmp_path / "d.json")
+        assert (len(rows), len(refused)) == (1, 0) if reason is None else reason in refused[0][1]
+
+
 @pytest.mark.parametrize("name, words", [("bom", "byte order mark"), ("crlf", "CRLF"), ("blank_lines", "2 blank line(s)")])
 def test_noted_and_accepted(name, words):
     rows, refused, notes = read(DATA / "noted" / f"{name}.jsonl")
