@@ -1,5 +1,6 @@
 """Rows → token ids on disk, once: what is trained is kept as spans, so that length, masks and packing are decided afterwards."""
 import array
+import collections
 import hashlib
 import json
 import os
@@ -13,7 +14,8 @@ from . import DataError, RowError, storage
 from . import source as sources
 from .template import Template
 
-CHUNK = 2048  # rows that are rendered and encoded together
+CHUNK = 1024  # rows that are rendered and encoded together
+AHEAD = 2  # chunks that the tokenizer works on at once: where one ends, the other keeps the cores busy
 VERSION = 1  # of the files below
 RAW = 2000  # characters of a refused row that rejected.jsonl keeps
 _ARRAYS = {"lengths": np.int32, "lines": np.int64, "contents": np.uint64, "spans": np.int32, "span_counts": np.int32}
@@ -283,8 +285,8 @@ def _make(work, source, encoder, progress):
                     good = []
             yield good
 
-        with ThreadPoolExecutor(1) as pool:
-            waiting = None
+        with ThreadPoolExecutor(AHEAD) as pool:
+            waiting = collections.deque()
             for rows in chunks():
                 kept_rows, kept = [], []
                 for row, rendered in zip(rows, encoder.render(rows)):
@@ -293,12 +295,11 @@ def _make(work, source, encoder, progress):
                     else:
                         kept_rows.append(row)
                         kept.append(rendered)
-                collect = encoder.encode(kept, pool)
-                if waiting:
-                    keep(*waiting)
-                waiting = kept_rows, kept, collect
-            if waiting:
-                keep(*waiting)
+                waiting.append((kept_rows, kept, encoder.encode(kept, pool)))
+                if len(waiting) > AHEAD:
+                    keep(*waiting.popleft())
+            while waiting:
+                keep(*waiting.popleft())
     for name, kind in _ARRAYS.items():
         np.save(work / f"{name}.npy", np.frombuffer(columns[name].tobytes(), dtype=kind))
     notes += [[line, text if count == 1 else f"{text} ({count:,} rows)"] for text, (line, count) in odd.items()]
