@@ -194,7 +194,8 @@ class Order:
 
     A unit is a sample, or with `capacity` a bin of samples packed into so many tokens. G = world_size · batch · accumulate units make
     one update, so the rows of an update do not depend on how they are dealt out to ranks and micro-batches. The last update of an
-    epoch is filled up from the epoch's beginning. strategy: random, sequential or group_by_length.
+    epoch is filled up from the epoch's beginning. strategy: random, sequential, or group_by_length, which fills whole updates with
+    rows of about one length; random does so with the micro-batches of an update.
     """
 
     def __init__(self, lengths, batch, accumulate, rank, world_size, seed, strategy="random", capacity=None, mixture=None):
@@ -241,13 +242,21 @@ class Order:
                 shuffler.shuffle(bins)
             return bins
         if self.strategy == "group_by_length":
-            span = self.update * LENGTH_GROUPS
-            order = [i for at in range(0, len(order), span) for i in sorted(order[at:at + span], key=lambda i: -int(self.lengths[i]))]
+            order = self._by_length(order, self.update * LENGTH_GROUPS)
             updates = [order[at:at + self.update] for at in range(0, len(order), self.update)]
             last = updates.pop() if len(updates[-1]) < self.update else []
             shuffler.shuffle(updates)
             order = [i for update in [*updates, last] for i in update]
+        elif self.strategy == "random":
+            # Rows of one length share a micro-batch. The update's rows, and with them its gradient, stay the same.
+            order = self._by_length(order, self.update)
         return [(i,) for i in order]
+
+    def _by_length(self, order, span):
+        """The samples sorted by length, the longest first, within every `span` of them."""
+        lengths = self.lengths[order]
+        parts = [np.argsort(-lengths[at:at + span], kind="stable") + at for at in range(0, len(order), span)]
+        return np.asarray(order)[np.concatenate(parts)].tolist()
 
     def __iter__(self):
         units = self._units(self.epoch)
