@@ -1,6 +1,7 @@
 """Rows → token ids on disk, once: what is trained is kept as spans, so that length, masks and packing are decided afterwards."""
 import array
 import collections
+import gc
 import hashlib
 import json
 import os
@@ -219,6 +220,7 @@ def tokenized(source, encoder, progress=lambda rows: rows):
             work = folder.with_name(f".making-{folder.name}")  # a killed maker's half is removed by the next
             for old in (folder, work):
                 shutil.rmtree(old, ignore_errors=True)
+            gc.freeze()  # what was made before is not looked through again and again for garbage
             try:
                 work.mkdir(parents=True)
                 _make(work, source, encoder, progress)
@@ -228,6 +230,8 @@ def tokenized(source, encoder, progress=lambda rows: rows):
                 raise DataError(f"the tokens of {source.shown} cannot be written to {folder.parent}\n"
                                 f"  found:  {error.strerror or error}\n  needed: 4 bytes a token; ZERO_OFFLOAD_CACHE names another "
                                 "place") from None
+            finally:
+                gc.unfreeze()
             manifest = storage.read_manifest(folder)
     source.format = manifest["format"]
     return TokenFile(folder, manifest)
@@ -252,7 +256,7 @@ def _make(work, source, encoder, progress):
 
         def keep(rows, rendered, collect):
             nonlocal largest
-            written = array.array("i")
+            written = []
             for row, (text, ranges, raw), encoding in zip(rows, rendered, collect()):
                 ids, spans = encoder.finish(text, ranges, raw, encoding)
                 if not spans:
@@ -262,7 +266,7 @@ def _make(work, source, encoder, progress):
                     note(row.line, "the chat template leaves tool calls out; --template chatml or llama3 writes them")
                 if control := encoder.control_in(row):
                     note(row.line, f"the text itself holds {control}, which the tokenizer reads as a control token")
-                written.extend(ids)
+                written += ids
                 columns["lengths"].append(len(ids))
                 columns["lines"].append(row.line)
                 columns["contents"].frombytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
@@ -270,8 +274,9 @@ def _make(work, source, encoder, progress):
                 for span in spans:
                     columns["spans"].extend(span)
             if written:
-                largest = max(largest, int(np.frombuffer(written, np.int32).max()))
-            tokens.write(written.tobytes())
+                chunk = np.array(written, np.int32)
+                largest = max(largest, int(chunk.max()))
+                tokens.write(chunk.data)
 
         def chunks():
             good = []
