@@ -34,9 +34,10 @@ def detect(record):
     """The record's format; RowError where it has none."""
     if not isinstance(record, dict):
         raise RowError(f"not an object but {type(record).__name__}")
-    for name, key in _KEY.items():
-        if key in record:
-            return name
+    for present in (lambda key: record.get(key) is not None, record.__contains__):  # a null column decides nothing by itself
+        for name, key in _KEY.items():
+            if present(key):
+                return name
     if "chosen" in record and "rejected" in record:
         raise RowError("preference data (chosen and rejected); needed: one answer a row")
     if "output" in record:

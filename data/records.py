@@ -38,12 +38,20 @@ def _open(path, packed):
 def _unique(pairs):
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise RowError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice; needed: each key once")
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise RowError(f"the key {twice[:80]!r} stands twice; needed: each key once")
     return found
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_unique)
+def _integer(digits):
+    try:
+        return int(digits)
+    except ValueError:  # Python converts at most 4,300 digits
+        raise RowError(f"a number of {len(digits):,} digits") from None
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
 def _check_text(record, raw):
@@ -51,7 +59,7 @@ def _check_text(record, raw):
     if "\\u" not in raw:
         return record
     plain = json.dumps(record, ensure_ascii=False)
-    if "\\u0000" in plain:
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", plain):
         raise RowError("a NUL character; needed: text without it")
     try:
         plain.encode()
@@ -171,7 +179,7 @@ def _json_list(stream):
                 yield line, error if isinstance(error, RowError) else RowError("JSON that is nested too deeply")
                 if isinstance(error, RecursionError):
                     return
-                _, end = json.JSONDecoder().raw_decode(buffer, at)  # the same element, duplicates and all, to find its end
+                _, end = json.JSONDecoder(parse_int=str).raw_decode(buffer, at)  # the same element, to find its end
                 line += buffer.count("\n", at, end)
                 at, expect = end, ","
         if more:

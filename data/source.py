@@ -36,13 +36,18 @@ class Source:
         return self.local
 
     @property
+    def name(self):
+        """The path as a file's name: an address without its query."""
+        return self.path.partition("?")[0] if storage.is_url(self.path) else self.path
+
+    @property
     def shown(self):
         """The path without what may be secret in it."""
         return storage.shown(self.path)
 
     def key(self):
         """What the rows depend on."""
-        return (VERSION, storage.content_hash(self.file()), records.kind_of(self.path.partition("?")[0]),
+        return (VERSION, storage.content_hash(self.file()), records.kind_of(self.name),
                 json.dumps([self.columns, self.tags, self.limit], sort_keys=True))
 
 
@@ -160,7 +165,7 @@ def resolve(specs, dataset_dir=None):
 def read(source, note=lambda line, text: None):
     """Yield (line, Row or RowError, record) of a source; a file is of one format, that of its first good row."""
     count, bare, source.format = 0, True, None
-    for line, record in records.read(source.file(), source.path.partition("?")[0], note):
+    for line, record in records.read(source.file(), source.name, note):
         bare = False
         try:
             if isinstance(record, RowError):

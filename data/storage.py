@@ -84,7 +84,10 @@ def digest(*parts):
 
 def content_hash(path):
     """SHA-256 of a file's content. Remembered by path, inode, size and times, so that the next rank does not read it again."""
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read\n  found:  {error.strerror}\n  needed: a file that is there") from None
     memo = cache_directory() / "hashes" / digest(Path(path).absolute(), status.st_ino, status.st_size, status.st_mtime_ns,
                                                  status.st_ctime_ns)
     if memo.is_file() and len(found := memo.read_text()) == 64:
@@ -207,7 +210,7 @@ def fetch(url):
         raise DataError(f"{shown(url)} is a folder\n  needed: a file; a folder of http(s) cannot be listed")
     version = [info.get(k) for k in ("ETag", "etag", "size", "LastModified", "mtime", "updated")]
     name = Path(path.partition("?")[0]).name
-    target = cache_directory() / "files" / digest(shown(url), *version) / name
+    target = cache_directory() / "files" / digest(url, *version) / name
     with locked(target):
         if not target.is_file() or info.get("size") not in (None, target.stat().st_size):
             print(f"downloading {shown(url)}", file=sys.stderr)

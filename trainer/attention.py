@@ -26,6 +26,9 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     query, key, value: [batch, heads, tokens, head size], bf16 or fp16 on CUDA; cu_seq_lens_q: int32 [samples + 1], where samples
     begin in batch · tokens. Returns ([batch, tokens, heads, head size], None).
     """
+    unknown = [name for name in ("s_aux", "softcap", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise RunError(f"varlen attention does not compute {unknown[0]}", fix="--attn_implementation eager")
     batch, heads, tokens, size = query.shape
     attend = _varlen()
     options = {}
@@ -40,8 +43,10 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     return out.view(batch, tokens, heads, size), None
 
 
-def _fits_varlen(config, gpu, precision):
+def _fits_varlen(config, names, gpu, precision):
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "v_head_dim", size) != size or "sinks" in names or getattr(config, "qk_rope_head_dim", None):
+        return False  # attention sinks, and values of another size than keys: not what the kernels compute
     return (gpu and precision in ("bf16", "fp16") and _varlen() is not None and not getattr(config, "attention_dropout", 0)
             and not getattr(config, "attn_logit_softcapping", None) and size <= 256 and size % 8 == 0)
 
@@ -61,7 +66,8 @@ def choose(skeleton, settings, gpu, precision):
     if asked is not None and asked not in EXACT:
         raise RunError(f"--attn_implementation {asked} is not proven to keep packed samples apart", needed=" | ".join(EXACT),
                        fix="leave --attn_implementation out: the fastest exact one is taken; or --packing false")
-    fits = _fits_varlen(config, gpu, precision)
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
+    fits = _fits_varlen(config, names, gpu, precision)
     if asked == "varlen" and not fits:
         raise RunError("--attn_implementation varlen cannot run here",
                        found=f"{'CUDA' if gpu else 'CPU'}, {precision}, torch {torch.__version__}",

@@ -62,6 +62,12 @@ def test_the_same_rows_in_every_container(name):
     assert not refused and [r.messages for r in rows] == [r.messages for r in plain[:6]]
 
 
+def test_null_columns_do_not_decide_the_format(tmp_path):
+    (tmp_path / "q?.jsonl").write_text('{"instruction": "q", "output": "a", "messages": null, "text": null}\n')  # an odd name, too
+    rows, refused, _ = read(tmp_path / "q?.jsonl")
+    assert not refused and contents(rows[0]) == [("user", "q"), ("assistant", "a")]
+
+
 ANSWER = {"role": "assistant", "content": "b"}
 
 
@@ -95,6 +101,17 @@ def test_faults_are_named(name, line, words):
     with pytest.raises(DataError) as error:
         source.check_all(source.resolve([str(path)]), "stop")
     assert f"{path}:{refused[0][0]}: " in str(error.value) and words in str(error.value) and "--on_bad_row skip" in str(error.value)
+
+
+@pytest.mark.parametrize("line, reason", [
+    ('{"instruction": "q", "output": "a", "id": ' + "1" * 5000 + "}", "5,000 digits"),
+    (r'{"instruction": "what is \\u0000 in C?", "output": "NUL"}', None), (r'{"instruction": "a\u0000", "output": "b"}', "NUL"),
+])
+def test_odd_numbers_and_characters(tmp_path, line, reason):
+    for name, text in (("d.jsonl", line + "\n"), ("d.json", f"[{line}]")):
+        (tmp_path / name).write_text(text)
+        rows, refused, _ = read(tmp_path / name)
+        assert (len(rows), len(refused)) == ((1, 0) if reason is None else (0, 1)) and (reason is None or reason in refused[0][1])
 
 
 def test_json_that_is_one_object(tmp_path):
