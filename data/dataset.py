@@ -176,17 +176,11 @@ class Mixture:
         parts = []
         for group, taken in self.taken.items():
             own = self.samples[group]
-            start, chosen = epoch * taken, []
-            while len(chosen) < taken:
-                lap, at = divmod(start + len(chosen), len(own))
-                chosen += self._lap(group, lap)[at:at + taken - len(chosen)]
-            parts.append(own[chosen])
+            order = list(range(len(own)))
+            random.Random(f"{self.seed}/{group}").shuffle(order)
+            # Round and round the same circle: an epoch takes no more than one lap, so none twice.
+            parts.append(own[np.take(order, range(epoch * taken, (epoch + 1) * taken), mode="wrap")])
         return np.concatenate(parts)
-
-    def _lap(self, group, lap):
-        order = list(range(len(self.samples[group])))
-        random.Random(f"{self.seed}/{group}/{lap}").shuffle(order)
-        return order
 
 
 class Order:

@@ -391,6 +391,8 @@ def test_mixture():
     seen = [mixture.rows(e) for e in range(10)]
     assert all((groups[rows] == 1).sum() == 33 and len(set(rows.tolist())) == 66 for rows in seen)
     assert len({i for rows in seen for i in rows.tolist() if i < 300}) == 300  # in time, all are seen
+    uneven = dataset.Mixture(np.array([0] * 60 + [1] * 41), {0: 1, 1: 1}, 7)
+    assert all(len(set(uneven.rows(e).tolist())) == 82 for e in range(5))
     reference = updates(6, 1, 1, 333, 2, mixture=mixture)
     assert updates(3, 1, 2, 333, 2, mixture=mixture) == reference
     with pytest.raises(DataError, match="source 2 of the mixture"):
