@@ -12,7 +12,6 @@ from . import DataError, pack
 
 IGNORED = -100  # the label that the loss skips
 LENGTH_GROUPS = 50  # updates whose rows are sorted by length together
-TOO_LONG = ("truncate", "split", "drop")
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Summary:
 class Samples(Dataset):
     """Rows of token files, cut to max_length. An item is (ids int32 [tokens], labels int64 [tokens]); of a list, a list of them.
 
-    table: int64 [samples, 4]: file, row, first token within the row, tokens. groups: mixture group of each file.
+    table: int64 [samples, 4]: file, row, first token within the row, tokens.
     """
 
     def __init__(self, files, table, train_on_prompt=False):
@@ -217,11 +216,8 @@ class Order:
     def __len__(self):
         return self.updates * self.accumulate
 
-    def units(self, epoch):
-        """The epoch's units in order: list of tuples of samples."""
-        return self._units(epoch)
-
     def _make_units(self, epoch):
+        """The epoch's units in order: list of tuples of samples."""
         shuffler = random.Random(f"{self.seed}/{epoch}")
         if self.mixture:
             order = self.mixture.rows(epoch).tolist()

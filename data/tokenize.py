@@ -171,8 +171,7 @@ class TokenFile:
     """The tokens of one source, in the cache.
 
     lengths, lines: [rows]; contents: [rows, 2], a hash of each conversation as rendered; spans: [spans, 2], trained token ranges
-    within their row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these),
-    largest (token id).
+    within their row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these).
     """
 
     def __init__(self, folder, manifest):
@@ -238,7 +237,7 @@ def tokenized(source, encoder, progress=lambda rows: rows):
 
 
 def _make(work, source, encoder, progress):
-    notes, refused, first, largest, odd = [], 0, [], -1, {}
+    notes, refused, first, odd = [], 0, [], {}
     columns = {name: array.array(_CODES[kind]) for name, kind in _ARRAYS.items()}
     with open(work / "tokens.bin", "wb") as tokens, open(work / "rejected.jsonl", "w", encoding="utf-8") as rejected:
 
@@ -255,7 +254,6 @@ def _make(work, source, encoder, progress):
             odd.setdefault(text, [line, 0])[1] += 1
 
         def keep(rows, rendered, collect):
-            nonlocal largest
             written = []
             for row, (text, ranges, raw), encoding in zip(rows, rendered, collect()):
                 ids, spans = encoder.finish(text, ranges, raw, encoding)
@@ -273,10 +271,7 @@ def _make(work, source, encoder, progress):
                 columns["span_counts"].append(len(spans))
                 for span in spans:
                     columns["spans"].extend(span)
-            if written:
-                chunk = np.array(written, np.int32)
-                largest = max(largest, int(chunk.max()))
-                tokens.write(chunk.data)
+            tokens.write(np.array(written, np.int32).data)
 
         def chunks():
             good = []
@@ -308,6 +303,6 @@ def _make(work, source, encoder, progress):
     for name, kind in _ARRAYS.items():
         np.save(work / f"{name}.npy", np.frombuffer(columns[name].tobytes(), dtype=kind))
     notes += [[line, text if count == 1 else f"{text} ({count:,} rows)"] for text, (line, count) in odd.items()]
-    manifest = {"format": source.format, "notes": notes, "refused": refused, "first": first, "largest": largest}
+    manifest = {"format": source.format, "notes": notes, "refused": refused, "first": first}
     manifest["files"] = storage.checksums(work)
     (work / "manifest.json").write_text(json.dumps(manifest))
