@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from trainer.run import main  # noqa: E402
+from trainer.run import leave, main  # noqa: E402
 
 
 def install():
@@ -26,4 +26,4 @@ def install():
 
 if __name__ == "__main__":
     install()
-    sys.exit(main())
+    leave(main())
