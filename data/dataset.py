@@ -127,10 +127,15 @@ def split(files, wanted, seed):
         raise DataError(f"validation_split {wanted} leaves nothing to train on or to validate with\n  found:  {len(keys)} rows, "
                         f"{len(unique)} different\n  needed: a share or count that leaves rows on both sides")
     order = np.argsort(_mixed(unique, seed), kind="stable")
-    before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = np.zeros(len(unique), bool)
-    chosen[order[before < count]] = True
-    chosen[order[-1]] = False  # something stays to train on
+    chosen, left = np.zeros(len(unique), bool), count
+    for group, size in zip(order.tolist(), sizes[order].tolist()):
+        if size <= left:  # a group of more equal rows than are still wanted stays to train on
+            chosen[group] = True
+            left -= size
+        if not left:
+            break
+    if left == count:
+        chosen[np.argmin(sizes)] = True
     held_out = chosen[inverse]
     ends = np.cumsum([len(file) for file in files])
     parts = np.split(held_out, ends[:-1])
@@ -187,8 +192,9 @@ class Order:
 
     A unit is a sample, or with `capacity` a bin of samples packed into so many tokens. G = world_size · batch · accumulate units make
     one update, so the rows of an update do not depend on how they are dealt out to ranks and micro-batches. The last update of an
-    epoch is filled up from the epoch's beginning. strategy: random, sequential, or group_by_length, which fills whole updates with
-    rows of about one length; random does so with the micro-batches of an update.
+    epoch is filled up from the epoch's beginning. Every epoch has as many updates as the first: where packing a mixture's later epoch
+    makes more bins than fit them, the last of its shuffled bins wait for another epoch. strategy: random, sequential, or
+    group_by_length, which fills whole updates with rows of about one length; random does so with the micro-batches of an update.
     """
 
     def __init__(self, lengths, batch, accumulate, rank, world_size, seed, strategy="random", capacity=None, mixture=None):

@@ -40,7 +40,7 @@ def _unique(pairs):
     if len(found) != len(pairs):
         seen = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise RowError(f"the key {twice[:80]!r} stands twice; needed: each key once")
+        raise RowError(f"the key {twice[:40]!r} stands twice; needed: each key once")
     return found
 
 
@@ -48,9 +48,10 @@ def _integer(digits):
     try:
         return int(digits)
     except ValueError:  # Python converts at most 4,300 digits
-        raise RowError(f"a number of {len(digits):,} digits") from None
+        raise RowError(f"a number of {len(digits):,} digits; needed: at most 4,300, or text") from None
 
 
+_DEEP = "JSON that is nested too deeply; needed: what Python's json reads (some hundred levels)"
 _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
@@ -68,6 +69,16 @@ def _check_text(record, raw):
     return record
 
 
+def loads(text, name):
+    """The value of the JSON text that a row holds under `name`, checked as the row itself. RowError where it is not JSON."""
+    try:
+        return _check_text(_decoder.decode(text), text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"{name} is not JSON: {error.msg} at character {error.pos + 1}; needed: JSON text") from None
+    except RecursionError:
+        raise RowError(f"{name}: {_DEEP}") from None
+
+
 def parse(line):
     """The record of one JSON line (bytes). RowError says what is wrong and where."""
     if b"\0" in line:
@@ -79,9 +90,9 @@ def parse(line):
         raise RowError(f"invalid UTF-8 at byte {error.start + 1}; mend: iconv -f LATIN1 -t UTF-8") from None
     except json.JSONDecodeError as error:
         alone = "; are its lines ended by CR alone? mend: tr '\\r' '\\n'" if b"\r" in line.rstrip() else ""
-        raise RowError(f"broken JSON at column {error.pos + 1}: {error.msg}{alone}") from None
+        raise RowError(f"broken JSON at column {error.pos + 1}: {error.msg}{alone or '; needed: one JSON object a line'}") from None
     except RecursionError:
-        raise RowError("JSON that is nested too deeply") from None
+        raise RowError(_DEEP) from None
 
 
 def _lines(stream):
@@ -120,15 +131,16 @@ def _json_lines(stream, note):
         if line is None:
             yield number, _too_long(size)
             continue
-        if crlf is None and line.endswith(b"\r"):
-            crlf = number
         if not line.strip():
             blank.append(number)
             continue
         try:
-            yield number, parse(line)
+            record = parse(line)
         except RowError as error:
-            yield number, error
+            record = error
+        else:
+            crlf = number if crlf is None and line.endswith(b"\r") else crlf
+        yield number, record
     if blank:
         note(blank[0], f"{len(blank):,} blank line(s), skipped")
     if crlf:
@@ -147,17 +159,18 @@ def _json_list(stream):
         at = begin
         if at == len(buffer):
             more = True
-        elif expect != "value":
-            found = buffer[at]
-            if found == "]" and expect != "[":
-                return
-            if found != expect:
-                yield line, RowError(f"broken JSON: {found!r} where {expect!r} is needed; what follows was not read")
-                return
-            at, expect = at + 1, "value"
-            continue
-        elif buffer[at] == "]":
+        elif expect == "end":
+            yield line, RowError(f"broken JSON: {buffer[at]!r} after the list's end; needed: one list, or one object a line")
             return
+        elif buffer[at] == "]" and expect in ("first", ","):
+            at, expect = at + 1, "end"
+            continue
+        elif expect in ("[", ","):
+            if buffer[at] != expect:
+                yield line, RowError(f"broken JSON: {buffer[at]!r} where {expect!r} is needed; what follows was not read")
+                return
+            at, expect = at + 1, "first" if expect == "[" else "value"
+            continue
         else:
             try:
                 record, end = decode(buffer, at)
@@ -176,15 +189,17 @@ def _json_list(stream):
                     return
                 more = True
             except (RowError, RecursionError) as error:
-                yield line, error if isinstance(error, RowError) else RowError("JSON that is nested too deeply")
+                yield line, error if isinstance(error, RowError) else RowError(_DEEP + "; what follows was not read")
                 if isinstance(error, RecursionError):
                     return
                 _, end = json.JSONDecoder(parse_int=str).raw_decode(buffer, at)  # the same element, to find its end
                 line += buffer.count("\n", at, end)
                 at, expect = end, ","
         if more:
+            if ended and expect == "end":
+                return
             if ended:
-                yield line, RowError("the list does not end with ]: is the file half-written?")
+                yield line, RowError("the list does not end with ]: is the file half-written? needed: the whole file")
                 return
             try:
                 added = reader.read(BLOCK)
@@ -192,7 +207,18 @@ def _json_list(stream):
                 yield line, RowError("invalid UTF-8; what follows was not read; mend: iconv -f LATIN1 -t UTF-8")
                 return
             ended = not added
+            if "\0" in added:
+                yield (line + buffer.count("\n", at) + added.count("\n", 0, added.index("\0")),
+                       RowError("a NUL byte; needed: text, not a binary or half-written file; what follows was not read"))
+                return
             buffer, at = buffer[at:] + added, 0
+
+
+def _without_nulls(value):
+    """The value without the keys that Parquet fills with null because another row's object has them."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _parquet(path):
@@ -201,19 +227,23 @@ def _parquet(path):
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            rows, groups = file.metadata.num_rows, range(file.metadata.num_row_groups)
+            size = sum(file.metadata.row_group(g).total_byte_size for g in groups) // max(rows, 1)
+            # Times are no text, and some have no Python value.
+            columns = [c.name for c in file.schema_arrow if not pyarrow.types.is_temporal(c.type)]
+            for batch in file.iter_batches(batch_size=min(max(BLOCK // max(size, 1), 1), 1024), columns=columns):
                 for record in batch.to_pylist():
                     number += 1
-                    yield number, record
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                    yield number, {k: _without_nulls(v) for k, v in record.items()}
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         yield number + 1, RowError(f"not readable as Parquet: {' '.join(str(error).split())[:200]}")
 
 
 def _one_object(path, packed):
     """The object that a whole file is, written over several lines; None where it is not."""
     with _open(path, packed) as stream:
-        content = stream.read(MAX_ROW + 1)
+        content = stream.read(MAX_ROW + 1).removeprefix(codecs.BOM_UTF8)
     try:
         record = parse(content) if len(content) <= MAX_ROW else None
     except RowError:
@@ -232,7 +262,7 @@ def read(path, name=None, note=lambda line, text: None):
     if suffix == ".parquet":
         yield from _parquet(path)
         return
-    line = 0
+    line, first = 0, True
     try:
         with _open(path, packed) as stream:
             records = _json_lines(stream, note)
@@ -244,9 +274,10 @@ def read(path, name=None, note=lambda line, text: None):
                     stream = _open(path, packed)
                 records = _json_list(stream) if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"[" else _json_lines(stream, note)
             for line, record in records:
-                if line == 1 and suffix == ".json" and isinstance(record, RowError) and (whole := _one_object(path, packed)):
-                    yield 1, whole
+                if first and suffix == ".json" and isinstance(record, RowError) and (whole := _one_object(path, packed)):
+                    yield line, whole
                     return
+                first = False
                 yield line, record
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):

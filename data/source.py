@@ -3,6 +3,7 @@ import difflib
 import glob
 import itertools
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,10 @@ from . import DataError, RowError, formats, records, storage
 
 SHOWN = 10  # bad rows that an error lists
 KEPT = 100  # bad rows that are remembered of a check
-VERSION = 1  # of what rows are made of: a change makes cached results invalid
+VERSION = 2  # of what rows are made of: a change makes cached results invalid
 _REGISTRY = "dataset_info.json"
-_FORMATTING = {"alpaca": None, "sharegpt": "sharegpt", "openai": "messages"}
+_OURS = (_REGISTRY, "rejected.jsonl")  # what lies beside data and is none
+_FORMATTING = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Source:
     columns: dict = field(default_factory=dict)  # our column → the file's
     tags: dict = field(default_factory=dict)
     limit: int | None = None
+    formatting: str | None = None  # the registry's word for the format
     local: Path | None = None
     format: str | None = None  # known once a row was read
 
@@ -48,13 +51,13 @@ class Source:
     def key(self):
         """What the rows depend on."""
         return (VERSION, storage.content_hash(self.file()), records.kind_of(self.name),
-                json.dumps([self.columns, self.tags, self.limit], sort_keys=True))
+                json.dumps([self.columns, self.tags, self.limit, self.formatting], sort_keys=True))
 
 
 def _weighted(spec):
     """"a.jsonl:0.7" → ("a.jsonl", 0.7)."""
     match = re.fullmatch(r"(.+):([0-9]*\.?[0-9]+)", spec)
-    if not match or Path(spec).exists() or (storage.is_url(spec) and "/" not in match[1].partition("://")[2]):
+    if not match or os.path.exists(spec) or (storage.is_url(spec) and "/" not in match[1].partition("://")[2]):
         return spec, None
     if float(match[2]) <= 0:
         raise DataError(f"the share of {match[1]} is {match[2]}\n  needed: a number above 0")
@@ -65,14 +68,17 @@ def _registry(folder):
     """(path, entries) of the registry, or (None, {})."""
     for place in ([Path(folder)] if folder else [Path("data"), Path()]):
         path = place if place.suffix == ".json" else place / _REGISTRY
-        if path.is_file():
+        if os.path.isfile(path):
             try:
-                entries = json.loads(path.read_text(encoding="utf-8"))
+                entries, found = json.loads(path.read_text(encoding="utf-8-sig")), "another kind of file"
                 if isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values()):
                     return path, entries
-            except ValueError as error:
-                raise DataError(f"{path} is not readable as JSON\n  found:  {error}") from None
-            raise DataError(f'{path} is not a registry\n  needed: {{"name": {{"file_name": "rows.jsonl", …}}, …}}')
+            except (OSError, ValueError, RecursionError) as error:
+                found = " ".join(str(error).split())[:200]
+            # A file of that name that nobody named may be the `datasets` library's.
+            if folder:
+                raise DataError(f'{path} is not a registry\n  found:  {found}\n'
+                                '  needed: JSON such as {"name": {"file_name": "rows.jsonl", …}, …}')
     if folder:
         raise DataError(f"no registry {folder}\n  needed: a folder with {_REGISTRY}, or such a file")
     return None, {}
@@ -82,8 +88,12 @@ def _registered(name, entry, registry):
     """(paths, options) of a registry entry in the form of LLaMA-Factory's dataset_info.json."""
     where = f"{registry}: {name}"
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in _FORMATTING:
+    if formatting not in list(_FORMATTING):
         raise DataError(f"{where}: formatting {formatting!r} is not known\n  needed: {', '.join(_FORMATTING)}")
+    for key in ("columns", "tags"):
+        value = entry.get(key) or {}
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise DataError(f"{where}: {key} is {json.dumps(value)[:80]}\n  needed: an object of names")
     if entry.get("ranking"):
         raise DataError(f"{where} is preference data (ranking)\n  needed: one answer a row")
     theirs = dict(entry.get("columns") or {})
@@ -97,8 +107,14 @@ def _registered(name, entry, registry):
     limit = entry.get("num_samples")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise DataError(f"{where}: num_samples is {limit!r}\n  needed: a whole number above 0")
-    options = {"columns": {ours[k]: v for k, v in theirs.items() if k in ours and ours[k] != v}, "tags": entry.get("tags") or {},
-               "limit": limit}
+    if theirs and formatting == "alpaca" and not {"response", "query", "history"} & set(theirs):
+        columns, form = {"text": theirs.get("prompt", "instruction")}, "text"  # an alpaca entry without answers is plain text
+    else:
+        needed = ("prompt", "response") if formatting == "alpaca" else ("messages",)
+        columns = {ours[k]: theirs.get(k, ours[k]) for k in ours if k in theirs or k in needed} if theirs else {}
+        form = _FORMATTING[formatting]
+    options = {"columns": columns, "tags": entry.get("tags") or {}, "limit": limit,
+               "formatting": form if theirs or "formatting" in entry else None}
     if "file_name" in entry:
         given = str(entry["file_name"])
         return (given if storage.is_url(given) else str(registry.parent / given)), options
@@ -123,13 +139,13 @@ def _files(path, names=(), registry=None):
     """The files that a path, folder, glob or address stands for."""
     if storage.is_url(path):
         return storage.expand(path)
-    place = Path(path).expanduser()
-    if place.is_dir():
-        found = sorted(str(p) for p in place.rglob("*") if p.is_file() and records.kind_of(p)[0] and p.name != _REGISTRY)
+    place = Path(path).expanduser() if path else Path("''")
+    if os.path.isdir(place):
+        found = sorted(str(p) for p in place.rglob("*") if p.is_file() and records.kind_of(p)[0] and p.name not in _OURS)
         if not found:
             raise DataError(f"no data file in {path}\n  needed: {records.READABLE}")
         return found
-    if place.is_file():
+    if os.path.isfile(place):
         if records.kind_of(place)[0] is None:
             raise DataError(f"{path} is not a data file that can be read\n  needed: {records.READABLE}")
         return [str(place)]
@@ -141,7 +157,7 @@ def _files(path, names=(), registry=None):
     near = difflib.get_close_matches(str(path), list(names), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     looked = f", and no such name in {registry}" if registry else ""
-    raise DataError(f"no data file {path}{hint}\n  found:  nothing at {place.absolute()}{looked}\n"
+    raise DataError(f"no data file {str(path)[:200]}{hint}\n  found:  nothing at {str(place.absolute())[:300]}{looked}\n"
                     f"  needed: a file ({records.READABLE}), a folder, a glob, an s3://, gs:// or "
                     f"https:// address, or a name in {_REGISTRY}")
 
@@ -153,7 +169,7 @@ def resolve(specs, dataset_dir=None):
     for group, spec in enumerate(specs):
         path, weight = _weighted(spec)
         options = {}
-        if path in entries and not Path(path).exists():
+        if path in entries and not os.path.exists(path):
             path, options = _registered(path, entries[path], registry)
         sources += [Source(file, group, weight, **options) for file in _files(path, entries, registry)]
     given = {s.group for s in sources if s.weight is not None}
@@ -162,18 +178,31 @@ def resolve(specs, dataset_dir=None):
     return sources
 
 
+def _mapped(record, source):
+    """The record under our column names; checks that it is of the source's format, which the first record decides."""
+    if source.columns and isinstance(record, dict):
+        record = {ours: record[theirs] for ours, theirs in source.columns.items() if theirs in record}
+    if source.formatting is None:
+        found = formats.detect(record)
+        source.format = source.format or found
+        if found != source.format:
+            raise RowError(f"format {found} in a file of {source.format}; needed: one format a file")
+        return record
+    key = formats.KEY[source.format]
+    if not isinstance(record, dict) or key not in record:
+        raise RowError(f"no {source.columns.get(key, key)}, which the registry's entry names; needed: every row with it")
+    return record
+
+
 def read(source, note=lambda line, text: None):
     """Yield (line, Row or RowError, record) of a source; a file is of one format, that of its first good row."""
-    count, bare, source.format = 0, True, None
+    count, bare, source.format = 0, True, source.formatting
     for line, record in records.read(source.file(), source.name, note):
         bare = False
         try:
             if isinstance(record, RowError):
                 raise record
-            if source.columns and isinstance(record, dict):
-                record = {**record, **{ours: record[theirs] for ours, theirs in source.columns.items() if theirs in record}}
-            source.format = source.format or formats.detect(record)
-            row = formats.convert(record, source.format, line, source.tags)
+            row = formats.convert(_mapped(record, source), source.format, line, source.tags)
         except RowError as error:
             yield line, error, None if isinstance(record, RowError) else record
             continue
@@ -201,10 +230,9 @@ def check(source, progress=lambda rows: rows):
     memo = storage.cache_directory() / "checked" / f"{storage.digest('checked', *source.key())}.json"
     with storage.locked(memo):
         if memo.is_file():
-            try:
-                return Checked(**json.loads(memo.read_text()))
-            except (ValueError, TypeError):
-                pass  # damaged: looked at again
+            sum_, _, body = memo.read_bytes().partition(b"\n")
+            if sum_ == storage.digest(body).encode():  # else damaged: looked at again
+                return Checked(**json.loads(body))
         found = Checked(None, 0, 0, [])
         for line, row, _ in progress(read(source)):
             if isinstance(row, RowError):
@@ -214,7 +242,8 @@ def check(source, progress=lambda rows: rows):
             else:
                 found.rows += 1
         found.format = source.format
-        storage.write_atomically(memo, json.dumps(found.__dict__).encode())
+        body = json.dumps(found.__dict__).encode()
+        storage.write_atomically(memo, storage.digest(body).encode() + b"\n" + body)
     return found
 
 

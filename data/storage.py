@@ -1,5 +1,6 @@
 """Where data lies: a cache on a local disk, and files of s3://, gs://, https:// and file:// brought there. Imports no torch."""
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -63,6 +64,8 @@ def cache_directory():
     except OSError as error:
         raise DataError(f"the data cache {folder} cannot be made\n  found:  {error.strerror}\n  needed: a directory that can be "
                         "written to; ZERO_OFFLOAD_CACHE names another one") from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"the data cache {folder} cannot be written to\n  needed: the right; ZERO_OFFLOAD_CACHE names another place")
     return folder
 
 
@@ -90,8 +93,8 @@ def content_hash(path):
         raise DataError(f"{path} cannot be read\n  found:  {error.strerror}\n  needed: a file that is there") from None
     memo = cache_directory() / "hashes" / digest(Path(path).absolute(), status.st_ino, status.st_size, status.st_mtime_ns,
                                                  status.st_ctime_ns)
-    if memo.is_file() and len(found := memo.read_text()) == 64:
-        return found
+    if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}", found := memo.read_bytes()):
+        return found.decode()
     hashed = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -105,10 +108,14 @@ def content_hash(path):
 
 def write_atomically(path, content):
     """The file complete, or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise DataError(f"{path.parent} cannot be written to\n  found:  {error.strerror}\n  needed: space and the right to; "
+                        "ZERO_OFFLOAD_CACHE names another place for the data cache") from None
 
 
 def checksums(folder):
@@ -125,6 +132,12 @@ def checksums(folder):
     return result
 
 
+def write_manifest(folder, manifest):
+    """manifest.json of a cache entry, with the checksums of its files and of itself."""
+    own = {"sum": digest(json.dumps(manifest)), "files": checksums(folder)}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **own}))
+
+
 def read_manifest(folder):
     """The manifest of a cache entry whose files are all there and unchanged; None where the entry is absent, half-written or
     damaged, which is said: it will be made again."""
@@ -132,9 +145,10 @@ def read_manifest(folder):
         return None
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if checksums(folder) == manifest["files"]:
+        own = {key: manifest.pop(key) for key in ("sum", "files")}
+        if own == {"sum": digest(json.dumps(manifest)), "files": checksums(folder)}:
             return manifest
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     print(f"data cache: {folder} is damaged or half-written; made again", file=sys.stderr)
     return None
@@ -145,13 +159,14 @@ def _filesystem(url):
     """(fsspec file system, path in it). DataError where the scheme is not known or its package is missing."""
     import fsspec
 
-    scheme = url.partition("://")[0].lower()
+    scheme, _, rest = url.partition("://")
+    scheme = scheme.lower()
     package = _PACKAGES.get(scheme)
     if package is None and scheme != "file":
         raise DataError(f"{shown(url)}: the scheme {scheme}:// is not supported\n  needed: s3://, gs://, https:// or file://")
     logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of each bucket whose kind it may not ask for
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(f"{scheme}://{rest}")
     except ImportError:
         raise DataError(f"{scheme}:// needs the package {package}\n  mend: pip install {package}, or make setup") from None
 
@@ -172,7 +187,9 @@ def _attempt(url, act, what):
             text = " ".join(str(error).split())
             kind = type(error).__name__
             needed = "an address that exists"
-            lasting = isinstance(error, FileNotFoundError) or status in (404, 410)
+            lasting = isinstance(error, (FileNotFoundError, ValueError)) or status in (404, 410)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                lasting, needed = True, f"space in {cache_directory()}; ZERO_OFFLOAD_CACHE names another place"
             if isinstance(error, PermissionError) or status in (401, 403) or "credential" in f"{kind} {text}".lower():
                 lasting, needed = True, f"the right to read it: {_CREDENTIALS.get(package, 'credentials')}"
             if lasting or attempt == ATTEMPTS - 1:
@@ -202,13 +219,19 @@ def expand(url):
 
 def fetch(url):
     """A local copy of a remote file. One copy a version (ETag, size, time of change), made by one process."""
+    import psutil
+
     filesystem, path = _filesystem(url)
     if url.lower().startswith("file://"):
         return Path(path)
     info = _attempt(url, lambda: filesystem.info(path), "read")
     if info.get("type") == "directory":
         raise DataError(f"{shown(url)} is a folder\n  needed: a file; a folder of http(s) cannot be listed")
-    version = [info.get(k) for k in ("ETag", "etag", "size", "LastModified", "mtime", "updated")]
+    version = [info.get(k) for k in ("ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "mtime", "updated")]
+    if not any(version):  # nothing tells a change: one copy a run, whose ranks have the same parent
+        process = os.getppid() if "LOCAL_RANK" in os.environ else os.getpid()
+        version = [process, psutil.Process(process).create_time()]
+    version.append(info.get("size"))
     name = Path(path.partition("?")[0]).name
     target = cache_directory() / "files" / digest(url, *version) / name
     with locked(target):

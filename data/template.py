@@ -1,4 +1,5 @@
 """Chat templates: the text of a conversation, and which characters of it are trained."""
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A tokenizer without a template that has this token was made for that format.
 _SIGNS = (("<|start_header_id|>", "llama3"), ("<|im_start|>", "chatml"), ("[INST]", "mistral"))
 # Tokens that models keep for padding or for nothing: never an answer's.
-_FILLERS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<|reserved_special_token_0|>", "<unk>")
+_FILLERS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|fim_pad|>", "<|vision_pad|>",
+            "<|endoftext|>", "<|reserved_special_token_0|>", "<unk>")
 
 
 def prepare_tokenizer(tokenizer, template=None):
@@ -25,9 +27,12 @@ def prepare_tokenizer(tokenizer, template=None):
             given.append(f"the {name} chat template, as it has none")
     else:
         path = TEMPLATES / f"{template}.jinja" if template in NAMES else Path(template)
-        if not path.is_file():
-            raise DataError(f"no chat template {template}\n  needed: {', '.join(NAMES)}, a file, or auto")
-        tokenizer.chat_template = path.read_text()
+        if not os.path.isfile(path):
+            raise DataError(f"no chat template {str(template)[:200]}\n  needed: {', '.join(NAMES)}, a file, or auto")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"the chat template {path} is not readable as text\n  found:  {error}\n  needed: Jinja, UTF-8") from None
         given.append(f"the chat template {template}")
     if isinstance(tokenizer.chat_template, dict):
         templates = tokenizer.chat_template
@@ -35,7 +40,8 @@ def prepare_tokenizer(tokenizer, template=None):
     pad = tokenizer.pad_token
     if pad is None or pad == tokenizer.eos_token or pad in tokenizer.chat_template:
         vocabulary = tokenizer.get_vocab()
-        fillers = [*_FILLERS, tokenizer.unk_token, tokenizer.bos_token]
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        fillers = [*_FILLERS, tokenizer.unk_token, *sorted(set(special) - {tokenizer.bos_token}), tokenizer.bos_token]
         pad = next((t for t in fillers if t in vocabulary and t != tokenizer.eos_token and t not in tokenizer.chat_template),
                    pad or tokenizer.unk_token or tokenizer.eos_token)
     if pad != tokenizer.pad_token:
@@ -91,13 +97,20 @@ class Template:
         spans = marks if self.marked else self._between_prompts(rows, conversations, texts)
         result = []
         for row, text, ranges in zip(rows, texts, spans):
-            if self.marked and any("weight" in m for m in row.messages):
-                turns = [m for m in row.messages if m["role"] == "assistant"]
-                ranges = [r for r, turn in zip(ranges, turns) if turn.get("weight") != 0]
+            if self.marked and (self.last_turn_only or any("weight" in m for m in row.messages)):
+                ranges = self._chosen(ranges, [m for m in row.messages if m["role"] == "assistant"])
             ranges = [r for r in ranges if r[0] < r[1]]
-            result.append((text, ranges[-1:] if self.last_turn_only else ranges) if ranges
-                          else RowError("the chat template leaves no trained token in it; mend: --template NAME"))
+            result.append((text, ranges) if ranges else RowError("the chat template leaves no trained token in it; mend: "
+                                                                 "--template NAME, or an answer whose weight is not 0"))
         return result
+
+    def _chosen(self, ranges, turns):
+        """Of the marked ranges, one for each answer, those that the loss covers."""
+        if len(ranges) != len(turns):
+            raise RowError(f"the chat template marks {len(ranges)} spans in {len(turns)} answers: they cannot be told apart; mend: "
+                           "--template NAME, without weights and --last_turn_only")
+        pairs = list(zip(ranges, turns))
+        return [r for r, turn in (pairs[-1:] if self.last_turn_only else pairs) if turn.get("weight") != 0]
 
     def _between_prompts(self, rows, conversations, texts):
         """The answers' ranges, where the template does not mark them."""

@@ -1,6 +1,7 @@
 """Rows → token ids on disk, once: what is trained is kept as spans, so that length, masks and packing are decided afterwards."""
 import array
 import collections
+import functools
 import gc
 import hashlib
 import json
@@ -15,9 +16,10 @@ from . import DataError, RowError, storage
 from . import source as sources
 from .template import Template
 
-CHUNK = 1024  # rows that are rendered and encoded together
+CHUNK = 1024  # rows that are rendered and encoded together; fewer where they have more than
+CHARACTERS = 2**22
 AHEAD = 2  # chunks that the tokenizer works on at once: where one ends, the other keeps the cores busy
-VERSION = 1  # of the files below
+VERSION = 2  # of the files below
 RAW = 2000  # characters of a refused row that rejected.jsonl keeps
 _ARRAYS = {"lengths": np.int32, "lines": np.int64, "contents": np.uint64, "spans": np.int32, "span_counts": np.int32}
 _CODES = {np.int32: "i", np.int64: "q", np.uint64: "Q"}
@@ -38,10 +40,13 @@ class Encoder:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.template = Template(tokenizer, last_turn_only)
-        self.special, self.pad = frozenset(tokenizer.all_special_ids), tokenizer.pad_token_id
-        self.control_texts = tuple(tokenizer.all_special_tokens)
+        # Not only the tokens with a name (eos, pad, …): models have end-of-turn tokens without one.
+        added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        self.special = {**added, **dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))}
+        self.pad = tokenizer.pad_token_id
         ends = (tokenizer.eos_token, tokenizer.bos_token)
-        self.controls = [t for t in tokenizer.all_special_tokens if t in self.template.text or t in ends]
+        self.controls = tuple(t for t in self.special.values() if t in self.template.text or t in ends)
+        self.is_blank = functools.lru_cache(maxsize=None)(lambda i: not self.backend.decode([i], skip_special_tokens=False).strip())
         self.writes_calls = "tool_calls" in self.template.text
         self.apart = self._can_encode_apart()
         # Raw text gets what the tokenizer would add to it by itself, and an end.
@@ -53,6 +58,9 @@ class Encoder:
 
     def render(self, rows):
         """[(text, character ranges, raw) or RowError]: the part before the tokenizer."""
+        if not self.writes_calls:  # what such a template leaves of a call is an empty answer
+            for message in (m for row in rows for m in row.messages if "tool_calls" in m and not m["content"].strip()):
+                message["weight"] = 0
         raw = [row.messages[0]["role"] in ("prompt", "completion") for row in rows]
         chats = iter(self.template.render([row for row, r in zip(rows, raw) if not r]) if not all(raw) else [])
         result = []
@@ -113,7 +121,7 @@ class Encoder:
         return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
     def _is_border(self, text, at):
-        return at == len(text) or text.endswith(self.control_texts, 0, at) or text.startswith(self.control_texts, at)
+        return at == len(text) or text.endswith(self.controls, 0, at) or text.startswith(self.controls, at)
 
     def finish(self, text, ranges, raw, encoding):
         """(ids, [(begin, end), …]): token ranges of the character ranges."""
@@ -147,9 +155,9 @@ class Encoder:
         # Without marks an answer's range goes on to what the template writes after the end-of-turn token: not the model's to learn.
         if not self.template.marked:
             stop = end
-            while stop > first and ids[stop - 1] not in self.special:
+            while stop > first and ids[stop - 1] not in self.special and self.is_blank(ids[stop - 1]):
                 stop -= 1
-            end = stop if stop > first else end
+            end = stop if stop > first and ids[stop - 1] in self.special else end
         return first, end
 
     def _ended(self, ids, spans):
@@ -171,7 +179,8 @@ class TokenFile:
     """The tokens of one source, in the cache.
 
     lengths, lines: [rows]; contents: [rows, 2], a hash of each conversation as rendered; spans: [spans, 2], trained token ranges
-    within their row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these).
+    within their row; first_span: [rows + 1]. manifest: format, notes, refused (their number), first (the first of these), weighted
+    (rows with an answer that is kept out of the loss).
     """
 
     def __init__(self, folder, manifest):
@@ -219,6 +228,8 @@ def tokenized(source, encoder, progress=lambda rows: rows):
             work = folder.with_name(f".making-{folder.name}")  # a killed maker's half is removed by the next
             for old in (folder, work):
                 shutil.rmtree(old, ignore_errors=True)
+                if old.is_file():
+                    old.unlink()
             gc.freeze()  # what was made before is not looked through again and again for garbage
             try:
                 work.mkdir(parents=True)
@@ -237,7 +248,7 @@ def tokenized(source, encoder, progress=lambda rows: rows):
 
 
 def _make(work, source, encoder, progress):
-    notes, refused, first, odd = [], 0, [], {}
+    notes, refused, first, odd, weighted = [], 0, [], {}, 0
     columns = {name: array.array(_CODES[kind]) for name, kind in _ARRAYS.items()}
     with open(work / "tokens.bin", "wb") as tokens, open(work / "rejected.jsonl", "w", encoding="utf-8") as rejected:
 
@@ -261,7 +272,7 @@ def _make(work, source, encoder, progress):
                     refuse(row.line, "no trained token: the tokenizer makes nothing of the answer", row.messages)
                     continue
                 if not encoder.writes_calls and any("tool_calls" in m for m in row.messages):
-                    note(row.line, "the chat template leaves tool calls out; --template chatml or llama3 writes them")
+                    note(row.line, "the chat template leaves tool calls out, which are not trained; mend: --template chatml")
                 if control := encoder.control_in(row):
                     note(row.line, f"the text itself holds {control}, which the tokenizer reads as a control token")
                 written += ids
@@ -274,15 +285,18 @@ def _make(work, source, encoder, progress):
             tokens.write(np.array(written, np.int32).data)
 
         def chunks():
-            good = []
+            nonlocal weighted
+            good, size = [], 0
             for line, row, record in progress(sources.read(source, lambda line, text: notes.append([line, text]))):
                 if isinstance(row, RowError):
                     refuse(line, row, record)
                     continue
                 good.append(row)
-                if len(good) == CHUNK:
+                weighted += any("weight" in m for m in row.messages)
+                size += sum(len(m["content"]) for m in row.messages)
+                if len(good) == CHUNK or size > CHARACTERS:
                     yield good
-                    good = []
+                    good, size = [], 0
             yield good
 
         with ThreadPoolExecutor(AHEAD) as pool:
@@ -303,6 +317,5 @@ def _make(work, source, encoder, progress):
     for name, kind in _ARRAYS.items():
         np.save(work / f"{name}.npy", np.frombuffer(columns[name].tobytes(), dtype=kind))
     notes += [[line, text if count == 1 else f"{text} ({count:,} rows)"] for text, (line, count) in odd.items()]
-    manifest = {"format": source.format, "notes": notes, "refused": refused, "first": first}
-    manifest["files"] = storage.checksums(work)
-    (work / "manifest.json").write_text(json.dumps(manifest))
+    manifest = {"format": source.format, "notes": notes, "refused": refused, "first": first, "weighted": weighted}
+    storage.write_manifest(work, manifest)

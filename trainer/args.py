@@ -181,6 +181,8 @@ def convert(key, value, where):
             raise wrong(f"a number ({key.type})") from None
         if key.type == "int" and not number.is_integer():
             raise wrong("a whole number")
+        if key.type == "int" and abs(number) >= 2**63:
+            raise wrong("a whole number of at most 63 bits")
         if number != number or number < MINIMUM.get(key.name, float("-inf")):
             raise RunError(f"{where}: {key.name} is too small", found=value, needed=f"at least {MINIMUM.get(key.name)}")
         return int(number) if key.type == "int" else number

@@ -9,8 +9,8 @@ from data import DataError, dataset, source, validate
 from data.tokenize import Encoder, tokenized
 
 from . import embedded, rows
-from .args import help_text, resolve
-from .errors import BAD_INPUT, DONE, RunError, report
+from .args import all_keys, check_model, help_text, resolve
+from .errors import BAD_INPUT, DONE, FAILED, RunError, report
 
 USAGE = """python launch/data.py check [FILE …] [--json] [--rejected FILE] [--FLAG VALUE …]
 
@@ -36,33 +36,52 @@ def main(argv=None):
     except (RunError, DataError) as error:
         report(error)
         return error.code if isinstance(error, RunError) else BAD_INPUT
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def _split(argv):
     """(settings, as JSON, file for rejected rows) of the command line."""
     files, rejected, rest, i = [], "rejected.jsonl", [], 0
-    as_json = "--json" in argv
-    argv = [a for a in argv if a != "--json"]
-    while i < len(argv) and not argv[i].startswith("--"):
-        files.append(argv[i])
-        i += 1
     while i < len(argv):
-        if argv[i] == "--rejected":
-            if i + 1 == len(argv):
-                raise RunError("command line: --rejected needs a file")
-            rejected = argv[i + 1]
-            i += 2
+        word, equals, value = argv[i].partition("=")
+        i += 1
+        if word == "--json":
+            continue
+        if not word.startswith("--"):
+            files.append(argv[i - 1])
+            continue
+        key = all_keys().get(word[2:].replace("-", "_"))
+        if not equals and not (key and key.type == "bool" and argv[i:i + 1] not in (["true"], ["false"])):
+            # One value a flag, but for lists: what comes after is a file.
+            many = key is not None and key.type == "list"
+            start = i
+            while i < len(argv) and not argv[i].startswith("--") and (many or i == start):
+                i += 1
+            value = argv[start:i]
         else:
-            rest.append(argv[i])
-            i += 1
-    settings = resolve([*rest, *(["--dataset", *files] if files else [])], default_recipe=None)
-    return settings, as_json, rejected
+            value = [value] if equals else []
+        if word != "--rejected":
+            rest += [word, *value]
+        elif not value or not value[0]:
+            raise RunError("command line: --rejected needs a file")
+        else:
+            rejected = value[0]
+    settings = resolve(rest, default_recipe=None)
+    if files and settings.given("dataset"):
+        raise RunError("the files are named twice", found=f"{' '.join(files)[:200]} and --dataset", needed="one of them")
+    if files:
+        settings.values["dataset"] = files
+    return settings, "--json" in argv, rejected
 
 
 def check(argv):
     """Print the report; the exit code."""
     settings, as_json, rejected = _split(argv)
     specs = settings.dataset or [str(rows.SAMPLES / "train.jsonl"), str(rows.SAMPLES / "validation.jsonl")]
+    if settings.model_name_or_path is not None:
+        check_model(settings.model_name_or_path)
     sources = source.resolve(specs, settings.dataset_dir)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would say that it looks for one
     from .model import load_tokenizer
@@ -72,6 +91,8 @@ def check(argv):
     rows.check_vocabulary(tokenizer, rows.vocabulary_of(directory))
     encoder = Encoder(tokenizer, settings.last_turn_only)
     files = [tokenized(s, encoder, rows.progress(s.shown)) for s in sources]
+    for s, file in zip(sources, files):
+        rows.check_weights(s, file, settings)
     samples, _ = dataset.cut(files, [(n, np.arange(len(f))) for n, f in enumerate(files)], settings.max_length, settings.too_long,
                              settings.train_on_prompt)
     result = validate.report(sources, files, samples, settings.max_length)
@@ -86,7 +107,11 @@ def check(argv):
             print(f"\n{sources[file].shown}:{line}, trained tokens marked:\n"
                   + validate.example(tokenizer, samples, n, sys.stdout.isatty()))
     if bad and settings.on_bad_row == "skip":
-        rows.write_rejected(rejected, bad)
+        try:
+            rows.write_rejected(rejected, bad)
+        except OSError as error:
+            raise RunError(f"the rejected rows cannot be written to {rejected}", found=error.strerror,
+                           needed="--rejected FILE") from None
         print(f"rejected rows: {rejected}", file=sys.stderr)
     if bad and settings.on_bad_row == "stop":
         print("\nerror: rows were rejected\n  fix:    mend them, or leave them out with --on_bad_row skip", file=sys.stderr)

@@ -105,6 +105,7 @@ def build(plan, settings, tokenizer, vocabulary, show):
         if not plan.asked and sum(map(len, files)) < SMALL:
             share = "0"
         train_rows, validation_rows = dataset.split(files, share, seed)
+
     def cut(made, rows):
         return dataset.cut(made, rows, settings.max_length, settings.too_long, settings.train_on_prompt)
 
@@ -134,9 +135,17 @@ def _tokens(s, encoder, settings, show):
     from data.tokenize import tokenized
 
     file = tokenized(s, encoder, show)
+    check_weights(s, file, settings)
     if file.manifest["refused"] and settings.on_bad_row == "stop":
         raise source.refuse(s, len(file), file.manifest["refused"], file.manifest["first"])
     return file
+
+
+def check_weights(s, file, settings):
+    """DataError where rows keep answers out of the loss and the flags take everything in."""
+    if file.manifest["weighted"] and settings.train_on_prompt:
+        raise DataError(f"{file.manifest['weighted']:,} row(s) of {s.shown} have answers of weight 0, which are not to be trained\n"
+                        "  found:  --train_on_prompt true, which trains all tokens\n  needed: one of them")
 
 
 def check_vocabulary(tokenizer, vocabulary):

@@ -7,10 +7,12 @@ import pytest
 from conftest import ROOT, train, write_rows
 
 DATA = ROOT / "tests" / "data"
+NO_OUTPUT = "no output; needed: instruction and output; the keys are instruction"
 
 
 def check(model, *flags, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "launch" / "data.py"), "check", *map(str, flags), "--model_name_or_path", str(model)]
+    command = [sys.executable, str(ROOT / "launch" / "data.py"), "check", *map(str, flags)]
+    command += [] if "--model_name_or_path" in flags else ["--model_name_or_path", str(model)]
     done = subprocess.run(command, cwd=cwd, text=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
@@ -53,9 +55,9 @@ def test_every_fault(tiny_model):
 def test_skip(tiny_model, tmp_path):
     code, output, errors = check(tiny_model, DATA / "faults" / "no_output.jsonl", "--json", "--on_bad_row", "skip", cwd=tmp_path)
     entry = json.loads(output)["files"][0]
-    assert code == 0 and entry["rows"] == 1 and entry["rejected"] == [{"line": 2, "reason": "no output"}]
+    assert code == 0 and entry["rows"] == 1 and entry["rejected"] == [{"line": 2, "reason": NO_OUTPUT}]
     (kept,) = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert kept["line"] == 2 and kept["reason"] == "no output" and kept["row"] == {"instruction": "a"} and "rejected.jsonl" in errors
+    assert kept["line"] == 2 and kept["reason"] == NO_OUTPUT and kept["row"] == {"instruction": "a"} and "rejected.jsonl" in errors
 
 
 def test_for_people(tiny_model):
@@ -69,10 +71,28 @@ def test_for_people(tiny_model):
     ([DATA / "faults" / "no_format.jsonl", "--on_bad_row", "skip"], ["no row can be trained on"]),
     ([DATA / "formats" / "text.jsonl", "--template", "vicuna"], ["no chat template vicuna"]),
     ([DATA / "formats" / "text.jsonl", "--on_bad_row", "ignore"], ["stop | skip"]),
+    ([DATA / "formats" / "text.jsonl", "--max_length", "1e30"], ["whole number"]),
+    ([DATA / "formats" / "text.jsonl", "--template", DATA / "formats" / "table.parquet"], ["not readable as text"]),
+    ([DATA / "formats" / "text.jsonl", "--dataset", "x.jsonl"], ["named twice"]), (["x" * 5000], ["no data file"]),
+    ([DATA / "faults" / "no_output.jsonl", "--on_bad_row", "skip", "--rejected=/"], ["cannot be written"]),
+    ([DATA / "formats" / "text.jsonl", "--model_name_or_path", DATA / "quiz.jsonl"], ["is a file, not a model"]),
 ])
 def test_bad_input(tiny_model, tmp_path, flags, words):
     code, _, errors = check(tiny_model, *flags, cwd=tmp_path)
     assert code == 2 and all(w in errors for w in words), errors
+
+
+def test_files_may_stand_after_flags(tiny_model):
+    code, output, _ = check(tiny_model, "--max_length", "60", DATA / "formats" / "text.jsonl", "--packing",
+                            DATA / "formats" / "alpaca.jsonl", "--json")
+    assert code == 0 and [f["rows"] for f in json.loads(output)["files"]] == [2, 7]
+
+
+def test_weights_and_train_on_prompt(tiny_model, tmp_path):
+    turns = [("user", 1), ("assistant", 0), ("user", 1), ("assistant", 1)]
+    rows = write_rows(tmp_path / "d.jsonl", [{"messages": [{"role": r, "content": "x", "weight": w} for r, w in turns]}])
+    code, _, errors = check(tiny_model, rows, "--train_on_prompt")
+    assert code == 2 and "answers of weight 0" in errors
 
 
 def test_a_tokenizer_of_another_model(tiny_model, tmp_path):
@@ -96,5 +116,5 @@ def test_training_skips_and_says_so(trains, tmp_path):
                  "--max_steps", 1, "--train_sampling_strategy", "group_by_length")
     assert "alpaca, 36 rows, 4 refused rows skipped" in run.output and "mixture: an epoch takes" in run.output
     kept = [json.loads(line) for line in (run.directory / "rejected.jsonl").read_text().splitlines()]
-    assert [k["line"] for k in kept] == [1, 11, 21, 31] and {k["reason"] for k in kept} == {"no output"}
+    assert [k["line"] for k in kept] == [1, 11, 21, 31] and {k["reason"] for k in kept} == {NO_OUTPUT}
     assert "train: " in run.output and run.evaluations

@@ -144,6 +144,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             code = 503
         self.send_response(code)
         self.send_header("Content-Length", str(len(ROWS) if code == 200 else 0))
+        if path == "/dated.jsonl":
+            self.send_header("Last-Modified", "Tue, 24 Nov 2026 10:00:00 GMT")
         self.end_headers()
         if body and code == 200:
             self.wfile.write(ROWS[:-50] if path == "/short.jsonl" else ROWS)
@@ -162,6 +164,25 @@ def web():
 
 def test_http(web):
     assert rows(f"{web}/rows.jsonl") == [5] and rows(f"{web}/rows.jsonl?token=SECRET") == [5]
+
+
+def test_http_versions(web, monkeypatch):
+    """A dated file is fetched once; one that says nothing of its version, once a run."""
+    from types import SimpleNamespace
+
+    for name, gets in (("dated", 1), ("rows", 2)):
+        Server.seen.clear()
+        for run in (1, 2):
+            monkeypatch.setattr("psutil.Process", lambda _, run=run: SimpleNamespace(create_time=lambda: run))
+            rows(f"{web}/{name}.jsonl?{name}"), rows(f"{web}/{name}.jsonl?{name}")
+        assert [method for method, _ in Server.seen].count("GET") == gets
+
+
+def test_malformed_addresses_are_not_tried_again(capfd):
+    for url in ("https://", "http://[", "s3://"):
+        with pytest.raises(DataError):
+            rows(url)
+    assert "attempt" not in capfd.readouterr().err
 
 
 def test_http_retries_and_goes_on(web, capfd):
@@ -187,7 +208,7 @@ def test_unreachable():
 
 def test_file_address(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(ROWS)
-    assert rows(f"file://{tmp_path}/d.jsonl") == [5] and rows(f"file://{tmp_path}") == [5]
+    assert rows(f"file://{tmp_path}/d.jsonl") == [5] and rows(f"file://{tmp_path}") == [5] == rows(f"FILE://{tmp_path}/d.jsonl")
 
 
 # -- the cache's place --------------------------------------------------------------------------------------------------

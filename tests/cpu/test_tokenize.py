@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, samples, write_rows
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from data import DataError, RowError, dataset, source, template, tokenize
@@ -47,6 +48,53 @@ def test_every_answer_and_its_end_are_trained(tokenizer):
     assert trained(tokenizer, LONG, last_turn_only=True) == ["yes<|im_end|>"]
     assert trained(tokenizer, [CHAT[0], {"role": "assistant", "content": "\nx"}]) == ["\nx<|im_end|>"]
     assert trained(tokenizer, [LONG[0], CHAT[0], {**CHAT[1], "weight": 0}, *LONG[3:]]) == ["yes<|im_end|>"]
+
+
+SWITCH = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}%s"
+          "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+MARKED = "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+
+
+def test_weight_0_is_never_trained(tokenizer, tmp_path):
+    last = [*LONG[:-1], {**LONG[-1], "weight": 0}]
+    for marked in (tokenizer.chat_template, SWITCH.replace("%s", MARKED)):
+        tokenizer.chat_template = marked
+        assert trained(tokenizer, last) == ["an animal<|im_end|>"]
+        with pytest.raises(RowError, match="no trained token"):
+            trained(tokenizer, last, last_turn_only=True)
+    tokenizer.chat_template = SWITCH.replace("%s", 2 * (MARKED + "-"))
+    assert len(trained(tokenizer, LONG)) == 4
+    with pytest.raises(RowError, match="marks 4 spans in 2 answers"):
+        trained(tokenizer, last)
+
+
+def test_end_tokens_without_a_name(tokenizer):
+    """`<|eot|>` is a special token of the file that no special_tokens_map names; text that ends with another stays whole."""
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])
+    tokenizer.chat_template = SWITCH.replace("%s", "{{ m['content'] + '<|eot|>' }}")
+    assert trained(tokenizer, LONG) == ["an animal<|eot|>", "yes<|eot|>"]
+    tokenizer.chat_template = SWITCH.replace("%s", "{{ m['content'] }}")
+    assert trained(tokenizer, [CHAT[0], {"role": "assistant", "content": "a <|eot|> is a token"}]) == ["a <|eot|> is a token\n"]
+
+
+def test_calls_that_the_template_leaves_out_are_not_trained(tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    assert trained(tokenizer, [CHAT[0], call, {"role": "tool", "content": "3"}, CHAT[1]]) == ["an animal<|im_end|>"]
+
+
+def test_pad_is_a_token_that_nothing_uses(tokenizer):
+    tokenizer.add_tokens([AddedToken("<|spare|>", special=True)])
+    tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
+    template.prepare_tokenizer(tokenizer)
+    assert tokenizer.pad_token == "<|spare|>"
+
+
+def test_a_duplicate_group_larger_than_wanted_stays(tokenizer, tmp_path):
+    rows = [{"text": "the same"}] * 40 + [{"text": f"row {i}"} for i in range(60)]
+    file = tokenize.tokenized(source.resolve([str(write_rows(tmp_path / "d.jsonl", rows))])[0], tokenize.Encoder(tokenizer))
+    for seed in range(8):
+        assert [len(r) for _, r in dataset.split([file], "10", seed)[1]] == [10]
 
 
 def test_the_ids_are_the_templates(tokenizer):
@@ -316,7 +364,8 @@ def test_one_writer(tiny_model, rows_file, tmp_path):
 def test_rejected_rows_are_kept_with_their_content(tokenizer, tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "c"}])
     file = tokenize.tokenized(source.resolve([str(path)])[0], tokenize.Encoder(tokenizer))
-    assert list(file.rejected()) == [{"line": 2, "reason": "no output", "row": {"instruction": "c"}}]
+    reason = "no output; needed: instruction and output; the keys are instruction"
+    assert list(file.rejected()) == [{"line": 2, "reason": reason, "row": {"instruction": "c"}}]
 
 
 def test_control_tokens_in_the_text_are_noted(tokenizer, tmp_path):

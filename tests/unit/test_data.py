@@ -78,9 +78,84 @@ ANSWER = {"role": "assistant", "content": "b"}
     ({"conversations": [{"role": "user", "content": "a"}, ANSWER]}, [("user", "a"), ("assistant", "b")]),
     ({"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "a"}, ANSWER]},
      [("system", "s"), ("user", "a"), ("assistant", "b")]),
+    ({"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, [("user", "a"), ("assistant", "b")]),
+    ({"instruction": "c", "output": "d", "history": '[["a", "b"]]'}, [("user", "a"), ("assistant", "b"), ("user", "c"),
+                                                                       ("assistant", "d")]),
 ])
 def test_other_spellings(record, messages):
     assert contents(formats.convert(record, formats.detect(record), 1)) == messages
+
+
+@pytest.mark.parametrize("turn", [
+    {"tool_calls": [{"function": {"name": "f", "arguments": None}}]},
+    {"tool_calls": '[{"function": {"name": "f", "arguments": ""}}]'},
+    {"function_call": {"name": "f", "arguments": "{}"}},
+])
+def test_tool_calls_in_every_spelling(turn):
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, **turn}],
+              "functions": [{"name": "f", "parameters": {}}]}
+    row = formats.convert(record, "messages", 1)
+    assert row.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert row.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize("text, words", [(DEEP, "nested too deeply"), (r'[{"role": "user", "content": "\ud800"}]', "surrogate"),
+                                         ('[{"role": "user", "role": "user"}]', "stands twice"), ("[{", "not JSON")])
+def test_json_within_json(tmp_path, text, words):
+    """Lists, tools and calls that stand as JSON text in a row pass the same checks as the row."""
+    text = text.replace("\\\\", "\\")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    ask = {"role": "user", "content": "a"}
+    for record in ({"messages": text}, {"instruction": "a", "output": "b", "tools": text}, {"messages": [ask, call]},
+                   {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": text}]},
+                   {"instruction": "a", "output": "b", "history": text}):
+        (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
+        rows, refused, _ = read(tmp_path / "d.jsonl")
+        assert not rows and len(refused) == 1 and words in refused[0][1], (record.keys(), refused)
+
+
+@pytest.mark.parametrize("text, line, words", [
+    ('[{"text": "a"}]\n\nrubbish', 3, "after the list's end"), ('[{"text": "a"},]', 1, "broken JSON"),
+    ('[{"text": "a"},\n{"text": "\0"}]', 2, "NUL byte"), ('[]', 1, "no rows"),
+])
+def test_json_lists_to_their_end(tmp_path, text, line, words):
+    (tmp_path / "d.json").write_text(text)
+    _, refused, _ = read(tmp_path / "d.json")
+    assert len(refused) == 1 and refused[0][0] == line and words in refused[0][1], refused
+
+
+def test_lines_ended_by_cr_alone(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    _, refused, notes = read(tmp_path / "d.jsonl")
+    assert "tr '\\r' '\\n'" in refused[0][1] and not notes
+
+
+def test_parquet_with_what_it_adds(tmp_path):
+    """Times without a Python value, objects that Parquet made alike, NUL."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def call(name, **arguments):
+        return [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments":
+                                                                                                  arguments}}]}]
+
+    table = pyarrow.table({"messages": [call("f", x=1), call("g", y=2)],
+                           "made": pyarrow.array([2**50, 1], pyarrow.timestamp("s")), "tools": [None, [{"type": "function"}]]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    rows, refused, _ = read(tmp_path / "d.parquet")
+    assert not refused and [r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in rows] == [{"x": 1}, {"y": 2}]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b\0"]}), tmp_path / "d.parquet")
+    rows, refused, _ = read(tmp_path / "d.parquet")
+    assert len(rows) == 1 and refused[0][0] == 2 and "NUL" in refused[0][1]
+
+
+def test_weights(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    with pytest.raises(RowError, match="every assistant turn has weight 0"):
+        formats.convert({"messages": turns}, "messages", 1)
 
 
 # -- faults -------------------------------------------------------------------------------------------------------------
@@ -116,6 +191,7 @@ def test_odd_numbers_and_characters(tmp_path, line, reason):
 
 def test_json_that_is_one_object(tmp_path):
     for text, reason in (('{\n "instruction": "a",\n "output": "b"\n}\n', None), ('{"data": [\n{}]}', "the keys are data"),
+                         ('\n\ufeff{\n "text": "a"}'.replace("\n\ufeff", "\ufeff\n"), None),
                          ('{\n "instruction": "a"', "broken JSON")):
         (tmp_path / "d.json").write_text(text)
         rows, refused, _ = read(tmp_path / "d.json")
@@ -161,7 +237,7 @@ def test_many_bad_rows_are_counted(tmp_path):
 
 # -- sources ------------------------------------------------------------------------------------------------------------
 def test_files_folders_globs_and_shares(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "rejected.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n')
     assert [Path(s.path).name for s in source.resolve([str(tmp_path)])] == ["a.jsonl", "b.jsonl"]
     assert [Path(s.path).name for s in source.resolve([f"{tmp_path}/b*"])] == ["b.jsonl"]
@@ -172,6 +248,7 @@ def test_files_folders_globs_and_shares(tmp_path):
 @pytest.mark.parametrize("specs, words", [
     (["absent.jsonl"], "nothing at"), (["{}/c.txt"], "not a data file"), (["{}/a.jsonl:0"], "above 0"),
     (["{}/z*"], "no data file matches"),
+    (["x" * 5000], "no data file xxx"), ([""], "no data file"),
     (["{}/a.jsonl:1", "{}/b.jsonl"], "a share for each"), (["ftp://x/y.jsonl"], "not supported"), (["{}/none"], "no data file in"),
 ])
 def test_sources_refused(tmp_path, specs, words):
@@ -195,12 +272,51 @@ def test_registry():
 @pytest.mark.parametrize("entry, words", [
     ({"file_name": "a.jsonl", "formatting": "vicuna"}, "formatting"), ({"file_name": "a.jsonl", "ranking": True}, "preference"),
     ({"file_name": "a.jsonl", "columns": {"promt": "q"}}, "column 'promt'"), ({}, "names no data"),
-    ({"file_name": "a.jsonl", "num_samples": 0}, "num_samples"),
+    ({"file_name": "a.jsonl", "num_samples": 0}, "num_samples"), ({"file_name": "a.jsonl", "columns": "q"}, "columns"),
+    ({"file_name": "a.jsonl", "columns": {"prompt": 3}}, "columns"), ({"file_name": "a.jsonl", "tags": ["x"]}, "tags"),
+    ({"file_name": "a.jsonl", "formatting": ["alpaca"]}, "formatting"),
 ])
 def test_registry_refused(tmp_path, entry, words):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
     with pytest.raises(DataError, match=words):
         source.resolve(["x"], str(tmp_path))
+
+
+@pytest.mark.parametrize("entry, record, found", [
+    ({"columns": {"prompt": "q", "response": "a"}}, {"q": "x", "a": "y", "messages": "id 7"},
+     ("alpaca", [("user", "x"), ("assistant", "y")])),
+    ({"columns": {"prompt": "body"}}, {"body": "x", "instruction": "y"}, ("text", [("completion", "x")])),
+    ({"formatting": "sharegpt", "columns": {"messages": "talk"}},
+     {"talk": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "messages": 3},
+     ("sharegpt", [("user", "x"), ("assistant", "y")])),
+    ({"columns": {"prompt": "q", "response": "a"}}, {"q": "x"}, "no output"),
+    ({"columns": {"prompt": "q", "response": "a"}}, {"a": "x"}, "no q, which"),
+])
+def test_the_registry_decides_the_format(tmp_path, entry, record, found):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "d.jsonl", **entry}}), encoding="utf-8-sig")
+    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
+    (one,) = source.resolve(["x"], str(tmp_path))
+    ((_, row, _),) = source.read(one)
+    assert found in str(row) if isinstance(row, RowError) else (one.format, contents(row)) == found
+
+
+def test_another_librarys_dataset_info_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset_info.json").write_text('{"features": [], "splits": 3}')
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
+    assert len(source.resolve(["d.jsonl"])) == 1
+    with pytest.raises(DataError, match="not a registry"):
+        source.resolve(["d.jsonl"], str(tmp_path))
+
+
+def test_damaged_memory_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
+    first = source.check(source.resolve([str(tmp_path / "d.jsonl")])[0])
+    for memo in [*(tmp_path / "cache" / "hashes").iterdir(), *(tmp_path / "cache" / "checked").iterdir()]:
+        for damage in (b"\xff\xfe", b"", memo.read_bytes().replace(b"1", b"7")):
+            memo.write_bytes(damage)
+            assert source.check(source.resolve([str(tmp_path / "d.jsonl")])[0]) == first
 
 
 def test_a_check_is_remembered_until_the_content_changes(tmp_path, monkeypatch):
