@@ -13,6 +13,7 @@ NVME ?= .swap
 RECIPE ?=
 RUN ?=
 TORCH_INDEX ?=
+DETACH ?=
 ARGS ?=
 
 VENV := .venv
@@ -24,9 +25,9 @@ DEBIAN_NEEDS := $(if $(shell command -v g++),,g++) $(if $(shell command -v git),
 DEBIAN_AIO := $(if $(wildcard /usr/include/libaio.h),,libaio-dev)
 
 comma := ,
-# Several ranks meet at a port: a free one, so that two runs can share the machine.
-PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-LAUNCH = $(BIN)/deepspeed --master_port $(PORT) $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(GPUS),--num_gpus $(GPUS)) launch/train.py
+# Not the deepspeed launcher: it signals the ranks one by one, and leaves them alive when it is killed.
+LAUNCH = $(BIN)/python launch/supervise.py $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(GPUS),--num_gpus $(GPUS)) $(if $(DETACH),--detach)
+RUN_DIRECTORY = $(if $(RUN),runs/$(RUN:runs/%=%),$(error RUN=NAME is needed))
 TRAIN_FLAGS = $(if $(RECIPE),--config $(RECIPE)) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(DATA),--dataset $(DATA)) \
 	$(if $(METHOD),--method $(METHOD)) $(if $(RUN),--run_name $(RUN:runs/%=%)) $(ARGS)
 
@@ -42,6 +43,7 @@ help: ## this list
 	  'GPUS=N               ranks on this machine (default: all GPUs)' \
 	  'HOSTFILE=FILE        several machines, as DeepSpeed reads it' \
 	  'NVME=DIR             directory on a local NVMe for swap files (default: .swap)' \
+	  'DETACH=1             in the background: survives the SSH session, logs to runs/NAME/train.log' \
 	  'TORCH_INDEX=URL      package index with another CUDA build of torch' \
 	  'ARGS="--flag value"  anything else that launch/train.py takes'
 
@@ -100,17 +102,34 @@ train-zero3-nvme-optimizer: setup-aio ## ZeRO-3, parameters in CPU memory, optim
 train-zero3-nvme: setup-aio ## ZeRO-3, parameters and optimizer on NVMe
 	$(LAUNCH) --deepspeed ds_z3_nvme.json --nvme_path $(NVME) $(TRAIN_FLAGS)
 
+resume: setup ## go on with RUN from its newest whole checkpoint
+	@if grep -q '^deepspeed:.*nvme' $(RUN_DIRECTORY)/resolved_config.yaml; then $(MAKE) setup-aio; fi
+	$(LAUNCH) --config $(RUN_DIRECTORY)/resolved_config.yaml --resume_from_checkpoint auto $(ARGS)
+
+stop: ## end RUN after its update, with a checkpoint
+	$(BIN)/python launch/supervise.py --stop $(RUN_DIRECTORY)
+
+status: ## what the runs under runs/ are doing
+	@$(BIN)/python launch/supervise.py --status
+
 ##@ Before a run
 data-check: $(VENV)/.ready ## look at DATA: formats, bad rows, tokens, what is trained, packing
 	$(BIN)/python launch/data.py check $(DATA) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(RECIPE),--config $(RECIPE)) $(ARGS)
 
 ##@ After a run
 export: setup ## merge the LoRA adapter of RUN into its base model
-	$(BIN)/python launch/export.py --merge $(if $(RUN),runs/$(RUN:runs/%=%),$(error RUN=NAME is needed))
+	$(BIN)/python launch/export.py --merge $(RUN_DIRECTORY)
 
 ##@ Check
-test: setup-aio ## unit and cpu tests
+test: setup-aio ## unit and cpu tests, and the quick part of the faults
 	$(BIN)/python -m pytest -q tests/unit tests/cpu
+	$(BIN)/python -m pytest -q tests/faults -m quick
+
+test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
+	$(BIN)/python -m pytest -q tests/faults
+
+test-soak: setup-aio ## sixty random kills in one run, which must end as if nothing had happened
+	$(BIN)/python tests/faults/soak.py
 
 test-gpu: setup-aio ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -q tests/gpu

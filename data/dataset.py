@@ -255,11 +255,14 @@ class Order:
         return np.asarray(order)[np.concatenate(parts)].tolist()
 
     def __iter__(self):
-        units = self._units(self.epoch)
-        group = self.batch * self.world_size
         for micro in range(len(self)):
-            start = micro * group + self.rank * self.batch
-            yield [units[i % len(units)] for i in range(start, start + self.batch)]
+            yield self.batch_at(self.epoch, micro)
+
+    def batch_at(self, epoch, micro):
+        """This rank's units of the epoch's micro-batch number `micro`."""
+        units = self._units(epoch)
+        start = (micro * self.world_size + self.rank) * self.batch
+        return [units[i % len(units)] for i in range(start, start + self.batch)]
 
 
 class TrainLoader(DataLoader):

@@ -244,7 +244,9 @@ def tokenized(source, encoder, progress=lambda rows: rows):
                 gc.unfreeze()
             manifest = storage.read_manifest(folder)
     source.format = manifest["format"]
-    return TokenFile(folder, manifest)
+    file = TokenFile(folder, manifest)
+    file.shown = source.shown
+    return file
 
 
 def _make(work, source, encoder, progress):

@@ -1,13 +1,16 @@
-"""Shared: a tiny random Llama that really trains, its tokenizer, and the command as a user types it."""
+"""Shared: a tiny random Llama that really trains, its tokenizer, the command as a user types it; and runs to which things happen."""
 import atexit
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +121,13 @@ def train(directory, *flags, ranks=1, launcher=True, env=None, timeout=600, scri
     return Run(done.returncode, done.stdout, Path(directory))
 
 
+def command(*flags, env=None, timeout=600, **options):
+    """launch/train.py without a launcher: the finished process."""
+    return subprocess.run([sys.executable, "launch/train.py", *map(str, flags)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=timeout,
+                          env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}, **options)
+
+
 @pytest.fixture
 def trains(tiny_model, rows_file, tmp_path):
     """trains(name, *flags) → Run of the tiny model in fp32 that must have succeeded."""
@@ -128,3 +138,128 @@ def trains(tiny_model, rows_file, tmp_path):
         assert run.code == code, run.output[-6000:]
         return run
     return go
+
+
+# -- faults -------------------------------------------------------------------------------------------------------------
+RESULTS = []
+FLAGS = ["--precision", "fp32", "--max_length", 96, "--learning_rate", 1e-3, "--per_device_train_batch_size", 2,
+         "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false"]
+
+
+class Running:
+    """A run in the background."""
+
+    def __init__(self, directory, process, log):
+        self.directory, self.process, self.log = directory, process, log
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+    @property
+    def records(self):
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [r for r in map(json.loads, lines) if "loss" in r]
+
+    @property
+    def losses(self):
+        return [r["loss"] for r in self.records]
+
+    def ranks(self):
+        """The rank processes, by rank."""
+        found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "--output_dir" in p.cmdline()]
+        return sorted((p for p in found if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+
+    def until(self, true, seconds=120, what="it"):
+        """Wait until true(self); the run must not end before."""
+        end = time.monotonic() + seconds
+        while not true(self):
+            assert time.monotonic() < end, f"{what} did not come in {seconds} s\n{self.output[-4000:]}"
+            assert self.process.poll() is None, f"ended with {self.process.returncode} before\n{self.output[-4000:]}"
+            time.sleep(0.02)
+        return self
+
+    def until_step(self, step, seconds=120):
+        return self.until(lambda r: len(r.records) >= step, seconds, f"step {step}")
+
+    def until_saved(self, step, seconds=120):
+        return self.until(lambda r: (r.directory / f"checkpoint-{step}").exists(), seconds, f"checkpoint-{step}")
+
+    def signal(self, number):
+        self.process.send_signal(number)
+        return self
+
+    def ends(self, code, seconds=120):
+        """Wait for the end; the exit code is `code`."""
+        assert self.process.wait(seconds) == code, self.output[-6000:]
+        return self
+
+
+@pytest.fixture
+def starts(tiny_model, rows_file, tmp_path):
+    """starts(name, *flags, ranks=1, supervised=True, env={}) → Running."""
+    started = []
+
+    def go(name, *flags, ranks=1, supervised=True, env=None, script=None, directory=None):
+        directory = Path(directory or tmp_path / name)
+        entry = ["launch/supervise.py", "--num_gpus", ranks] if supervised else ["launch/train.py"]
+        if script:
+            entry = [*entry, "--script", script] if supervised else [script]
+        command = [sys.executable, *entry, "--output_dir", directory, "--model_name_or_path", tiny_model, "--dataset",
+                   rows_file[0], "--validation_split", rows_file[1], *FLAGS, "--nvme_path", tmp_path / "swap", *flags]
+        log = tmp_path / f"{name}-{len(started)}.log"
+        with open(log, "w") as out:
+            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+                                       stdin=subprocess.DEVNULL, env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})})
+        started.append(process)
+        return Running(directory, process, log)
+
+    yield go
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(megabytes, *mkfs options) → a small ext4 of its own, mounted; needs root and loop devices."""
+    mounted = []
+
+    def make(megabytes, *options):
+        image, place = tmp_path / f"disk{len(mounted)}.img", tmp_path / f"disk{len(mounted)}"
+        with open(image, "wb") as file:
+            file.truncate(megabytes * 2**20)
+        place.mkdir()
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", *options, str(image)], check=True)
+        done = subprocess.run(["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no loop mount here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)])
+
+
+@pytest.fixture
+def row(request):
+    """row(fault, what happens, seconds to recover or None): a line of the matrix, once the test has passed."""
+    def add(fault, happens, seconds=None):
+        RESULTS.append((fault, happens, request.node.name, f"{seconds:.0f} s" if seconds is not None else "-"))
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if RESULTS:
+        lines = [("fault", "what happens", "test", "recovery"), *RESULTS]
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        terminalreporter.write_line("")
+        for line in lines:
+            terminalreporter.write_line(" | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: faults that `make test` injects too")

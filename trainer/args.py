@@ -17,6 +17,7 @@ import yaml
 from .errors import RunError, did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
+RESOLVED = "resolved_config.yaml"
 
 
 def _flag(default, help):
@@ -52,6 +53,7 @@ class RunArguments:
     fused_loss: bool = _flag(True, "compute the loss in chunks and never hold the logits of a whole batch")
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: with LoRA on a GPU")
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
+    grace_seconds: int = _flag(30, "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then")
     max_nonfinite_steps: int = _flag(1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient")
     export: bool = _flag(True, "write runs/<name>/export/ at the end")
     max_shard_size: str = _flag("4GB", "largest file of the exported model")
@@ -61,7 +63,7 @@ CHOICES = {"method": ("full", "lora"), "too_long": ("truncate", "split", "drop")
            "precision": ("auto", "bf16", "fp16", "fp32")}
 MINIMUM = {"lora_r": 1, "lora_alpha": 1, "max_length": 2, "max_nonfinite_steps": 1, "per_device_train_batch_size": 1,
            "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "num_train_epochs": 0,
-           "lora_dropout": 0}
+           "lora_dropout": 0, "grace_seconds": 0, "save_total_limit": 2}
 
 # Ours where TrainingArguments has another default. learning_rate depends on the method: see `resolve`.
 TRAINING_DEFAULTS = {
@@ -74,7 +76,8 @@ TRAINING_DEFAULTS = {
     "eval_strategy": "steps",
     "eval_steps": 0.5,  # a share of the run: once half way, and at the end
     "eval_on_start": True,
-    "save_strategy": "no",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
     "remove_unused_columns": False,
     "report_to": "wandb",
     "num_train_epochs": 1.0,
@@ -284,6 +287,8 @@ def read_recipe(path):
         content = {}
     if not isinstance(content, dict):
         raise RunError(f"{path} is not a recipe", found=type(content).__name__, needed="a YAML mapping of key: value")
+    if Path(path).name == RESOLVED:  # it lists every key: those that have their default were not given
+        content = {n: v for n, v in content.items() if n not in REFUSED and n in all_keys() and v != all_keys()[n].default}
     blocks = {m: content.pop(m) or {} for m in CHOICES["method"] if m in content}
     for method, block in blocks.items():
         if not isinstance(block, dict):

@@ -4,6 +4,7 @@ import os
 import sys
 
 DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED = 0, 1, 2, 3, 75
+CRASHED = 70  # a failure that nobody foresaw, between a rank and its supervisor; outside it is FAILED
 
 
 class RunError(Exception):

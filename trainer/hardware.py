@@ -101,16 +101,41 @@ def check_locked_memory(parameter_bytes, optimizer_bytes, ranks_here):
                        code=3)
 
 
-def check_swap_directory(path):
-    """The directory for swap files exists and takes O_DIRECT, as libaio needs it."""
-    path = Path(path)
-    probe = path / f".probe-{os.getpid()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(probe, os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600)
-    except OSError as error:
-        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=error.strerror,
-                       needed="a writable directory on a local ext4 or xfs filesystem (O_DIRECT; not tmpfs)",
-                       fix="--nvme_path DIR, or NVME=DIR with make") from None
-    os.close(handle)
-    probe.unlink()
+def choose_precision(settings, config, gpu, path):
+    """(bf16, fp16 or fp32, why). Writes the choice into the configuration's own switches."""
+    asked = {}
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise RunError("fp8 is not supported", found="ACCELERATE_MIXED_PRECISION=fp8",
+                       needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these")
+    if settings.precision != "auto":
+        asked[f"--precision {settings.precision}"] = settings.precision
+    refused = False
+    for name in ("bf16", "fp16"):
+        if settings.given(name):
+            if settings.values[name]:
+                asked[f"--{name}"] = name
+            else:
+                refused = True
+        switch = (config.get(name) or {}).get("enabled", "auto")
+        if switch is True:
+            asked[f"{path}: {name}.enabled"] = name
+    if len(set(asked.values())) > 1:
+        raise RunError("two precisions were asked for", found=", ".join(asked), needed="one of them")
+    if asked:
+        reason, precision = next(iter(asked.items()))
+    elif refused:
+        precision, reason = "fp32", "bf16 or fp16 was switched off"
+    elif gpu:
+        bf16 = gpu_has_bf16()
+        precision, reason = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
+    elif cpu_has_bf16():
+        precision, reason = "bf16", "the CPU has AVX-512-BF16 or AMX"
+    else:
+        precision, reason = "fp32", "the CPU would emulate bf16"
+    if precision == "fp16" and not gpu:
+        raise RunError("fp16 needs a GPU", found=reason, needed="--precision auto, bf16 or fp32")
+    if precision == "bf16" and gpu and not gpu_has_bf16():
+        raise RunError("the GPU has no bf16", found=reason, needed="--precision auto or fp16; bf16 came with Ampere")
+    for name in ("bf16", "fp16"):
+        config[name] = {**(config.get(name) or {}), "enabled": precision == name}
+    return precision, reason

@@ -1,7 +1,12 @@
 """OffloadTrainer: transformers.Trainer with a chunked loss, an order of our own, exact evaluation, guards and measurements."""
+import collections
+import dataclasses
 import functools
+import json
+import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,9 +16,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from data.dataset import IGNORED, Order, TrainLoader, collate, evaluation_batches
 
+from . import checkpoint
 from .errors import FAILED, RunError
 from .loss import ChunkedHead, whole_logits
 from .telemetry import heartbeat
+
+FAILED_SAVES = 3  # in a row; then the run stops rather than go on without a net
+DUMPS = 10  # updates that were not finite whose rows are written down
+SPIKE = 6  # standard deviations of the last losses
 
 
 def summed(tensor):
@@ -28,27 +38,35 @@ class OffloadTrainer(Trainer):
 
     telemetry: Telemetry; tracker: Tracker or None; max_nonfinite_steps: updates in a row with a non-finite loss or gradient
     after which the run stops with exit 1. capacity: tokens of a packed row, or None; mixture: data.dataset.Mixture or None; varlen:
-    the attention wants to be told where samples begin.
+    the attention wants to be told where samples begin. checkpointer: checkpoint.Checkpointer; stopper: signals.Stopper; resume:
+    (folder, manifest) of the checkpoint to go on from, or None; space: swap.SwapSpace or None.
     """
 
     def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, capacity=None, mixture=None,
-                 varlen=False, **kwargs):
+                 varlen=False, checkpointer=None, stopper=None, resume=None, space=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.checkpointer, self.resume, self.space = checkpointer, resume, space
+        self.saved, self.failed_saves = resume and resume[0], 0
+        self.recent = collections.deque(maxlen=50)  # losses
+        self.order = self.batches = None
         self.capacity, self.mixture, self.varlen = capacity, mixture, varlen
         self.telemetry, self.tracker = telemetry, tracker
         self.max_nonfinite_steps, self.nonfinite, self.nonfinite_unlogged = max_nonfinite_steps, 0, 0
-        self.last_good_step = 0
+        self.last_good_step = resume[1]["step"] if resume else 0
+        self.audited = False
         # The loss below is a sum over the update's answer tokens divided by their number on all ranks; transformers must
         # count them, and must not divide by the number of micro-batches again.
         self.model_accepts_loss_kwargs = True
         self.head = ChunkedHead.install(_language_model(self.model)) if fused_loss else None
         self.update_tokens = 0
         self.engine_timed = False
-        self.evaluated_at = None
+        self.evaluated = self.evaluated_at = None
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if self.is_world_process_zero():
             self.add_callback(Watch(self))
+        if stopper:
+            self.add_callback(stopper)
 
     # -- data ---------------------------------------------------------------------------------------------------------
     def get_train_dataloader(self):
@@ -57,6 +75,7 @@ class OffloadTrainer(Trainer):
         order = Order(self.train_dataset.lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps,
                       args.process_index, args.world_size, args.data_seed if args.data_seed is not None else args.seed,
                       args.train_sampling_strategy, self.capacity, self.mixture)
+        self.order = order
         return TrainLoader(self.train_dataset, batch_sampler=order, num_workers=args.dataloader_num_workers,
                            collate_fn=functools.partial(self._collate, size=self.capacity))
 
@@ -73,6 +92,7 @@ class OffloadTrainer(Trainer):
         samples, items = super().get_batch_samples(*args, **kwargs)
         self.telemetry.clock.add("data_wait", time.perf_counter() - begin)
         self.update_tokens = sum(batch.pop("tokens") for batch in samples)
+        self.batches = samples
         return samples, items
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
@@ -122,6 +142,9 @@ class OffloadTrainer(Trainer):
 
     def _update_ended(self):
         self.telemetry.step_done(self.update_tokens)
+        if self.space and not self.audited:
+            self.space.audit()
+            self.audited = True
         optimizer = self.model_wrapped.optimizer
         skipped = bool(getattr(optimizer, "overflow", False))
         if skipped and optimizer.dtype == torch.float16 and float(optimizer.loss_scale) > 1:
@@ -131,6 +154,22 @@ class OffloadTrainer(Trainer):
             return
         self.nonfinite += 1
         self.nonfinite_unlogged += 1
+        if self.nonfinite <= DUMPS:
+            self._dump_update()
+
+    def _dump_update(self):
+        """nonfinite-<step>-rank-<rank>: the rows of this rank's part of the update (.json) and its batches (.safetensors)."""
+        from safetensors.torch import save_file
+
+        step, order, data = self.state.global_step, self.order, self.train_dataset
+        first = step % order.updates * order.accumulate
+        units = [order.batch_at(step // order.updates, first + i) for i in range(len(self.batches))]
+        places = [data.place(i) for batch in units for unit in batch for i in unit]
+        rows = [{"path": data.files[file].shown, "line": line} for file, line in places]
+        path = Path(self.args.output_dir) / f"nonfinite-{step + 1}-rank-{self.args.process_index}"
+        path.with_suffix(".json").write_text(json.dumps({"step": step + 1, "rows": rows}, indent=1))
+        save_file({f"{i}/{k}": v.contiguous().cpu() for i, b in enumerate(self.batches) for k, v in b.items() if torch.is_tensor(v)},
+                  path.with_suffix(".safetensors"))
 
     def check_finite(self):
         """Stop the run after too many updates in a row that were not made."""
@@ -138,14 +177,95 @@ class OffloadTrainer(Trainer):
             raise RunError(
                 f"the loss or a gradient was not finite in {self.nonfinite} update(s) in a row; none of them was applied",
                 found=f"step {self.state.global_step}; the last good step was {self.last_good_step}",
-                fix="a lower --learning_rate, a look at the rows of this step, or --max_nonfinite_steps N to go on longer",
-                code=FAILED)
+                fix="a lower --learning_rate, a look at the rows of this step (nonfinite-… in the run directory), or "
+                "--max_nonfinite_steps N to go on longer", code=FAILED)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles and lose Adam's state on NVMe.
+        made = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.state.compute_steps(self.args, max_steps)  # trainer_state.json brings the saved run's intervals
+        if self.resume:
+            folder, manifest = self.resume
+            engine = self.model_wrapped
+            checkpoint.restore(engine, folder, manifest, self.space)
+            scheduler = self._plain_scheduler()
+            if manifest["schedule"] == self._schedule():
+                scheduler.load_state_dict(manifest["scheduler"])
+                for group, rate in zip(engine.optimizer.param_groups, manifest["scheduler"]["_last_lr"]):
+                    group["lr"] = rate
+            else:  # another rate or length: the new schedule, from this step on
+                scheduler.last_epoch = manifest["scheduler"]["last_epoch"] - 1
+                scheduler.step()
+            scaler = getattr(engine.optimizer, "loss_scaler", None)
+            for key, value in manifest["loss_scaler"].items():
+                setattr(scaler, key, value)
+            self.telemetry.tokens = manifest["tokens"]
+            self.evaluated_at, self.evaluated = manifest["evaluated"] or (None, None)
+            if self.is_world_process_zero():
+                print(f"resume: goes on after step {manifest['step']}", flush=True)
+        return made
+
+    def _plain_scheduler(self):
+        """torch's scheduler behind accelerate's wrapper, or the one that DeepSpeed was given."""
+        scheduler = self.model_wrapped.lr_scheduler or self.lr_scheduler
+        return getattr(scheduler, "scheduler", scheduler)
+
+    def _schedule(self):
+        """What the learning rate of a step depends on."""
+        args = self.args
+        return [args.learning_rate, str(args.lr_scheduler_type), str(args.lr_scheduler_kwargs), args.warmup_steps,
+                self.state.max_steps]
+
+    def _load_rng_state(self, folder):
+        if self.resume:
+            checkpoint.restore_rng(self.resume[0])
+
+    def _load_optimizer_and_scheduler(self, folder):
+        pass  # done with the engine at hand, above
+
+    def state_json(self):
+        """trainer_state.json, as transformers reads it."""
+        return json.dumps(dataclasses.asdict(self.state), indent=1, sort_keys=True)
+
+    def progress(self):
+        """What a checkpoint says of the run's position, for JSON."""
+        engine = self.model_wrapped
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
+        plain = {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))} if scaler else {}
+        return {"scheduler": self._plain_scheduler().state_dict(), "schedule": self._schedule(), "loss_scaler": plain,
+                "tokens": self.telemetry.tokens, "update_rows": self.order.update,
+                "evaluated": self.evaluated and [self.evaluated_at, self.evaluated]}
+
+    def _save_checkpoint(self, model, trial):
+        began = time.perf_counter()
+        if self.space:
+            self.space.audit()
+        self._beat("save")
+        saved = self.checkpointer.save(self)
+        if saved:
+            self.saved, self.failed_saves = saved, 0
+            if self.is_world_process_zero():
+                print(f"saved {saved} in {time.perf_counter() - began:.1f} s", flush=True)
+        else:
+            self.failed_saves += 1
+            if self.failed_saves >= FAILED_SAVES:
+                raise RunError(f"{self.failed_saves} checkpoints in a row could not be saved", code=FAILED,
+                               found=f"the last one that stands is {self.saved or 'none'}",
+                               fix="free space on the disk of the run directory")
+        self._beat("train")
+        self.telemetry.pause(time.perf_counter() - began)
+
+    def _beat(self, phase):
+        if self.is_world_process_zero():
+            heartbeat(self.args.output_dir, self.state.global_step, phase)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss, perplexity and accuracy over the answer tokens of the validation set: weighted by token, so the same for any
         batch size and number of ranks."""
         began = time.perf_counter()
+        self._beat("eval")
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         model, device = self.model_wrapped, self.args.device
         training = model.training
@@ -167,7 +287,7 @@ class OffloadTrainer(Trainer):
         model.empty_partition_cache()  # what the last forward pass fetched ahead would stay in flight
         loss, hits, count = summed(totals).tolist()
         metrics = {"eval_loss": loss / count, "eval_perplexity": _exp(loss / count), "eval_token_accuracy": hits / count}
-        self.evaluated_at = self.state.global_step
+        self.evaluated_at, self.evaluated = self.state.global_step, metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.telemetry.pause(time.perf_counter() - began)
@@ -190,7 +310,18 @@ class OffloadTrainer(Trainer):
         self.state.log_history.append(record)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
         if "loss" in logs:
+            self._look_for_spike(record["loss"])
             self.check_finite()
+
+    def _look_for_spike(self, loss):
+        if loss is None:
+            return
+        if len(self.recent) >= 20 and self.is_world_process_zero():
+            mean, spread = statistics.fmean(self.recent), statistics.stdev(self.recent)
+            if loss > mean + SPIKE * spread:
+                print(f"warning: the loss jumped to {loss:.4f} at step {self.state.global_step}; the last {len(self.recent)} were "
+                      f"{mean:.4f} ± {spread:.4f}", flush=True)
+        self.recent.append(loss)
 
 
 def _language_model(model):

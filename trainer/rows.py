@@ -1,4 +1,5 @@
 """From the data flags to token samples: what a run trains on and validates with. Torch comes in only when tokens are made."""
+import hashlib
 import json
 import math
 import sys
@@ -6,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import DataError, source
+from data import DataError, source, storage
 
 from .args import ROOT
 from .errors import RunError, is_main_process
@@ -75,6 +76,7 @@ class Data:
     mixture: object
     lines: list
     refused: list  # (source, TokenFile) with refused rows
+    key: str  # of the training samples: the same for the same rows, cuts and order
 
 
 def build(plan, settings, tokenizer, vocabulary, show):
@@ -128,7 +130,8 @@ def build(plan, settings, tokenizer, vocabulary, show):
             for g, taken in mixture.taken.items()))
     refused = [(s, f) for s, f in zip([*plan.train, *plan.validation], [*files, *(held_out if plan.validation else [])])
                if f.manifest["refused"]]
-    return Data(train, validation, summary, mixture, lines, refused)
+    key = storage.digest(*(f.folder.name for f in files), hashlib.sha256(train.table.tobytes()).hexdigest())
+    return Data(train, validation, summary, mixture, lines, refused, key)
 
 
 def _tokens(s, encoder, settings, show):

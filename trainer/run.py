@@ -1,9 +1,7 @@
 """One run from flags to exported model: what `launch/train.py` calls."""
 import json
 import os
-import shutil
 import sys
-import time
 import traceback
 import warnings
 from importlib import metadata
@@ -11,8 +9,8 @@ from pathlib import Path
 
 from data import DataError, storage
 
-from . import __version__, embedded, hardware, offload, rows
-from .args import ROOT, all_keys, check_model, help_text, parse_size, resolve
+from . import __version__, embedded, hardware, offload, resume, rows, swap
+from .args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
 from .config import (
     check_agreement,
     check_buffers,
@@ -24,7 +22,8 @@ from .config import (
     uses_nvme,
     write_yaml,
 )
-from .errors import BAD_INPUT, DONE, FAILED, RunError, is_main_process, report
+from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, is_main_process, report
+from .names import default_run_name, run_directory
 from .ops import use_own_ninja
 
 SECRET = ("hub_token",)
@@ -49,7 +48,8 @@ def main(argv=None):
         return error.code if isinstance(error, RunError) else BAD_INPUT
     except Exception:
         traceback.print_exc()
-        return FAILED
+        # A supervisor tries again what nobody foresaw, and not what was refused.
+        return CRASHED if os.environ.get("ZERO_OFFLOAD_SUPERVISED") else FAILED
 
 
 def leave(code):
@@ -67,12 +67,8 @@ def prepare(settings):
     config = check_config(read_config(path) if config is None else config, path)
     check_agreement(config, settings, path)
     gpu = hardware.uses_gpu(settings)
-    precision, reason = choose_precision(settings, config, gpu, path)
+    precision, reason = hardware.choose_precision(settings, config, gpu, path)
     offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
-    if offload == "nvme" and settings.save_strategy != "no":
-        raise RunError("a run with the optimizer on NVMe cannot be checkpointed",
-                       found=f"--save_strategy {settings.save_strategy}: DeepSpeed 0.19.8 loses Adam's state on resume from NVMe",
-                       needed="--save_strategy no")
     if offload != "none" and settings.given("optim") and not str(settings.optim).startswith("adamw"):
         raise RunError("an offloaded optimizer is DeepSpeed's CPU Adam", found=f"--optim {settings.optim}",
                        fix="leave --optim out, or use --deepspeed ds_z3.json")
@@ -81,62 +77,31 @@ def prepare(settings):
         check_model(settings.model_name_or_path)
     elif settings.random_weights:
         raise RunError("--random_weights needs a shape", needed="--model_name_or_path with a config.json")
-    directory = run_directory(settings)
-    if directory is not None and (directory / "metrics.jsonl").exists() and not settings.resume_from_checkpoint:
-        raise RunError(f"the run directory {directory} holds a run already", fix="another --run_name (RUN= with make)")
+    check_resume(settings)
     if uses_nvme(config):
-        hardware.check_swap_directory(settings.nvme_path)
+        swap.check_directory(settings.nvme_path)
     return config, path, rows.plan(settings, rows.progress("looking at rows")), precision, gpu, reason
 
 
-def choose_precision(settings, config, gpu, path):
-    """(bf16, fp16 or fp32, why). Writes the choice into the configuration's own switches."""
-    asked = {}
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
-        raise RunError("fp8 is not supported", found="ACCELERATE_MIXED_PRECISION=fp8",
-                       needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these")
-    if settings.precision != "auto":
-        asked[f"--precision {settings.precision}"] = settings.precision
-    refused = False
-    for name in ("bf16", "fp16"):
-        if settings.given(name):
-            if settings.values[name]:
-                asked[f"--{name}"] = name
-            else:
-                refused = True
-        switch = (config.get(name) or {}).get("enabled", "auto")
-        if switch is True:
-            asked[f"{path}: {name}.enabled"] = name
-    if len(set(asked.values())) > 1:
-        raise RunError("two precisions were asked for", found=", ".join(asked), needed="one of them")
-    if asked:
-        reason, precision = next(iter(asked.items()))
-    elif refused:
-        precision, reason = "fp32", "bf16 or fp16 was switched off"
-    elif gpu:
-        bf16 = hardware.gpu_has_bf16()
-        precision, reason = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
-    elif hardware.cpu_has_bf16():
-        precision, reason = "bf16", "the CPU has AVX-512-BF16 or AMX"
-    else:
-        precision, reason = "fp32", "the CPU would emulate bf16"
-    if precision == "fp16" and not gpu:
-        raise RunError("fp16 needs a GPU", found=reason, needed="--precision auto, bf16 or fp32")
-    if precision == "bf16" and gpu and not hardware.gpu_has_bf16():
-        raise RunError("the GPU has no bf16", found=reason, needed="--precision auto or fp16; bf16 came with Ampere")
-    for name in ("bf16", "fp16"):
-        config[name] = {**(config.get(name) or {}), "enabled": precision == name}
-    return precision, reason
-
-
-def run_directory(settings, name=None):
-    """runs/<name>, or --output_dir; None while neither is known."""
-    if settings.output_dir:
-        return Path(settings.output_dir)
-    name = name or settings.run_name
-    if name and (Path(name).is_absolute() or ".." in Path(name).parts):
-        raise RunError("--run_name is a name under runs/", found=name, fix="--output_dir takes any path")
-    return Path("runs") / name if name else None
+def check_resume(settings):
+    """Refuse a run directory that is not new, and a resumption that names no run."""
+    asked = settings.resume_from_checkpoint
+    if asked in (True, "True", "true"):
+        asked = "auto"
+    elif asked in (False, "False", "false"):
+        asked = None
+    settings.values["resume_from_checkpoint"] = asked
+    directory = run_directory(settings)
+    if asked and asked != "auto":
+        if not Path(asked).is_dir():
+            raise RunError(f"no checkpoint {asked}", needed="a checkpoint-<step> directory of a run, or auto")
+        if directory is None:
+            settings.values["output_dir"] = str(Path(asked).absolute().parent)
+    elif asked and directory is None:
+        raise RunError("--resume_from_checkpoint auto needs to know the run", fix="--run_name NAME (RUN= with make), or --output_dir")
+    elif not asked and directory is not None and (directory / "metrics.jsonl").exists():
+        raise RunError(f"the run directory {directory} holds a run already", fix="another --run_name (RUN= with make); or to go on "
+                       f"with it: {resume.command(directory)}")
 
 
 def _start_processes(gpu):
@@ -190,6 +155,23 @@ def _agreed(value):
     return box[0]
 
 
+def _together(*steps):
+    """Run each step on this rank; where one fails on any rank, raise that on all of them."""
+    import torch
+
+    failure = None
+    try:
+        for step in steps:
+            step()
+    except RunError as error:
+        failure = error
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, failure and (str(failure), failure.code))
+    first = next((f for f in found if f), None)
+    if first:
+        raise failure or RunError(first[0], code=first[1])
+
+
 def say(text):
     """A line for the user, once for the run."""
     if is_main_process():
@@ -207,9 +189,10 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as transformers_logging
 
-    from . import attention
+    from . import attention, checkpoint
     from . import model as models
     from .loop import OffloadTrainer
+    from .signals import Stopper, dump_stacks_on_signal
     from .telemetry import Telemetry, heartbeat
     from .tracking import Tracker
 
@@ -218,15 +201,33 @@ def train(settings, config, config_path, data, precision, gpu, reason):
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     name = models.locate(settings.model_name_or_path)
-    stem = Path(config_path).stem if config_path != "--deepspeed" else "ds"
-    default_name = f"{Path(name).name.lower()}-{settings.method}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = _agreed(str(run_directory(settings, settings.run_name or default_name)))
-    directory = Path(directory)
+    directory = Path(_agreed(str(run_directory(settings, settings.run_name or default_run_name(settings)))))
     run_name = directory.name
     swap_directory = Path(_agreed(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
+    running = []
+
+    def begin():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            running.append(swap.take(directory / ".running", f"the run {directory}", "make stop, or another --run_name"))
+            heartbeat(directory, 0, "load")
+        except OSError as error:
+            raise RunError(f"the run directory {directory} cannot be written to", found=error.strerror, fix="--output_dir") from None
+
+    _together(lambda: is_main_process() and begin())
+    dump_stacks_on_signal(directory, torch.distributed.get_rank())
 
     say(f"configuration: {config_path}")
     say(f"precision: {precision} ({reason}); {'CUDA' if gpu else 'CPU'}, {world_size} rank(s)")
+    found = None
+    if settings.resume_from_checkpoint:
+        found, manifest = checkpoint.choose(directory, settings.resume_from_checkpoint, say)
+        if found is None:
+            say("resume: no checkpoint yet, so from the beginning")
+        else:
+            differing = resume.settle(settings, _public(settings), manifest, world_size)
+            if differing:
+                say(f"resume: what differs from the run that was saved\n\n{resume.table(differing)}\n")
     model_config = models.load_config(name, settings)
     tokenizer, added = models.load_tokenizer(name, settings)
     for what in added:
@@ -239,10 +240,19 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     shapes = models.shapes_of(skeleton, precision)
     parameters = sum(p.numel() for p in skeleton.parameters())
     backend = attention.choose(skeleton, settings, gpu, precision)
+    if found:
+        checkpoint.check_fits({n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}, manifest, found)
     del skeleton
     config = resolve_auto(config, shapes, world_size, swap_directory)
     check_buffers(config, shapes, world_size, config_path)
     hardware.check_locked_memory(*locked_bytes(config, shapes, world_size), ranks_here)
+    space = swap.SwapSpace(swap_directory) if uses_nvme(config) else None
+    first_here = int(os.environ["LOCAL_RANK"]) == 0
+    if space:
+        size = swap.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size)
+        _together(lambda: first_here and swap.reclaim(settings.nvme_path, say), lambda: first_here and space.own())
+        _together(lambda: space.reserve_space(torch.distributed.get_rank(), size, ranks_here))
+        swap.watch_writes(space)
     update_rows = world_size * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     say(f"model: {name}, {parameters:,} parameters, {shapes.trainable:,} trained ({settings.method})")
     say(f"one update: {world_size} rank(s) x {settings.per_device_train_batch_size} {'packed ' if settings.packing else ''}rows x "
@@ -254,6 +264,8 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     if not len(tokens.validation):
         options.update(eval_strategy="no", eval_on_start=False)
         say("validation: no rows, so nothing is measured but the training loss")
+    if found:
+        options["eval_on_start"] = False  # it was measured when the run began
     options.update(output_dir=str(directory), run_name=run_name, deepspeed=config, bf16=precision == "bf16",
                    fp16=precision == "fp16", use_cpu=not gpu,
                    report_to=[t for t in trackers if t not in ("wandb", "all", "none")] or "none")
@@ -263,8 +275,8 @@ def train(settings, config, config_path, data, precision, gpu, reason):
         raise RunError("the training arguments do not fit together", found=" ".join(str(error).split())[:400]) from None
 
     if is_main_process():
-        directory.mkdir(parents=True, exist_ok=True)
-        heartbeat(directory, 0, "load")
+        resume.trim_metrics(directory / "metrics.jsonl", manifest["step"] if found else 0)
+        settings.values.update(output_dir=str(directory), run_name=run_name)
         _write_resolved(directory, settings, arguments, name)
         if tokens.refused:
             rows.write_rejected(directory / "rejected.jsonl", tokens.refused)
@@ -286,12 +298,24 @@ def train(settings, config, config_path, data, precision, gpu, reason):
                               int(os.environ["LOCAL_RANK"]) if gpu else None)
         if is_main_process() and ("wandb" in trackers or "all" in trackers):
             tracker = Tracker(directory, run_name, _public(settings))
+        facts = {"settings": _public(settings), "versions": _versions(), "data": tokens.key}
+        facts["config_hash"] = storage.digest(json.dumps(facts["settings"], sort_keys=True))
+        if found and manifest["data"] != tokens.key:
+            say("resume: the training rows are not those of the saved run: the order of the new ones goes on at the same step")
+        saves = checkpoint.Checkpointer(directory, settings.save_total_limit, facts)
+        state_bytes = 12 * shapes.trainable / world_size
+        stopper = Stopper(directory, settings.grace_seconds, lambda left: (saves.seconds or state_bytes / 5e8) * 1.2 < left,
+                          arguments.device)
         trainer = OffloadTrainer(model=model, args=arguments, train_dataset=tokens.train,
                                  eval_dataset=tokens.validation if len(tokens.validation) else None, mixture=tokens.mixture,
                                  capacity=settings.max_length if settings.packing else None, varlen=backend == "varlen",
                                  processing_class=tokenizer, telemetry=telemetry, tracker=tracker,
-                                 fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps)
-        trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+                                 fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps,
+                                 checkpointer=saves, stopper=stopper, resume=found and (found, manifest), space=space)
+        trainer.train(resume_from_checkpoint=found and str(found))
+        if stopper.reason and trainer.state.global_step < trainer.state.max_steps:
+            _stopped(trainer, stopper, directory)
+            return STOPPED
         if len(tokens.validation) and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
         if settings.export:
@@ -308,9 +332,8 @@ def train(settings, config, config_path, data, precision, gpu, reason):
             telemetry.close()
         if tracker:
             tracker.finish()
-        # The directory carries this run's name and process id and was made for it: nobody else's files are in it.
-        if is_main_process() and uses_nvme(config):
-            shutil.rmtree(swap_directory, ignore_errors=True)
+        if space:
+            space.close()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return DONE
@@ -326,15 +349,29 @@ def _public(settings):
 
 
 def _write_resolved(directory, settings, arguments, model):
-    write_yaml(directory / "resolved_config.yaml", {**_public(settings), "model_name_or_path": model})
+    write_yaml(directory / RESOLVED, {**_public(settings), "model_name_or_path": model})
     (directory / "resolved_ds_config.json").write_text(json.dumps(arguments.hf_deepspeed_config.config, indent=2))
+    (directory / "versions.json").write_text(json.dumps(_versions(), indent=2))
+
+
+def _versions():
     versions = {"zero-offload-trainer": __version__, "python": sys.version.split()[0]}
     for package in VERSIONED:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    (directory / "versions.json").write_text(json.dumps(versions, indent=2))
+    return versions
+
+
+def _stopped(trainer, stopper, directory):
+    """Say why the run ends here and how it goes on."""
+    step = trainer.state.global_step
+    if is_main_process():
+        kept = trainer.saved.name if trainer.saved else "no checkpoint: it would begin anew"
+        kept += ("; a new one would not have been written in time" if stopper.unsaved else "")
+        print(f"\nstopped by {stopper.reason} after step {step}; {kept}\nto go on: {resume.command(directory)}", flush=True)
+        trainer._beat("stopped")
 
 
 def _print_settings(settings):
@@ -355,7 +392,7 @@ def _export(trainer, tokenizer, directory, settings, name, sources):
 
     target = directory / "export"
     say(f"exporting to {target}")
-    base = embedded.HUB_NAME if settings.model_name_or_path is None else name
+    base = embedded.HUB_NAME if name == str(embedded.model_directory()) else name
     data = ", ".join(os.path.relpath(s, ROOT) if Path(s).is_relative_to(ROOT) else s for s in sources)
     card = model_card(settings, base, data, _evaluations(trainer), directory)
     limit = parse_size(settings.max_shard_size, "max_shard_size")

@@ -1,6 +1,8 @@
-"""launch/train.py with a fault: FAULT_STEP=n multiplies the loss of the n-th micro-batch on FAULT_RANK by FAULT_VALUE."""
+"""launch/train.py with a fault: FAULT_STEP=n multiplies the loss of the n-th micro-batch on FAULT_RANK by FAULT_VALUE; or, where that
+is `hang` or `crash`, does so."""
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
@@ -18,7 +20,12 @@ def install():
         if model.training:
             count[0] += 1
             if count[0] == int(os.environ["FAULT_STEP"]) and os.environ["RANK"] == os.environ.get("FAULT_RANK", "0"):
-                loss = loss * float(os.environ["FAULT_VALUE"])
+                fault = os.environ["FAULT_VALUE"]
+                if fault == "hang":
+                    time.sleep(10**6)
+                if fault == "crash":
+                    raise ZeroDivisionError("injected")
+                loss = loss * float(fault)
         return loss, hits
 
     OffloadTrainer._loss_and_hits = faulty

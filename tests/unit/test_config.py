@@ -17,7 +17,7 @@ from trainer.config import (
     resolve_auto,
 )
 from trainer.errors import RunError
-from trainer.run import choose_precision
+from trainer.hardware import choose_precision
 
 SHIPPED = sorted(p.name for p in CONFIGS.glob("*.json"))
 LLAMA_8B = Shapes(layer=218_112_000, layer_tensors=9, largest=525_336_576, trainable=8_030_261_248, largest_trainable=525_336_576,

@@ -1,0 +1,99 @@
+"""Sixty random kills in one run: its last checkpoint must be that of a run that nothing happened to, to the bit.
+
+    python tests/faults/soak.py [--kills 60] [--steps 600] [--ranks 2] [--config ds_z3_nvme] [--seed 0]        (make test-soak)
+"""
+import argparse
+import collections
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import make_model, make_tokenizer, write_rows  # noqa: E402
+
+
+def start(folder, name, options):
+    command = [sys.executable, "launch/supervise.py", "--num_gpus", options.ranks, "--max_restarts", 30, "--deepspeed",
+               f"{options.config}.json", "--output_dir", folder / name, "--model_name_or_path", folder / "model", "--dataset",
+               folder / "rows.jsonl", "--validation_split", "0", "--precision", "fp32", "--max_length", 96, "--learning_rate", 1e-3,
+               "--per_device_train_batch_size", 2, "--max_steps", options.steps, "--save_steps", 5, "--export", "false",
+               "--lr_scheduler_type", "cosine", "--nvme_path", folder / "swap", "--report_to", "none"]
+    log = open(folder / f"{name}.log", "w")  # noqa: SIM115 the process writes to it
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+
+
+def beat(directory):
+    try:
+        return json.loads((directory / "heartbeat.json").read_text())
+    except (OSError, ValueError):
+        return {"phase": "start", "step": 0}
+
+
+def parts(directory, step):
+    files = json.loads((directory / f"checkpoint-{step}" / "manifest.json").read_text())["files"]
+    return {n: f["xxh3_128"] for n, f in files.items() if n.endswith(".safetensors")}
+
+
+def losses(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in lines if "loss" in r]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for flag, default in (("kills", 60), ("steps", 600), ("ranks", 2), ("seed", 0)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--config", default="ds_z3_nvme")
+    options = parser.parse_args()
+    chance, killed = random.Random(options.seed), collections.Counter()
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        make_tokenizer(folder / "model")
+        rows = [json.loads(line) for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()[:200]]
+        write_rows(folder / "rows.jsonl", rows)
+        began = time.monotonic()
+        calm = start(folder, "calm", options)
+        if calm.wait():
+            raise SystemExit((folder / "calm.log").read_text()[-3000:])
+        calm_seconds = time.monotonic() - began
+        began = time.monotonic()
+        run, directory, seen = start(folder, "killed", options), folder / "killed", set()
+        while run.poll() is None and sum(killed.values()) < options.kills:
+            children = psutil.Process(run.pid).children()
+            fresh = [p for p in children if p.pid not in seen]
+            if len(fresh) < options.ranks:
+                time.sleep(0.05)
+                continue
+            seen |= {p.pid for p in fresh}
+            time.sleep(chance.uniform(2, 16))  # loading takes some six seconds of it
+            try:
+                at = beat(directory)
+                chance.choice(fresh).kill()
+                killed[at["phase"]] += 1
+                print(f"kill {sum(killed.values())}: {at['phase']} after step {at['step']}", flush=True)
+            except psutil.Error:
+                pass
+        code = run.wait()
+        seconds = time.monotonic() - began
+        if code:
+            raise SystemExit(f"exit {code}\n" + (folder / "killed.log").read_text()[-3000:])
+        same = parts(folder / "calm", options.steps) == parts(directory, options.steps)
+        print(f"{sum(killed.values())} kills ({', '.join(f'{n} in {p}' for p, n in killed.items())}) over {options.steps} steps, "
+              f"{options.ranks} ranks, {options.config}: {seconds:.0f} s against {calm_seconds:.0f} s undisturbed")
+        print(f"last checkpoint bit-equal: {same}; all {options.steps} losses equal: {losses(folder / 'calm') == losses(directory)}")
+        if not same or losses(folder / "calm") != losses(directory) or sum(killed.values()) < options.kills:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""What a run is called and where it lies. Imports no torch."""
+import time
+from pathlib import Path
+
+from . import embedded
+from .errors import RunError
+
+
+def run_directory(settings, name=None):
+    """runs/<name>, or --output_dir; None while neither is known."""
+    if settings.output_dir:
+        return Path(settings.output_dir)
+    name = name or settings.run_name
+    if name and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise RunError("--run_name is a name under runs/", found=name, fix="--output_dir takes any path")
+    return Path("runs") / name if name else None
+
+
+def default_run_name(settings):
+    """<model>-<method>-<configuration>-<time>."""
+    model = Path(settings.model_name_or_path or embedded.NAME).name.lower()
+    stem = Path(settings.deepspeed).stem if isinstance(settings.deepspeed, str) else "ds"
+    return f"{model}-{settings.method}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
