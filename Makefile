@@ -122,11 +122,10 @@ export: setup ## merge the LoRA adapter of RUN into its base model
 
 ##@ Check
 test: setup-aio ## unit and cpu tests, and the quick part of the faults
-	$(BIN)/python -m pytest -q tests/unit tests/cpu
-	$(BIN)/python -m pytest -q tests/faults -m quick
+	$(BIN)/python -m pytest -q tests/unit tests/cpu tests/faults -m "not long and (quick or not fault)"
 
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
-	$(BIN)/python -m pytest -q tests/faults
+	$(BIN)/python -m pytest -q tests/faults tests/cpu/test_resume.py
 
 test-soak: setup-aio ## sixty random kills in one run, which must end as if nothing had happened
 	$(BIN)/python tests/faults/soak.py
@@ -139,6 +138,9 @@ test-default: setup-aio ## the embedded default through every configuration, ful
 
 bench-data: $(VENV)/.ready ## speed and memory of checking, tokenising and packing a million rows
 	$(BIN)/python tests/bench_data.py
+
+bench-checkpoint: setup-aio ## time and memory of saving and resuming 1.2 GB of state, beside the disk's speed
+	$(BIN)/python tests/bench_checkpoint.py
 
 lint: $(VENV)/.ready ## ruff
 	$(BIN)/ruff check .

@@ -171,6 +171,10 @@ class Running:
         found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "--output_dir" in p.cmdline()]
         return sorted((p for p in found if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
 
+    def has_ranks(self, count):
+        """Wait for so many ranks; their processes."""
+        return self.until(lambda r: len(r.ranks()) == count, 60, f"{count} ranks").ranks()
+
     def until(self, true, seconds=120, what="it"):
         """Wait until true(self); the run must not end before."""
         end = time.monotonic() + seconds
@@ -261,5 +265,13 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(" | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "faults" in item.path.parts:
+            item.add_marker(pytest.mark.fault)
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "fault: what is under tests/faults")
     config.addinivalue_line("markers", "quick: faults that `make test` injects too")
+    config.addinivalue_line("markers", "long: resumptions that only `make test-faults` tries")

@@ -414,7 +414,7 @@ def restore(engine, folder, manifest, space=None):
     for i in range(len(state.groups)):
         state.restore(i, manifest["kinds"], manifest["scalars"],
                       lambda kind, piece, at, view: index.fill(kind, piece, at, view, size))
-    state.end_restore()
+    state.end_restore(manifest["scalars"].get("step", 0))
     index.close()
     if "buffers.safetensors" in manifest["files"]:
         from safetensors.torch import load_file

@@ -206,6 +206,12 @@ class OffloadTrainer(Trainer):
                 print(f"resume: goes on after step {manifest['step']}", flush=True)
         return made
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end; transformers would train one step more
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def _plain_scheduler(self):
         """torch's scheduler behind accelerate's wrapper, or the one that DeepSpeed was given."""
         scheduler = self.model_wrapped.lr_scheduler or self.lr_scheduler

@@ -252,7 +252,7 @@ def train(settings, config, config_path, data, precision, gpu, reason):
         size = swap.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size)
         _together(lambda: first_here and swap.reclaim(settings.nvme_path, say), lambda: first_here and space.own())
         _together(lambda: space.reserve_space(torch.distributed.get_rank(), size, ranks_here))
-        swap.watch_writes(space)
+        swap.watch(space)
     update_rows = world_size * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     say(f"model: {name}, {parameters:,} parameters, {shapes.trainable:,} trained ({settings.method})")
     say(f"one update: {world_size} rank(s) x {settings.per_device_train_batch_size} {'packed ' if settings.packing else ''}rows x "

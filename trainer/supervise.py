@@ -226,8 +226,8 @@ class Supervisor:
         while True:
             codes = [p.poll() for p in self.processes]
             bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, DONE)]
-            if bad:
-                return self._ended(*bad[0])
+            if bad:  # one that was killed makes others fail: it is the one to name
+                return self._ended(*min(bad, key=lambda pair: pair[1] >= 0))
             if all(code == DONE for code in codes):
                 return DONE, None
             if time.monotonic() - looked >= 1:

@@ -156,25 +156,29 @@ class SwapSpace:
         self.files[path] = size
 
     def audit(self):
-        """RunError where a swap file of this rank is short, or has parts that were never written."""
-        for path, size in self.files.items():
+        """Check every swap file of this rank."""
+        for path in self.files:
+            self.check(path)
+
+    def check(self, path):
+        """RunError where a swap file is short, or has a part that was never written and reads as zeros. Some ten microseconds."""
+        size = self.files.get(path, 0)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise RunError(f"a swap file is gone: {path}", found=error.strerror, code=FAILED,
+                           fix="resume from the last checkpoint; nobody else may touch the swap directory") from None
+        try:
+            end = os.fstat(handle).st_size
             try:
-                handle = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise RunError(f"a swap file is gone: {path}", found=error.strerror, code=FAILED,
-                               fix="resume from the last checkpoint; nobody else may touch the swap directory") from None
-            try:
-                end = os.fstat(handle).st_size
-                try:
-                    hole = os.lseek(handle, 0, os.SEEK_HOLE)
-                except OSError:  # a filesystem that does not know
-                    hole = end
-            finally:
-                os.close(handle)
-            if min(end, hole) < size:
-                raise RunError(f"a swap file is damaged: {path}", found=f"written up to byte {min(end, hole):,}",
-                               needed=f"{size:,} bytes", code=FAILED,
-                               fix="check the disk (dmesg), then resume from the last checkpoint")
+                hole = os.lseek(handle, 0, os.SEEK_HOLE)
+            except OSError:  # a filesystem that does not know
+                hole = end
+        finally:
+            os.close(handle)
+        if min(end, hole) < size:
+            raise RunError(f"a swap file is damaged: {path}", found=f"written up to byte {min(end, hole):,}",
+                           needed=f"{size:,} bytes", code=FAILED, fix="check the disk (dmesg), then resume from the last checkpoint")
 
     def close(self):
         """Remove the directory: it carries our marker, and only this run wrote into it."""
@@ -198,8 +202,9 @@ def needed_bytes(config, parameters, trainable, itemsize, world_size):
     return -(-size // world_size) + 2**20
 
 
-def watch_writes(space):
-    """Make every libaio write of DeepSpeed prepare its file first."""
+def watch(space):
+    """Make every libaio write of DeepSpeed prepare its file first, and every read look at its file: the next write would fill a hole
+    that nobody has seen."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     handle = AsyncIOBuilder().load(verbose=False).aio_handle
@@ -209,5 +214,11 @@ def watch_writes(space):
         space.prepare(path, buffer.numel() * buffer.element_size())
         return plain(self, buffer, path, offset)
 
-    async_pwrite.of_deepspeed = plain
-    handle.async_pwrite = async_pwrite
+    plain_read = getattr(handle.async_pread, "of_deepspeed", handle.async_pread)
+
+    def async_pread(self, buffer, path, offset=0):
+        space.check(path)
+        return plain_read(self, buffer, path, offset)
+
+    async_pwrite.of_deepspeed, async_pread.of_deepspeed = plain, plain_read
+    handle.async_pwrite, handle.async_pread = async_pwrite, async_pread

@@ -159,9 +159,16 @@ class ZeroState:
         """Before the sub-groups are set: no parameter may be gathered."""
         self.optimizer._partition_all_parameters()
 
-    def end_restore(self):
-        """After it: small parameters that stay gathered are gathered anew."""
+    def end_restore(self, steps):
+        """After it: small parameters that stay gathered are gathered anew, and Adam's C++ side has made `steps` steps."""
         self.optimizer._post_step(set())
+        adam = self.optimizer.optimizer
+        if hasattr(adam, "ds_opt_adam"):
+            # It multiplies beta**step up from step to step, in fp32. Begun anew it would take pow(beta, step), which at times is
+            # another number in the last bit (csrc/includes/cpu_adam.h, IncrementStep).
+            group, (p, g, m, v) = adam.param_groups[0], torch.zeros(4, 1).unbind()
+            for step in range(1, int(steps) + 1):
+                adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, p, g, m, v)
 
 
 def _fill_tensor(target, kind, piece, fill):

@@ -17,7 +17,7 @@ def install():
 
     def faulty(self, model, inputs):
         loss, hits = plain(self, model, inputs)
-        if model.training:
+        if getattr(model, "module", model).training:
             count[0] += 1
             if count[0] == int(os.environ["FAULT_STEP"]) and os.environ["RANK"] == os.environ.get("FAULT_RANK", "0"):
                 fault = os.environ["FAULT_VALUE"]

@@ -38,12 +38,14 @@ def timed(run, code=0):
 
 @pytest.mark.quick
 def test_a_rank_is_killed(starts, undisturbed, row):
-    run = starts("run", *SAVES, ranks=2).until_step(5)
-    run.ranks()[1].kill()
+    run = starts("run", *SAVES, ranks=2)
+    victim = run.has_ranks(2)[1]
+    run.until_step(4)
+    victim.kill()
     began = time.monotonic()
     run.until(lambda r: "restart 1 of 3" in r.output, 60)
     assert "rank 1 was ended by SIGKILL in train after step" in run.output and "MemAvailable fell to" in run.output
-    run.until(lambda r: r.output.count("goes on after step 3") == 1, 60)
+    run.until(lambda r: "goes on after step" in r.output, 60)
     recovered = time.monotonic() - began
     run.ends(0)
     assert run.losses == undisturbed(2) and [r["step"] for r in run.records] == list(range(1, 13))
@@ -75,8 +77,8 @@ def test_one_rank_killed_while_saving(starts, undisturbed, row):
     row("the same fault at every start", "ends after the budget of restarts, exit 1, with the line that resumes")
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75)])
+@pytest.mark.parametrize("number, code", [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.quick), (signal.SIGINT, 75),
+                                          (signal.SIGUSR1, 75), (signal.SIGHUP, 75)])
 def test_signals(starts, undisturbed, row, number, code):
     run = starts("run", *SAVES, ranks=2).until_step(4).signal(number)
     seconds = timed(run, code)
@@ -98,19 +100,21 @@ def test_no_time_to_save(starts, row):
 
 
 def test_twice(starts, row):
-    run = starts("run", "--max_steps", 500, "--save_steps", 500).until_step(2)
-    run.ranks()[0].suspend()  # a long update
+    run = starts("run", "--max_steps", 4000, "--save_steps", 4000)
+    (rank,) = run.has_ranks(1)
+    run.until_step(2)
+    rank.suspend()  # a long update
     run.signal(signal.SIGINT)
     time.sleep(0.5)
     run.signal(signal.SIGINT)
-    run.ranks()[0].resume()
+    rank.resume()
     seconds = timed(run, 75)
     assert seconds < 15
     row("Ctrl-C twice", "ends at once; exit 75", seconds)
 
 
 def test_stop_and_save_files(starts, row):
-    run = starts("run", "--max_steps", 500, "--save_steps", 500).until_step(2)
+    run = starts("run", "--max_steps", 4000, "--save_steps", 4000).until_step(2)
     (run.directory / "SAVE").touch()
     run.until(lambda r: list(r.directory.glob("checkpoint-*")))
     run.until_step(len(run.records) + 2)
@@ -124,7 +128,7 @@ def test_stop_and_save_files(starts, row):
 
 @pytest.mark.quick
 def test_the_supervisor_is_killed(starts, row):
-    run = starts("run", "--max_steps", 500, "--save_steps", 500, ranks=2).until_step(2)
+    run = starts("run", "--max_steps", 4000, "--save_steps", 4000, ranks=2).until_step(2)
     ranks = run.ranks()
     assert len(ranks) == 2
     began = time.monotonic()
@@ -135,14 +139,16 @@ def test_the_supervisor_is_killed(starts, row):
 
 
 def test_a_stopped_rank(starts, undisturbed, row):
-    run = starts("run", *SAVES, ranks=2).until_step(4)
+    run = starts("run", *SAVES, ranks=2)
+    victim = run.has_ranks(2)[1]
+    run.until_step(4)
     began = time.monotonic()
-    run.ranks()[1].suspend()
+    victim.suspend()
     run.until(lambda r: "restart 1 of 3" in r.output, 60)
     assert "rank 1" in run.output and "has been stopped for" in run.output
     stacks = [(run.directory / f"stacks-{rank}.txt").read_text() for rank in (0, 1)]
     run.ends(0)
-    assert run.losses == undisturbed(2) and all("Thread" in s for s in stacks), stacks
+    assert run.losses == undisturbed(2) and all("most recent call first" in s for s in stacks), stacks
     row("SIGSTOP of a rank", "named, stacks of all ranks written, restarted, losses bit-equal", time.monotonic() - began)
 
 

@@ -1,0 +1,108 @@
+"""Time and memory of saving and resuming, beside the disk's own speed in the same run.
+
+    python tests/bench_checkpoint.py [--config ds_z3_offload] [--ranks 1] [--folder DIR]        (make bench-checkpoint)
+
+A random Llama of 101 million parameters (1.2 GB of fp32 weights and moments). For every save: seconds, the seconds that writing and
+fsyncing as many bytes takes after it, and the peak of this process's memory over what it held. The same for the resumption.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+GIB = 2**30
+
+
+def status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def plain_write(folder, size):
+    """Seconds that `size` bytes take to the disk."""
+    block, path = os.urandom(2**24), Path(folder) / f".plain-{os.getpid()}"
+    began = time.perf_counter()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(-(-size // len(block))):
+            file.write(block)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return seconds
+
+
+def measured(what, function, folder):
+    """`function` with its peak of memory and time printed."""
+    def wrapped(*args, **kwargs):
+        import torch
+
+        held = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        began = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds, extra = time.perf_counter() - began, status("VmHWM") - held
+        text = f"{what}: {seconds:.2f} s, peak memory {extra / GIB:+.2f} GiB"
+        if what == "save" and result:
+            size = sum(p.stat().st_size for p in Path(result).iterdir())
+            ranks = torch.distributed.get_world_size()
+            torch.distributed.barrier()
+            disk = [plain_write(folder, size // ranks) for _ in range(2)]
+            torch.distributed.barrier()
+            text += (f"; {size / 1e9:.2f} GB, {size / seconds / 1e9:.2f} GB/s; the disk alone {disk[0]:.2f} and {disk[1]:.2f} s: "
+                     f"{seconds / min(disk):.2f} of it")
+        print(f"BENCH rank {torch.distributed.get_rank()} {text}", flush=True)
+        return result
+    return wrapped
+
+
+def inside():
+    sys.path[0] = str(ROOT)
+    from trainer import run
+
+    def install():
+        from trainer import checkpoint
+
+        folder = os.environ["BENCH_FOLDER"]
+        checkpoint.Checkpointer.save = measured("save", checkpoint.Checkpointer.save, folder)
+        checkpoint.restore = measured("resume", checkpoint.restore, folder)
+
+    install()
+    run.leave(run.main())
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="ds_z3_offload")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--folder", default=None)
+    options = parser.parse_args()
+    from conftest import make_model, make_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as name:
+        folder = Path(name)
+        make_model(folder / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                   num_key_value_heads=12)
+        make_tokenizer(folder / "model")
+        command = [sys.executable, "launch/supervise.py", "--num_gpus", options.ranks, "--script", __file__, "--deepspeed",
+                   f"{options.config}.json", "--output_dir", folder / "run", "--model_name_or_path", folder / "model", "--dataset",
+                   ROOT / "data/samples/train.jsonl", "--validation_split", "0", "--precision", "fp32", "--max_length", 64,
+                   "--per_device_train_batch_size", 1, "--save_steps", 1, "--export", "false", "--report_to", "none", "--nvme_path",
+                   folder / "swap", "--max_restarts", 0]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "BENCH_FOLDER": str(folder)}
+        for more in (["--max_steps", 3], ["--max_steps", 4, "--resume_from_checkpoint", "auto"]):
+            done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, env=environment, text=True, capture_output=True)
+            if done.returncode:
+                raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+            print("\n".join(line.removeprefix("BENCH ") for line in done.stdout.splitlines()
+                            if line.startswith("BENCH") or "verified" in line), flush=True)
+
+
+if __name__ == "__main__":
+    inside() if "RANK" in os.environ else main()
