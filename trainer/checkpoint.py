@@ -8,14 +8,13 @@ depend on the world size.
 import base64
 import json
 import os
-import queue
 import random
 import re
 import shutil
 import struct
-import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,25 +53,6 @@ def _from_main(value):
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
-def _ahead(chunks):
-    """The same chunks; the next ones are produced while one is written."""
-    waiting, end = queue.Queue(2), object()
-
-    def work():
-        try:
-            for chunk in chunks:
-                waiting.put(chunk)
-            waiting.put(end)
-        except BaseException as error:  # goes on where the chunks are taken
-            waiting.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    while (chunk := waiting.get()) is not end:
-        if isinstance(chunk, BaseException):
-            raise chunk
-        yield chunk
-
-
 def write_file(path, chunks):
     """Write and fsync a file. Returns {"bytes", "xxh3_128"}."""
     hashed, size, started = xxhash.xxh3_128(), 0, 0
@@ -220,10 +200,11 @@ class Checkpointer:
         rank, entries = dist.get_rank(), {}
         try:
             _point("before-parts")
-            for i in range(len(state.groups)):
-                name = f"rank-{rank:05}-group-{i:05}.safetensors"
-                entries[name] = write_file(work / name, _ahead(_part(state, i)))
-                if i == 0:
+            # Two at once: while one waits for the disk at its end, the other is copied and hashed.
+            with ThreadPoolExecutor(2) as pool:
+                names = [f"rank-{rank:05}-group-{i:05}.safetensors" for i in range(len(state.groups))]
+                for name, entry in zip(names, pool.map(lambda i: write_file(work / names[i], _part(state, i)), range(len(names)))):
+                    entries[name] = entry
                     _point("after-a-part")
             entries[f"rng-{rank:05}.json"] = write_file(work / f"rng-{rank:05}.json", [json.dumps(_rng_state()).encode()])
             if rank == 0:

@@ -55,6 +55,8 @@ def ours(folder, name, resume):
 
 
 def main():
+    # Another ninja than the environment's would build DeepSpeed's ops again.
+    os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
     if len(sys.argv) > 1:
         os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=sys.argv[3])
