@@ -246,13 +246,6 @@ def train(settings, config, config_path, data, precision, gpu, reason):
     config = resolve_auto(config, shapes, world_size, swap_directory)
     check_buffers(config, shapes, world_size, config_path)
     hardware.check_locked_memory(*locked_bytes(config, shapes, world_size), ranks_here)
-    space = swap.SwapSpace(swap_directory) if uses_nvme(config) else None
-    first_here = int(os.environ["LOCAL_RANK"]) == 0
-    if space:
-        size = swap.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size)
-        _together(lambda: first_here and swap.reclaim(settings.nvme_path, say), lambda: first_here and space.own())
-        _together(lambda: space.reserve_space(torch.distributed.get_rank(), size, ranks_here))
-        swap.watch(space)
     update_rows = world_size * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     say(f"model: {name}, {parameters:,} parameters, {shapes.trainable:,} trained ({settings.method})")
     say(f"one update: {world_size} rank(s) x {settings.per_device_train_batch_size} {'packed ' if settings.packing else ''}rows x "
@@ -283,9 +276,14 @@ def train(settings, config, config_path, data, precision, gpu, reason):
             say(f"refused rows: {directory / 'rejected.jsonl'}")
         _print_settings(settings)
     set_seed(settings.seed)
-    tracker = None
-    telemetry = None
+    tracker = telemetry = space = None
     try:
+        if uses_nvme(config):
+            space, first_here = swap.SwapSpace(swap_directory), int(os.environ["LOCAL_RANK"]) == 0
+            size = swap.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size)
+            _together(lambda: first_here and swap.reclaim(settings.nvme_path, say), lambda: first_here and space.own())
+            _together(lambda: space.reserve_space(torch.distributed.get_rank(), size, ranks_here))
+            swap.watch(space)
         model = models.build(name, model_config, settings, precision, backend)
         leaf = settings.leaf_modules if settings.leaf_modules is not None else (gpu and settings.method == "lora")
         if leaf:
