@@ -67,6 +67,11 @@ def trim_metrics(path, step):
     os.replace(temporary, path)
 
 
+def newest(directory):
+    """Step of the newest checkpoint of a run, or None."""
+    return max((int(p.name[11:]) for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()), default=None)
+
+
 def command(directory):
     """The line that resumes a run."""
     return f"deepspeed launch/train.py --config {directory}/resolved_config.yaml --resume_from_checkpoint auto"

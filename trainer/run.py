@@ -37,19 +37,33 @@ def main(argv=None):
         print(help_text())
         return DONE
     started = False
+    begun = []  # the run directory, once there is one
     try:
         settings = resolve(argv)
         prepared = prepare(settings)
         started = True
-        return train(settings, *prepared)
+        return train(settings, *prepared, begun)
     except (RunError, DataError) as error:
         # What is decided from flags and files is the same on every rank; what came later may be known to one rank only.
         report(error, everywhere=started)
-        return error.code if isinstance(error, RunError) else BAD_INPUT
+        code = error.code if isinstance(error, RunError) else BAD_INPUT
+        if code == FAILED:
+            _say_how_to_go_on(begun)
+        return code
+    except KeyboardInterrupt:
+        say("\nstopped before the first update")
+        return STOPPED
     except Exception:
         traceback.print_exc()
+        _say_how_to_go_on(begun)
         # A supervisor tries again what nobody foresaw, and not what was refused.
         return CRASHED if os.environ.get("ZERO_OFFLOAD_SUPERVISED") else FAILED
+
+
+def _say_how_to_go_on(begun):
+    """The last checkpoint of a run that failed, and the line that resumes it."""
+    if begun and is_main_process() and (last := resume.newest(begun[0])) is not None:
+        print(f"the last checkpoint is of step {last}; to go on from it: {resume.command(begun[0])}", file=sys.stderr, flush=True)
 
 
 def leave(code):
@@ -178,8 +192,8 @@ def say(text):
         print(text, flush=True)
 
 
-def train(settings, config, config_path, data, precision, gpu, reason):
-    """Train, evaluate, export. Returns the exit code."""
+def train(settings, config, config_path, data, precision, gpu, reason, begun):
+    """Train, evaluate, export. Returns the exit code; puts the run directory into `begun`."""
     # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls; the user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not gpu:
@@ -215,6 +229,7 @@ def train(settings, config, config_path, data, precision, gpu, reason):
             raise RunError(f"the run directory {directory} cannot be written to", found=error.strerror, fix="--output_dir") from None
 
     _together(lambda: is_main_process() and begin())
+    begun.append(directory)
     dump_stacks_on_signal(directory, torch.distributed.get_rank())
 
     say(f"configuration: {config_path}")

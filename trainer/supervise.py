@@ -173,14 +173,14 @@ class Supervisor:
         """Exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._pass_on)
-        flags, restarts, committed = self.flags, 0, self._committed()
+        flags, restarts, committed = self.flags, 0, resume.newest(self.directory)
         print(f"{self.ranks} rank(s): {self.script} {' '.join(flags)}", flush=True)
         while True:
             self._start(flags)
             code, cause = self._watch()
             if code in (DONE, STOPPED, BAD_INPUT, 3) or (code == FAILED and cause is None) or self.asked:
                 return code
-            now = self._committed()
+            now = resume.newest(self.directory)
             restarts = 1 if now != committed else restarts + 1
             committed = now
             print(f"\n{cause}", file=sys.stderr, flush=True)
@@ -191,12 +191,8 @@ class Supervisor:
             print(f"restart {restarts} of {self.max_restarts}: {self._place()}", file=sys.stderr, flush=True)
             flags = [*self.flags, "--resume_from_checkpoint", "auto"]
 
-    def _committed(self):
-        found = [int(p.name[11:]) for p in self.directory.glob("checkpoint-*") if p.name[11:].isdigit()]
-        return max(found, default=None)
-
     def _place(self):
-        beat, last = _beat(self.directory), self._committed()
+        beat, last = _beat(self.directory), resume.newest(self.directory)
         return f"last seen in {beat.get('phase', 'start')} after step {beat.get('step', 0)}; " + (
             f"goes on from checkpoint-{last}" if last is not None else "no checkpoint yet, so from the beginning")
 

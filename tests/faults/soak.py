@@ -75,7 +75,13 @@ def main():
                 time.sleep(0.05)
                 continue
             seen |= {p.pid for p in fresh}
-            time.sleep(chance.uniform(2, 16))  # loading takes some six seconds of it
+            if chance.random() < 0.2:
+                time.sleep(chance.uniform(0, 8))  # while it loads
+            else:
+                started = time.time()
+                while run.poll() is None and not (beat(directory)["phase"] == "train" and beat(directory)["time"] > started):
+                    time.sleep(0.05)
+                time.sleep(chance.uniform(0, 4))
             try:
                 at = beat(directory)
                 chance.choice(fresh).kill()
