@@ -149,5 +149,6 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: rebuild help setup setup-aio train-zero3 train-zero3-gpu train-zero3-nvme-optimizer train-zero3-nvme data-check export test test-gpu \
-	test-default bench-data lint clean
+.PHONY: bench-checkpoint bench-data clean data-check export help lint rebuild resume setup setup-aio status stop test \
+	 test-default test-faults test-gpu test-soak train-zero3 train-zero3-gpu train-zero3-nvme \
+	 train-zero3-nvme-optimizer

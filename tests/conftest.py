@@ -205,12 +205,13 @@ def starts(tiny_model, rows_file, tmp_path):
     """starts(name, *flags, ranks=1, supervised=True, env={}) → Running."""
     started = []
 
-    def go(name, *flags, ranks=1, supervised=True, env=None, script=None, directory=None):
+    def go(name, *flags, ranks=1, supervised=True, env=None, script=None, directory=None, named=True):
         directory = Path(directory or tmp_path / name)
         entry = ["launch/supervise.py", "--num_gpus", ranks] if supervised else ["launch/train.py"]
         if script:
             entry = [*entry, "--script", script] if supervised else [script]
-        command = [sys.executable, *entry, "--output_dir", directory, "--model_name_or_path", tiny_model, "--dataset",
+        entry += ["--output_dir", directory] if named else []
+        command = [sys.executable, *entry, "--model_name_or_path", tiny_model, "--dataset",
                    rows_file[0], "--validation_split", rows_file[1], *FLAGS, "--nvme_path", tmp_path / "swap", *flags]
         log = tmp_path / f"{name}-{len(started)}.log"
         with open(log, "w") as out:

@@ -102,6 +102,7 @@ RETIRED = {
 REFUSED = {
     "fsdp": "this trainer shards with DeepSpeed ZeRO-3",
     "fsdp_config": "this trainer shards with DeepSpeed ZeRO-3",
+    "load_best_model_at_end": "the best checkpoint is kept beside the newest; resume from it, or export it",
     "auto_find_batch_size": "a change of batch size in mid-run would change the result",
     "label_smoothing_factor": "the chunked loss has no label smoothing",
     "save_safetensors": "weights are always saved as safetensors",

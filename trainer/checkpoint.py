@@ -140,6 +140,15 @@ def listed(directory):
     return [p for _, p in sorted(found, reverse=True)]
 
 
+def supersede(directory, step):
+    """Put aside the checkpoints after `step`: the run goes another way from there, and must not take up the old one again."""
+    moved = []
+    for path in listed(directory):
+        if int(path.name[11:]) > step:
+            moved.append(path.rename(path.with_name(f"superseded-{path.name}-{uuid.uuid4().hex[:8]}")))
+    return moved
+
+
 # -- save ----------------------------------------------------------------------------------------------------------------
 class Checkpointer:
     """Saves and restores one run. directory: the run's; limit: checkpoints kept (the best by evaluation loss comes on top)."""

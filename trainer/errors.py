@@ -33,6 +33,13 @@ def is_main_process():
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def drop_lost_terminal(terminals):
+    """Send what goes to a terminal that is gone to nowhere: writing there would be an error. terminals: descriptors that were one."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def report(error, everywhere=False):
     """Print an error once for the run. A failure that only one rank sees must be printed there: `everywhere`."""
     if is_main_process() or everywhere:

@@ -142,14 +142,14 @@ class OffloadTrainer(Trainer):
 
     def _update_ended(self):
         self.telemetry.step_done(self.update_tokens)
-        if self.space and not self.audited:
-            self.space.audit()
-            self.audited = True
         optimizer = self.model_wrapped.optimizer
         skipped = bool(getattr(optimizer, "overflow", False))
         if skipped and optimizer.dtype == torch.float16 and float(optimizer.loss_scale) > 1:
             return  # fp16's loss scale is being lowered, as it should be
         if not skipped:
+            if self.space and not self.audited:
+                self.space.audit()
+                self.audited = True
             self.nonfinite, self.last_good_step = 0, self.state.global_step + 1
             return
         self.nonfinite += 1
@@ -198,8 +198,9 @@ class OffloadTrainer(Trainer):
                 scheduler.last_epoch = manifest["scheduler"]["last_epoch"] - 1
                 scheduler.step()
             scaler = getattr(engine.optimizer, "loss_scaler", None)
-            for key, value in manifest["loss_scaler"].items():
-                setattr(scaler, key, value)
+            if manifest["precision"] == str(engine.optimizer.dtype):
+                for key, value in manifest["loss_scaler"].items():
+                    setattr(scaler, key, value)
             self.telemetry.tokens = manifest["tokens"]
             self.evaluated_at, self.evaluated = manifest["evaluated"] or (None, None)
             if self.is_world_process_zero():
@@ -240,6 +241,7 @@ class OffloadTrainer(Trainer):
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         plain = {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))} if scaler else {}
         return {"scheduler": self._plain_scheduler().state_dict(), "schedule": self._schedule(), "loss_scaler": plain,
+                "precision": str(engine.optimizer.dtype),
                 "tokens": self.telemetry.tokens, "update_rows": self.order.update,
                 "evaluated": self.evaluated and [self.evaluated_at, self.evaluated]}
 
@@ -362,6 +364,9 @@ class Watch(TrainerCallback):
         self._beat(state, "train")
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._beat(state, "train")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._beat(state, "train")

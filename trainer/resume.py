@@ -25,7 +25,7 @@ def settle(settings, public, manifest, world_size):
         if key in _FREE or key not in settings.values or new == old:
             continue
         if key in KEPT:
-            settings.values[key] = old
+            settings.values[key], settings.sources[key] = old, "checkpoint"
         rows.append((key, old, new, settings.values[key] if key in KEPT else new))
     wanted, values = manifest["update_rows"], settings.values
     batch, accumulate = (values[k] for k in _BATCH)
@@ -37,6 +37,7 @@ def settle(settings, public, manifest, world_size):
                            found=f"the checkpoint's update has {wanted} rows; the order of rows belongs to it",
                            fix="another number of ranks, or a new run from the exported model")
         values.update(zip(_BATCH, (fitting[0], wanted // (world_size * fitting[0]))))
+        settings.sources.update(dict.fromkeys(_BATCH, "checkpoint"))  # or TrainingArguments would not hear of them
         rows.append(("rows of an update", wanted, world_size * batch * accumulate, wanted))
         for key, before in zip(_BATCH, (batch, accumulate)):
             if values[key] != before or manifest["settings"][key] != before:

@@ -83,6 +83,9 @@ def prepare(settings):
     gpu = hardware.uses_gpu(settings)
     precision, reason = hardware.choose_precision(settings, config, gpu, path)
     offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    if settings.save_strategy != "no" and settings.given("optim") and settings.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise RunError("this optimizer's state cannot be saved", found=f"--optim {settings.optim}",
+                       needed="adamw_torch or adamw_torch_fused, or --save_strategy no")
     if offload != "none" and settings.given("optim") and not str(settings.optim).startswith("adamw"):
         raise RunError("an offloaded optimizer is DeepSpeed's CPU Adam", found=f"--optim {settings.optim}",
                        fix="leave --optim out, or use --deepspeed ds_z3.json")
@@ -206,7 +209,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     from . import attention, checkpoint
     from . import model as models
     from .loop import OffloadTrainer
-    from .signals import Stopper, dump_stacks_on_signal
+    from .signals import SAVE, STOP, Stopper, dump_stacks_on_signal
     from .telemetry import Telemetry, heartbeat
     from .tracking import Tracker
 
@@ -225,6 +228,9 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             directory.mkdir(parents=True, exist_ok=True)
             running.append(swap.take(directory / ".running", f"the run {directory}", "make stop, or another --run_name"))
             heartbeat(directory, 0, "load")
+            if os.environ.get("ZERO_OFFLOAD_SUPERVISED", "1") == "1":  # what was asked of this run stays asked when it is restarted
+                for name in (STOP, SAVE):
+                    (directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"the run directory {directory} cannot be written to", found=error.strerror, fix="--output_dir") from None
 
@@ -240,6 +246,9 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         if found is None:
             say("resume: no checkpoint yet, so from the beginning")
         else:
+            if is_main_process() and settings.resume_from_checkpoint != "auto":
+                for path in checkpoint.supersede(directory, manifest["step"]):
+                    say(f"resume: {path.name} is of the line that is left here")
             differing = resume.settle(settings, _public(settings), manifest, world_size)
             if differing:
                 say(f"resume: what differs from the run that was saved\n\n{resume.table(differing)}\n")
@@ -332,6 +341,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         if len(tokens.validation) and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
         if settings.export:
+            trainer._beat("export")
             _export(trainer, tokenizer, directory, settings, name, [s.shown for s in data.train])
         if is_main_process():
             heartbeat(directory, trainer.state.global_step, "done")

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from .errors import STOPPED
+from .errors import STOPPED, drop_lost_terminal
 
 STOP, SAVE = "STOP", "SAVE"  # files in the run directory
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGUSR1: "SIGUSR1"}
+ONE_WISH = 1  # second
 _HURRIED = ("SIGTERM", "SIGUSR1")  # a scheduler's: after the grace period comes SIGKILL
 
 
@@ -28,15 +29,16 @@ class Stopper(TrainerCallback):
         self.asked = self.since = None  # by a signal to this rank
         self.reason = None  # why the run stopped, the same on all ranks
         self.unsaved = False
-        if dist.get_rank() == 0:
-            for name in (STOP, SAVE):  # of an earlier run
-                (self.directory / name).unlink(missing_ok=True)
+        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame):
-        if self.asked and _SIGNALS[number] != self.asked:
-            return  # the deepspeed launcher sends SIGTERM after a terminal's Ctrl-C: one wish, not two
+        drop_lost_terminal(self.terminals)
+        # The deepspeed launcher sends SIGTERM after a terminal's Ctrl-C, and schedulers signal every process of a job, so that a rank
+        # hears of it twice: one wish, not two.
+        if self.asked and (_SIGNALS[number] != self.asked or time.monotonic() - self.since < ONE_WISH):
+            return
         if self.asked:
             os.write(2, b"\nstopped at once; the last checkpoint stands\n")
             os._exit(STOPPED)
@@ -67,6 +69,11 @@ class Stopper(TrainerCallback):
         if main and (save or stop):
             for name in (STOP, SAVE):
                 (self.directory / name).unlink(missing_ok=True)
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.reason:  # the epoch ends because the run does: nothing more is due
+            control.should_evaluate = control.should_save = False
         return control
 
 

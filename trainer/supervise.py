@@ -14,10 +14,11 @@ from pathlib import Path
 
 import psutil
 
-from . import hardware, resume
-from .args import help_text, parse_command_line, resolve
-from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, report
+from . import hardware, resume, swap
+from .args import help_text, resolve
+from .errors import BAD_INPUT, CRASHED, DOES_NOT_FIT, DONE, FAILED, STOPPED, RunError, drop_lost_terminal, report
 from .names import default_run_name, run_directory
+from .run import check_resume
 
 USAGE = """python launch/supervise.py [--num_gpus N] [--detach] [--max_restarts 3] [--hang_timeout SECONDS] [--FLAG VALUE ...]
 
@@ -32,7 +33,7 @@ _OWN = {"num_gpus": "", "hostfile": "", "max_restarts": "3", "hang_timeout": "",
         "detach": None, "status": None}
 POLL = 0.2  # seconds
 STOPPED_LIMIT = 20  # seconds that a rank may be stopped (SIGSTOP, a debugger)
-LIMITS = {"load": 3600, "train": 1800, "eval": 7200, "save": 7200, "export": 7200, "done": 600, "stopped": 600}
+LIMITS = {"load": 14400, "train": 1800, "eval": 7200, "save": 7200, "export": 14400, "done": 600, "stopped": 600}
 SLACK = 20  # a step that takes so many times the longest one before it hangs
 _PR_SET_PDEATHSIG = 1
 
@@ -77,28 +78,32 @@ def main(argv=None):
             command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", own["hostfile"],
                        *(["--num_gpus", own["num_gpus"]] if own["num_gpus"] else []), own["script"], *rest]
             os.execv(command[0], command)
-        settings = resolve(rest)
+        settings, added = resolve(rest), []
+        check_resume(settings)
         if run_directory(settings) is None:
-            rest += ["--run_name", default_run_name(settings)]
-            settings = resolve(rest)
+            added = ["--run_name", default_run_name(settings)]
+            settings = resolve([*rest, *added])
+        elif settings.output_dir and not settings.given("output_dir"):  # that of the checkpoint
+            added = ["--output_dir", settings.output_dir]
         if own["detach"]:
-            return detach(argv, rest, run_directory(settings))
+            return detach([*argv, *added], run_directory(settings))
         ranks = int(own["num_gpus"] or 0) or (hardware.gpu_count() if hardware.uses_gpu(settings) else 1)
-        return Supervisor(rest, run_directory(settings), ranks, own).run()
+        return Supervisor([*rest, *added], run_directory(settings), ranks, own).run()
     except RunError as error:
         report(error)
         return error.code
 
 
-def detach(argv, rest, directory):
+def detach(argv, directory):
     """Start the same in a session of its own; say where it can be seen."""
-    directory.mkdir(parents=True, exist_ok=True)
     argv = [a for a in argv if a != "--detach"]
-    given = parse_command_line(split(argv)[1])
-    argv += [] if "run_name" in given or "output_dir" in given else rest[-2:]
-    with open(directory / "train.log", "a") as log:
-        made = subprocess.Popen([sys.executable, sys.argv[0], *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                start_new_session=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "train.log", "a") as log:
+            made = subprocess.Popen([sys.executable, sys.argv[0], *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                    start_new_session=True)
+    except OSError as error:
+        raise RunError(f"the run directory {directory} cannot be written to", found=error.strerror, fix="--output_dir") from None
     print(f"in the background, pid {made.pid}\nlog:  tail -f {directory / 'train.log'}\nstop: make stop RUN={directory.name}")
     return DONE
 
@@ -126,12 +131,8 @@ def stop(directory):
 
 
 def _alive(directory):
-    """Whether a process holds the run."""
-    try:
-        own = json.loads((directory / ".running").read_text())
-        return own["host"] == socket.gethostname() and psutil.pid_exists(own["pid"])
-    except (OSError, ValueError, KeyError):
-        return False
+    """Whether a rank or a supervisor holds the run."""
+    return any((directory / name).exists() and swap.is_held(directory / name) for name in (".running", ".supervised"))
 
 
 def status():
@@ -165,20 +166,31 @@ class Supervisor:
         self.flags, self.directory, self.ranks, self.script = flags, directory, ranks, own["script"]
         self.max_restarts = int(own["max_restarts"])
         self.limits = {**LIMITS, "train": int(own["hang_timeout"] or LIMITS["train"])}
-        self.asked = 0  # signals from outside
+        self.asked, self.attempt = 0, 0  # signals from outside; starts
+        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         self.processes, self.stopped_since, self.longest, self.beats = [], {}, 0.0, None
         self.lowest, self.sizes, self.oom = None, {}, 0
 
     def run(self):
         """Exit code."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            held = swap.take(self.directory / ".supervised", f"the run {self.directory}", "make stop, or another --run_name")
+        except OSError as error:
+            raise RunError(f"the run directory {self.directory} cannot be written to", found=error.strerror,
+                           fix="--output_dir") from None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._pass_on)
+        os.set_inheritable(held, False)
         flags, restarts, committed = self.flags, 0, resume.newest(self.directory)
+        before = committed
         print(f"{self.ranks} rank(s): {self.script} {' '.join(flags)}", flush=True)
         while True:
             self._start(flags)
             code, cause = self._watch()
-            if code in (DONE, STOPPED, BAD_INPUT, 3) or (code == FAILED and cause is None) or self.asked:
+            if self.asked and cause:
+                print(f"\n{cause}", file=sys.stderr, flush=True)
+            if code in (DONE, STOPPED, BAD_INPUT, DOES_NOT_FIT) or (code == FAILED and cause is None) or self.asked:
                 return code
             now = resume.newest(self.directory)
             restarts = 1 if now != committed else restarts + 1
@@ -189,7 +201,8 @@ class Supervisor:
                       f"  fix:    mend the cause, then {resume.command(self.directory)}", file=sys.stderr, flush=True)
                 return FAILED
             print(f"restart {restarts} of {self.max_restarts}: {self._place()}", file=sys.stderr, flush=True)
-            flags = [*self.flags, "--resume_from_checkpoint", "auto"]
+            # Until the run has a checkpoint of its own, it begins as it was asked to.
+            flags = [*self.flags, *(["--resume_from_checkpoint", "auto"] if now != before or now is None else [])]
 
     def _place(self):
         beat, last = _beat(self.directory), resume.newest(self.directory)
@@ -197,11 +210,12 @@ class Supervisor:
             f"goes on from checkpoint-{last}" if last is not None else "no checkpoint yet, so from the beginning")
 
     def _start(self, flags):
+        self.attempt += 1
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": self.ranks, "LOCAL_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks, "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": port, "ZERO_OFFLOAD_SUPERVISED": 1}
+                  "MASTER_PORT": port, "ZERO_OFFLOAD_SUPERVISED": self.attempt}
         self.processes, self.stopped_since, self.longest, self.beats = [], {}, 0.0, None
         self.lowest, self.sizes, self.oom, self.began = None, {}, _oom_kills(), time.time()
         for rank in range(self.ranks):
@@ -212,6 +226,7 @@ class Supervisor:
 
     def _pass_on(self, number, frame):
         self.asked += 1
+        drop_lost_terminal(self.terminals)
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
@@ -223,7 +238,7 @@ class Supervisor:
             codes = [p.poll() for p in self.processes]
             bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, DONE)]
             if bad:  # one that was killed makes others fail: it is the one to name
-                return self._ended(*min(bad, key=lambda pair: pair[1] >= 0))
+                return self._ended(*min(bad, key=lambda pair: (pair[1] >= 0, pair[1] == CRASHED)))
             if all(code == DONE for code in codes):
                 return DONE, None
             if time.monotonic() - looked >= 1:
@@ -232,7 +247,7 @@ class Supervisor:
                 if hung := self._hung():
                     self._dump()
                     self._kill(0)
-                    return CRASHED, hung
+                    return FAILED if self.asked else CRASHED, hung
             time.sleep(POLL)
 
     def _ended(self, rank, code):
@@ -288,7 +303,9 @@ class Supervisor:
                 self.longest = max(self.longest, now - self.beats[1])
             self.beats = (stamp, now)
         silent = now - self.beats[1]
-        limit = max(self.limits.get(stamp[1], 1800), SLACK * self.longest if stamp[1] == "train" else 0)
+        limit = self.limits.get(stamp[1], 1800)
+        if stamp[1] == "train":  # before the second sign nothing is known of how long an update takes
+            limit = max(limit, SLACK * self.longest) if self.longest else max(limit, self.limits["load"])
         if silent > limit:
             return f"no sign of life for {silent:.0f} s in {stamp[1]} after step {stamp[0]}; limit: {limit:.0f} s (--hang_timeout)"
         return None
@@ -308,7 +325,9 @@ class Supervisor:
         while time.monotonic() < until and any(p.poll() is None for p in self.processes):
             time.sleep(POLL)
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
+            try:  # with what it has started: a loader's worker can hold its locks
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         for process in self.processes:
             process.wait()

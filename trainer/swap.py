@@ -25,6 +25,7 @@ _REFUSED = ("tmpfs", "ramfs", *storage.NETWORK_FILESYSTEMS)
 PROBE_SECONDS = 30
 _PROBE = """
 import mmap, os, sys
+os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True)
 handle = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600)
 block = mmap.mmap(-1, 4096)
 os.pwrite(handle, block, 0)
@@ -40,21 +41,17 @@ def check_directory(path):
     kind = storage.filesystem_of(path)
     if kind.startswith(_REFUSED):
         raise RunError(f"the NVMe directory {path} cannot hold swap files", found=f"it is on {kind}", needed=needed, fix=fix)
-    probe = path / f".probe-{os.getpid()}"
+    probe, wrong = path / f".probe-{os.getpid()}", None
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        # In another process: a hung mount must not hang the check.
-        done = subprocess.run([sys.executable, "-S", "-c", _PROBE, str(probe)], capture_output=True, text=True, timeout=PROBE_SECONDS)
-        wrong = (done.stderr.strip().splitlines() or ["?"])[-1].partition("] ")[2].partition(":")[0] if done.returncode else None
+        # In another process, which is not waited for: a hung mount must not hang the check.
+        process = subprocess.Popen([sys.executable, "-S", "-c", _PROBE, str(probe.absolute())], stderr=subprocess.PIPE, text=True)
+        errors = process.communicate(timeout=PROBE_SECONDS)[1].strip().splitlines()
+        wrong = (errors or ["?"])[-1].partition("] ")[2].partition(":")[0] if process.returncode else None
+        probe.unlink(missing_ok=True)
     except subprocess.TimeoutExpired:
         wrong = f"no answer in {PROBE_SECONDS} s"
     except OSError as error:
-        wrong = error.strerror
-    finally:
-        try:
-            probe.unlink(missing_ok=True)
-        except OSError:  # the directory itself is not there or not ours
-            pass
+        wrong = wrong or error.strerror
     if wrong:
         raise RunError(f"the NVMe directory {path} cannot hold swap files", found=wrong, needed=needed, fix=fix)
 
@@ -68,6 +65,14 @@ def _locked(path):
         os.close(handle)
         return None
     return handle
+
+
+def is_held(path):
+    """Whether a living process holds the lock."""
+    handle = _locked(path)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
 
 
 def take(path, what, fix):
@@ -88,15 +93,13 @@ def take(path, what, fix):
 
 
 def reclaim(path, say):
-    """Remove the swap directories of dead runs of this host under `path`, and say how much they held. Only directories with our
-    marker; the lock is the kernel's, so a dead run holds none."""
+    """Remove the swap directories of dead runs under `path`, and say how much they held. Only directories with our marker; the lock
+    is the kernel's, so a dead run holds none (and no other machine uses a local disk)."""
     for marker in Path(path).glob(f"*/{MARKER}"):
         folder = marker.parent
         try:
-            if json.loads(marker.read_text())["host"] != socket.gethostname() or folder.is_symlink():
-                continue
-            handle = _locked(marker)
-        except (OSError, ValueError, KeyError, TypeError):
+            handle = None if folder.is_symlink() else _locked(marker)
+        except OSError:
             continue
         if handle is None:
             continue
@@ -156,9 +159,10 @@ class SwapSpace:
         self.files[path] = size
 
     def audit(self):
-        """Check every swap file of this rank."""
+        """Check this rank's swap files. Gradients only when they are read: after a skipped update writes may still be under way."""
         for path in self.files:
-            self.check(path)
+            if "_gradient_" not in path:
+                self.check(path)
 
     def check(self, path):
         """RunError where a swap file is short, or has a part that was never written and reads as zeros. Some ten microseconds."""

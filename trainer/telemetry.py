@@ -1,4 +1,5 @@
 """Measurements of a run: time by phase, tokens, memory, GPU, PCIe and NVMe. One object a logging step in metrics.jsonl."""
+import errno
 import json
 import math
 import os
@@ -201,8 +202,11 @@ class Telemetry:
     def write(self, record):
         """Append one object to metrics.jsonl; NaN and infinity as null."""
         if self.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+            except OSError as error:  # a full disk: the run can go on without its diary
+                print(f"warning: {self.path}: {error.strerror}", flush=True)
 
     def close(self):
         """Stop sampling."""
@@ -214,5 +218,12 @@ def heartbeat(run_directory, step, phase):
     """heartbeat.json: step, phase, time. Replaced whole, so that a reader never sees half of it."""
     path = Path(run_directory) / "heartbeat.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"step": step, "phase": phase, "time": time.time()}))
-    temporary.replace(path)
+    text = json.dumps({"step": step, "phase": phase, "time": time.time()})
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        with open(path, "r+") as file:  # in its old place there is room
+            file.write(text + " " * 20)

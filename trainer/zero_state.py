@@ -141,10 +141,13 @@ class ZeroState:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 os.truncate(handle, total)
-                for piece in self.groups[i]:
-                    for at in range(0, piece.numel * size, CHUNK):
-                        block = bytearray(min(CHUNK, piece.numel * size - at))
-                        fill(kind, piece, at, memoryview(block))
+                ends = [*(piece.at * size for piece in self.groups[i][1:]), total]
+                for piece, end in zip(self.groups[i], ends):
+                    length = end - piece.at * size  # with ZeRO's padding, as zeros: no part may look as if it was never written
+                    for at in range(0, length, CHUNK):
+                        block = bytearray(min(CHUNK, length - at))
+                        if at < piece.numel * size:
+                            fill(kind, piece, at, memoryview(block)[:piece.numel * size - at])
                         if os.pwrite(handle, block, piece.at * size + at) != len(block):
                             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(handle)

@@ -100,16 +100,15 @@ def test_no_time_to_save(starts, row):
 
 
 def test_twice(starts, row):
-    run = starts("run", "--max_steps", 4000, "--save_steps", 4000)
-    (rank,) = run.has_ranks(1)
-    run.until_step(2)
-    rank.suspend()  # a long update
+    run = starts("run", "--max_steps", 50, "--save_steps", 50, env={"FAULT_STEP": "3", "FAULT_VALUE": "hang"},
+                 script="tests/cpu/inject.py").until_step(2)
+    time.sleep(1)  # it is in the third update, which never ends
     run.signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(1.5)
+    assert run.process.poll() is None and "once more to stop at once" in run.output
     run.signal(signal.SIGINT)
-    rank.resume()
     seconds = timed(run, 75)
-    assert seconds < 15
+    assert seconds < 5 and "stopped at once" in run.output
     row("Ctrl-C twice", "ends at once; exit 75", seconds)
 
 

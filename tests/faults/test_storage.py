@@ -222,6 +222,18 @@ def test_a_damaged_checkpoint_is_skipped(saved, tmp_path, starts, row):
     row("resume with a damaged newest checkpoint", "skipped by name, goes on from the older one, losses bit-equal")
 
 
+def test_going_back(starts, row):
+    """Resumed by path, under the supervisor, without naming the run: the same directory, and the abandoned line is out of the way."""
+    first = starts("run", *SAVES, "--save_total_limit", 5).ends(0)
+    again = starts("run", *SAVES, "--save_total_limit", 5, "--learning_rate", 5e-4, "--resume_from_checkpoint",
+                   first.directory / "checkpoint-2", named=False).ends(0)
+    assert "superseded-checkpoint-4" in again.output and "learning_rate" in again.output
+    names = sorted(p.name.rsplit("-", 1)[0] for p in first.directory.glob("*checkpoint-*"))
+    assert names == ["checkpoint", "checkpoint", "checkpoint", "superseded-checkpoint-4", "superseded-checkpoint-6"]
+    assert len(again.records) == 6
+    row("resume from an older checkpoint by its path", "goes on in the run's directory; later checkpoints are put aside")
+
+
 def test_the_best_is_kept(trains, row):
     run = trains("run", "--max_steps", 8, "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--learning_rate", 0.2,
                  "--export", "false", "--lr_scheduler_type", "constant")

@@ -34,7 +34,7 @@ def test_status(tmp_path, monkeypatch, capsys):
 
 class Settings:
     def __init__(self, **values):
-        self.values = values
+        self.values, self.sources = values, {}
 
 
 SAVED = {"seed": 42, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "run_name": "a"}
@@ -47,6 +47,17 @@ def test_the_rows_of_an_update_stay(ranks, now, batch, accumulate):
     settings = Settings(**{**SAVED, **now})
     resume.settle(settings, settings.values, {"settings": SAVED, "update_rows": 8}, ranks)
     assert (settings.values["per_device_train_batch_size"], settings.values["gradient_accumulation_steps"]) == (batch, accumulate)
+
+
+def test_what_the_checkpoint_decides_reaches_the_trainer():
+    from trainer.args import resolve
+
+    settings = resolve(["--model_name_or_path", "x"])
+    saved = {**settings.values, "seed": 7, "data_seed": 5, "train_sampling_strategy": "sequential"}
+    resume.settle(settings, dict(settings.values), {"settings": saved, "update_rows": 16}, 4)
+    options = settings.training()
+    assert (options["seed"], options["data_seed"], options["train_sampling_strategy"]) == (7, 5, "sequential")
+    assert (options["per_device_train_batch_size"], options["gradient_accumulation_steps"]) == (4, 1)
 
 
 def test_what_is_kept_and_what_is_new():
