@@ -73,8 +73,8 @@ def ours(out, work, label, shape, config, micro, steps, seconds, *flags, rows="r
     command = ["deepspeed", "--num_gpus", "1", "launch/train.py", "--deepspeed", config, "--model_name_or_path", str(work / shape),
                "--random_weights", "--dataset", str(work / rows), "--validation_split", "0", "--max_length", str(SEQUENCE),
                "--per_device_train_batch_size", str(micro), "--max_steps", str(steps), "--learning_rate", "1e-5",
-               "--lr_scheduler_type", "constant", "--export", "false", "--save_strategy", "no", "--output_dir", str(directory), "--nvme_path",
-               str(work / "swap"), *flags]
+               "--lr_scheduler_type", "constant", "--export", "false", "--save_strategy", "no", "--output_dir", str(directory),
+               "--nvme_path", str(work / "swap"), *flags]
     code, text = run(label, command, out / f"{label}.log", seconds)
     path = directory / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
