@@ -18,6 +18,7 @@ REQUIRES = [
     "s3fs>=2025.1",  # s3:// data
     "gcsfs>=2025.1",  # gs:// data
     "psutil>=5.9",
+    "xxhash>=3.4",  # hashes of checkpoint files
     "nvidia-ml-py>=12.535",
     "gguf>=0.17",  # converts the embedded default model
     "ninja>=1.11",  # builds DeepSpeed's ops
