@@ -210,7 +210,7 @@ class Supervisor:
             f"goes on from checkpoint-{last}" if last is not None else "no checkpoint yet, so from the beginning")
 
     def _start(self, flags):
-        self.attempt += 1
+        self.attempt, self.base = self.attempt + 1, resume.newest(self.directory) or 0
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -304,8 +304,8 @@ class Supervisor:
             self.beats = (stamp, now)
         silent = now - self.beats[1]
         limit = self.limits.get(stamp[1], 1800)
-        if stamp[1] == "train":  # before the second sign nothing is known of how long an update takes
-            limit = max(limit, SLACK * self.longest) if self.longest else max(limit, self.limits["load"])
+        if stamp[1] == "train":  # before the first update nothing is known of how long one takes
+            limit = max(limit, SLACK * self.longest if stamp[0] > self.base else self.limits["load"])
         if silent > limit:
             return f"no sign of life for {silent:.0f} s in {stamp[1]} after step {stamp[0]}; limit: {limit:.0f} s (--hang_timeout)"
         return None
