@@ -9,7 +9,6 @@ import base64
 import json
 import os
 import random
-import re
 import shutil
 import struct
 import time
@@ -23,11 +22,11 @@ import torch.distributed as dist
 import xxhash
 
 from .errors import FAILED, RunError
+from .resume import checkpoints
 from .zero_state import CHUNK, ZeroState
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-checkpoint-"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -39,14 +38,15 @@ def _point(name):
         os.kill(os.getpid(), 9)
 
 
-def _gathered(value):
+def gathered(value):
     """[value of rank 0, value of rank 1, …] on every rank."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def _from_main(value):
+def from_main(value):
+    """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -136,22 +136,18 @@ def _digest(value):
 
 def listed(directory):
     """Checkpoint folders of a run, the newest first."""
-    found = [(int(m[1]), p) for p in Path(directory).glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return [p for _, p in sorted(found, reverse=True)]
+    return [folder for _, folder in checkpoints(directory)]
 
 
 def supersede(directory, step):
     """Put aside the checkpoints after `step`: the run goes another way from there, and must not take up the old one again."""
-    moved = []
-    for path in listed(directory):
-        if int(path.name[11:]) > step:
-            moved.append(path.rename(path.with_name(f"superseded-{path.name}-{uuid.uuid4().hex[:8]}")))
-    return moved
+    return [path.rename(path.with_name(f"superseded-{path.name}-{uuid.uuid4().hex[:8]}"))
+            for later, path in checkpoints(directory) if later > step]
 
 
 # -- save ----------------------------------------------------------------------------------------------------------------
 class Checkpointer:
-    """Saves and restores one run. directory: the run's; limit: checkpoints kept (the best by evaluation loss comes on top)."""
+    """Saves one run. directory: the run's; limit: checkpoints kept (the best by evaluation loss comes on top)."""
 
     def __init__(self, directory, limit, describe):
         """describe: what the manifest says besides the files: settings, versions, data."""
@@ -163,7 +159,7 @@ class Checkpointer:
         written: what was there before is still there."""
         began, step = time.monotonic(), trainer.state.global_step
         target, main = self.directory / f"checkpoint-{step}", dist.get_rank() == 0
-        if _from_main(main and self._is_whole(target)):
+        if from_main(main and self._is_whole(target)):
             return target  # a resumed run comes by again
         failure, work, entries = None, None, {}
         if main:
@@ -173,16 +169,16 @@ class Checkpointer:
                 work.mkdir()
             except OSError as error:
                 failure = f"{self.directory}: {error.strerror}"
-        work, failure = _from_main((work, failure))
+        work, failure = from_main((work, failure))
         state = ZeroState(trainer.model_wrapped)
         if not failure:
             failure, entries = self._write_parts(trainer, state, work)
-        reports = _gathered((failure, entries, state.shapes))
+        reports = gathered((failure, entries, state.shapes))
         failure = next((f for f, _, _ in reports if f), None)
         if main and not failure:
             files = {name: entry for _, own, _ in reports for name, entry in own.items()}
             failure = self._commit(trainer, state, work, target, files)
-        failure = _from_main(failure)
+        failure = from_main(failure)
         if failure:
             if main:
                 shutil.rmtree(work, ignore_errors=True)
@@ -310,18 +306,18 @@ def choose(directory, asked, say):
     asked: "auto" takes the newest that is whole and says which it skipped and why; a path must be whole.
     """
     auto = asked == "auto"
-    candidates = _from_main(listed(directory) if auto else [Path(asked)])
+    candidates = from_main(listed(directory) if auto else [Path(asked)])
     skipped = []
     for folder in candidates:
         if not auto and not folder.is_dir():
             raise RunError(f"no checkpoint {folder}", found=", ".join(p.name for p in listed(directory)) or "none in the run",
                            needed="a checkpoint-<step> directory, or auto")
-        manifest, wrong = _from_main(read_manifest(folder))
+        manifest, wrong = from_main(read_manifest(folder))
         if not wrong:
             began, names = time.monotonic(), sorted(manifest["files"])
             mine = names[dist.get_rank()::dist.get_world_size()]
             wrong = next((w for name in mine if (w := verify_file(folder / name, manifest["files"][name]))), None)
-            wrong = next((w for w in _gathered(wrong) if w), None)
+            wrong = next((w for w in gathered(wrong) if w), None)
         if not wrong:
             seconds, size = time.monotonic() - began, sum(f["bytes"] for f in manifest["files"].values())
             say(f"resume: {folder}, verified ({size / 1e9:.2f} GB at {size / 1e9 / max(seconds, 1e-3):.1f} GB/s)")

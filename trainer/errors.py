@@ -33,6 +33,12 @@ def is_main_process():
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def table(rows, between=" | "):
+    """Rows of strings as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(between.join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
 def drop_lost_terminal(terminals):
     """Send what goes to a terminal that is gone to nowhere: writing there would be an error. terminals: descriptors that were one."""
     for descriptor in terminals:

@@ -1,9 +1,13 @@
 """What a resumed run takes from its checkpoint and what from its flags. Imports no torch."""
 import json
 import os
+import re
 from pathlib import Path
 
+from . import errors
 from .errors import RunError
+
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 # They decide which rows an update has: the saved value goes on, or the run would not be the one that was stopped.
 KEPT = ("seed", "data_seed", "train_sampling_strategy", "packing", "max_length", "too_long", "template", "train_on_prompt",
@@ -47,9 +51,7 @@ def settle(settings, public, manifest, world_size):
 
 def table(rows):
     """The rows of `settle` as text."""
-    lines = [("key", "saved", "now", "used"), *(tuple(map(str, row)) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(" | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return errors.table([("key", "saved", "now", "used"), *(tuple(map(str, row)) for row in rows)])
 
 
 def trim_metrics(path, step):
@@ -68,9 +70,15 @@ def trim_metrics(path, step):
     os.replace(temporary, path)
 
 
+def checkpoints(directory):
+    """[(step, folder), …] of a run's checkpoints, the newest first."""
+    found = [(int(m[1]), p) for p in Path(directory).glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found, reverse=True)
+
+
 def newest(directory):
     """Step of the newest checkpoint of a run, or None."""
-    return max((int(p.name[11:]) for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()), default=None)
+    return next((step for step, _ in checkpoints(directory)), None)
 
 
 def command(directory):

@@ -22,7 +22,7 @@ from .config import (
     uses_nvme,
     write_yaml,
 )
-from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, is_main_process, report
+from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, is_main_process, report, table
 from .names import default_run_name, run_directory
 from .ops import use_own_ninja
 
@@ -163,18 +163,9 @@ def _start_processes(gpu):
     return ranks_here
 
 
-def _agreed(value):
-    """Rank 0's value, on every rank."""
-    import torch
-
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def _together(*steps):
     """Run each step on this rank; where one fails on any rank, raise that on all of them."""
-    import torch
+    from .checkpoint import gathered
 
     failure = None
     try:
@@ -182,9 +173,7 @@ def _together(*steps):
             step()
     except RunError as error:
         failure = error
-    found = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, failure and (str(failure), failure.code))
-    first = next((f for f in found if f), None)
+    first = next((f for f in gathered(failure and (str(failure), failure.code)) if f), None)
     if first:
         raise failure or RunError(first[0], code=first[1])
 
@@ -218,15 +207,14 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     name = models.locate(settings.model_name_or_path)
-    directory = Path(_agreed(str(run_directory(settings, settings.run_name or default_run_name(settings)))))
+    directory = Path(checkpoint.from_main(str(run_directory(settings, settings.run_name or default_run_name(settings)))))
     run_name = directory.name
-    swap_directory = Path(_agreed(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
-    running = []
+    swap_directory = Path(checkpoint.from_main(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
 
     def begin():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            running.append(swap.take(directory / ".running", f"the run {directory}", "make stop, or another --run_name"))
+            swap.take(directory / ".running", f"the run {directory}", "make stop, or another --run_name")
             heartbeat(directory, 0, "load")
             if os.environ.get("ZERO_OFFLOAD_SUPERVISED", "1") == "1":  # what was asked of this run stays asked when it is restarted
                 for name in (STOP, SAVE):
@@ -401,8 +389,7 @@ def _print_settings(settings):
     public = _public(settings)
     rows = [("key", "value", "from")] + [(k, str(public[k]), source) for k, source in settings.sources.items()
                                          if k in public and settings.values[k] != all_keys()[k].default]
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    print("\n" + "\n".join(f"{a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in rows) + "\n", flush=True)
+    print(f"\n{table(rows)}\n", flush=True)
 
 
 def _evaluations(trainer):

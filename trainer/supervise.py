@@ -16,7 +16,7 @@ import psutil
 
 from . import hardware, resume, swap
 from .args import help_text, resolve
-from .errors import BAD_INPUT, CRASHED, DOES_NOT_FIT, DONE, FAILED, STOPPED, RunError, drop_lost_terminal, report
+from .errors import BAD_INPUT, CRASHED, DOES_NOT_FIT, DONE, FAILED, STOPPED, RunError, drop_lost_terminal, report, table
 from .names import default_run_name, run_directory
 from .run import check_resume
 
@@ -139,11 +139,11 @@ def status():
     """Print what the runs under runs/ are doing."""
     lines = [("run", "state", "step", "last seen")]
     for path in sorted(Path("runs").glob("*/heartbeat.json")):
-        beat, phase = _beat(path.parent), _beat(path.parent).get("phase", "?")
+        beat = _beat(path.parent)
+        phase = beat.get("phase", "?")
         state = phase if _alive(path.parent) or phase in ("done", "stopped") else f"ended in {phase}"
         lines.append((path.parent.name, state, str(beat.get("step")), f"{time.time() - beat.get('time', 0):,.0f} s ago"))
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    print("\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)) for line in lines))
+    print(table(lines, "  "))
     return DONE
 
 
@@ -175,13 +175,12 @@ class Supervisor:
         """Exit code."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            held = swap.take(self.directory / ".supervised", f"the run {self.directory}", "make stop, or another --run_name")
+            swap.take(self.directory / ".supervised", f"the run {self.directory}", "make stop, or another --run_name")
         except OSError as error:
             raise RunError(f"the run directory {self.directory} cannot be written to", found=error.strerror,
                            fix="--output_dir") from None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._pass_on)
-        os.set_inheritable(held, False)
         flags, restarts, committed = self.flags, 0, resume.newest(self.directory)
         before = committed
         print(f"{self.ranks} rank(s): {self.script} {' '.join(flags)}", flush=True)

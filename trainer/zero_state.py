@@ -76,11 +76,12 @@ class ZeroState:
 
     def scalars(self):
         """The optimizer's counters, {"step": 5}; the same for every sub-group."""
-        found = {k: float(v) for k, v in self._state(0).items() if not (torch.is_tensor(v) and v.dim())}
-        for i in range(len(self.groups)):
-            if {k: float(v) for k, v in self._state(i).items() if not (torch.is_tensor(v) and v.dim())} != found:
-                raise RunError("the optimizer's sub-groups have made different numbers of steps", found=f"sub-group {i}", code=1)
-        return found
+        found = [{k: float(v) for k, v in self._state(i).items() if not (torch.is_tensor(v) and v.dim())}
+                 for i in range(len(self.groups))]
+        if differing := [i for i, own in enumerate(found) if own != found[0]]:
+            raise RunError("the optimizer's sub-groups have made different numbers of steps", found=f"sub-group {differing[0]}",
+                           code=1)
+        return found[0]
 
     def chunks(self, i, kind, piece):
         """Yield the bytes of one slice, in order."""
