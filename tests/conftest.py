@@ -200,6 +200,18 @@ class Running:
         return self
 
 
+@pytest.fixture(scope="session")
+def calm(tiny_model, rows_file, tmp_path_factory):
+    """calm(*flags, ranks=1) → Run of the tiny model that nothing happens to."""
+    def go(*flags, ranks=1):
+        folder = tmp_path_factory.mktemp("calm")
+        run = train(folder / "run", "--model_name_or_path", tiny_model, "--dataset", rows_file[0], "--validation_split", rows_file[1],
+                    *FLAGS, "--nvme_path", folder / "swap", *flags, ranks=ranks)
+        assert run.code == 0, run.output[-3000:]
+        return run
+    return go
+
+
 @pytest.fixture
 def starts(tiny_model, rows_file, tmp_path):
     """starts(name, *flags, ranks=1, supervised=True, env={}) → Running."""

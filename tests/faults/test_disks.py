@@ -7,20 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import FLAGS, train
 
 NVME = ["--deepspeed", "ds_z3_nvme.json"]
 SAVES = ["--max_steps", 6, "--save_steps", 2]
 
 
 @pytest.fixture(scope="module")
-def solo(tiny_model, rows_file, tmp_path_factory):
+def solo(calm):
     """Losses of the NVMe run alone on its disk."""
-    folder = tmp_path_factory.mktemp("solo")
-    run = train(folder / "run", "--model_name_or_path", tiny_model, "--dataset", rows_file[0], "--validation_split", rows_file[1],
-                *FLAGS, "--nvme_path", folder / "swap", *NVME, *SAVES)
-    assert run.code == 0, run.output[-3000:]
-    return run.losses
+    return calm(*NVME, *SAVES).losses
 
 
 # -- swap ----------------------------------------------------------------------------------------------------------------
@@ -157,13 +152,9 @@ def test_output_read_only(starts, disk, row):
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_model, rows_file, tmp_path_factory):
+def saved(calm):
     """A finished run of two ranks with checkpoints 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("saved")
-    run = train(folder / "run", "--model_name_or_path", tiny_model, "--dataset", rows_file[0], "--validation_split", rows_file[1],
-                *FLAGS, *SAVES, "--save_total_limit", 5, ranks=2)
-    assert run.code == 0, run.output[-3000:]
-    return run.directory
+    return calm(*SAVES, "--save_total_limit", 5, ranks=2).directory
 
 
 def damage(path, kind):

@@ -1,4 +1,5 @@
 """Processes that die, stop, hang or are told to stop."""
+import functools
 import json
 import os
 import signal
@@ -8,26 +9,16 @@ import time
 
 import psutil
 import pytest
-from conftest import FLAGS, ROOT, train
+from conftest import FLAGS, ROOT
 
 SAVES = ["--max_steps", 12, "--save_steps", 3]
 POINTS = ["before-parts", "after-a-part", "before-manifest", "before-rename", "after-rename", "during-rotation"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model, rows_file, tmp_path_factory):
-    """{ranks: losses} of the run that nothing happens to."""
-    found = {}
-
-    def of(ranks):
-        if ranks not in found:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            run = train(folder / "run", "--model_name_or_path", tiny_model, "--dataset", rows_file[0],
-                        "--validation_split", rows_file[1], *FLAGS, "--nvme_path", folder / "swap", *SAVES, ranks=ranks)
-            assert run.code == 0, run.output[-3000:]
-            found[ranks] = run.losses
-        return found[ranks]
-    return of
+def undisturbed(calm):
+    """undisturbed(ranks) → losses of the run that nothing happens to."""
+    return functools.cache(lambda ranks: calm(*SAVES, ranks=ranks).losses)
 
 
 def timed(run, code=0):
