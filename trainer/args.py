@@ -289,7 +289,9 @@ def read_recipe(path):
     if not isinstance(content, dict):
         raise RunError(f"{path} is not a recipe", found=type(content).__name__, needed="a YAML mapping of key: value")
     if Path(path).name == RESOLVED:  # it lists every key: those that have their default were not given
-        content = {n: v for n, v in content.items() if n not in REFUSED and n in all_keys() and v != all_keys()[n].default}
+        # The learning rate's default depends on the method; that of TrainingArguments is not ours.
+        content = {n: v for n, v in content.items() if n not in REFUSED and n in all_keys()
+                   and (n == "learning_rate" or v != all_keys()[n].default)}
     blocks = {m: content.pop(m) or {} for m in CHOICES["method"] if m in content}
     for method, block in blocks.items():
         if not isinstance(block, dict):

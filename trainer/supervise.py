@@ -72,7 +72,7 @@ def main(argv=None):
         if own["status"]:
             return status()
         if own["stop"]:
-            return stop(Path(own["stop"]) if Path(own["stop"]).is_dir() else Path("runs") / own["stop"])
+            return stop(Path(own["stop"]) if Path(own["stop"]).is_dir() else Path("runs") / own["stop"].removeprefix("runs/"))
         if own["hostfile"]:
             print("several machines: started by deepspeed; nothing restarts them", flush=True)
             command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", own["hostfile"],

@@ -19,7 +19,8 @@ def test_split():
 
 def test_bad_input_starts_nothing(capsys):
     assert supervise.main(["--lerning_rate", "1"]) == 2 and "did you mean --learning_rate" in capsys.readouterr().err
-    assert supervise.main(["--stop", "absent"]) == 2 and "no run runs/absent" in capsys.readouterr().err
+    for name in ("absent", "runs/absent"):
+        assert supervise.main(["--stop", name]) == 2 and "no run runs/absent" in capsys.readouterr().err
 
 
 def test_status(tmp_path, monkeypatch, capsys):
@@ -58,6 +59,19 @@ def test_what_the_checkpoint_decides_reaches_the_trainer():
     options = settings.training()
     assert (options["seed"], options["data_seed"], options["train_sampling_strategy"]) == (7, 5, "sequential")
     assert (options["per_device_train_batch_size"], options["gradient_accumulation_steps"]) == (4, 1)
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "lora"], ["--learning_rate", "5e-5", "--model_name_or_path", "x"],
+                                   ["--model_name_or_path", "x"]])
+def test_a_resolved_configuration_says_all(tmp_path, flags):
+    """Every key comes back as it was, also a learning rate that happens to be transformers' default."""
+    from trainer.args import resolve
+    from trainer.config import write_yaml
+    from trainer.run import _public
+
+    first = resolve(flags)
+    write_yaml(tmp_path / "resolved_config.yaml", _public(first))
+    assert resolve(["--config", str(tmp_path / "resolved_config.yaml")]).values == first.values
 
 
 def test_what_is_kept_and_what_is_new():
