@@ -1,8 +1,9 @@
 """Time and memory of saving and resuming, beside the disk's own speed in the same run.
 
-    python tests/bench_checkpoint.py [--config ds_z3_offload] [--ranks 1] [--folder DIR]        (make bench-checkpoint)
+    python tests/bench_checkpoint.py [--config ds_z3_offload] [--ranks 1] [--folder DIR] [--gpu]        (make bench-checkpoint)
 
-A random Llama of 101 million parameters (1.2 GB of fp32 weights and moments). For every save: seconds, the seconds that writing and
+A random Llama of 114 million parameters (1.4 GB of fp32 weights and moments);
+--gpu: of 540 million (6.5 GB), in bf16 on CUDA. For every save: seconds, the seconds that writing and
 fsyncing as many bytes takes after it, and the peak of this process's memory over what it held. The same for the resumption.
 """
 import argparse
@@ -45,11 +46,16 @@ def measured(what, function, folder):
         import torch
 
         held = status("VmRSS")
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            on_gpu = torch.cuda.memory_allocated()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         began = time.perf_counter()
         result = function(*args, **kwargs)
         seconds, extra = time.perf_counter() - began, status("VmHWM") - held
         text = f"{what}: {seconds:.2f} s, peak memory {extra / GIB:+.2f} GiB"
+        if torch.cuda.is_available():
+            text += f", of the GPU {(torch.cuda.max_memory_allocated() - on_gpu) / GIB:+.2f} GiB"
         if what == "save" and result:
             size = sum(p.stat().st_size for p in Path(result).iterdir())
             ranks = torch.distributed.get_world_size()
@@ -84,20 +90,25 @@ def main():
     parser.add_argument("--config", default="ds_z3_offload")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--folder", default=None)
+    parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     from conftest import make_model, make_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as name:
         folder = Path(name)
-        make_model(folder / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                   num_key_value_heads=12)
+        large = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16,
+                 "num_key_value_heads": 16}
+        small = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                 "num_key_value_heads": 12}
+        make_model(folder / "model", **(large if options.gpu else small))
         make_tokenizer(folder / "model")
         command = [sys.executable, "launch/supervise.py", "--num_gpus", options.ranks, "--script", __file__, "--deepspeed",
                    f"{options.config}.json", "--output_dir", folder / "run", "--model_name_or_path", folder / "model", "--dataset",
-                   ROOT / "data/samples/train.jsonl", "--validation_split", "0", "--precision", "fp32", "--max_length", 64,
-                   "--per_device_train_batch_size", 1, "--save_steps", 1, "--export", "false", "--report_to", "none", "--nvme_path",
+                   ROOT / "data/samples/train.jsonl", "--validation_split", "0", "--precision", "bf16" if options.gpu else "fp32",
+                   "--max_length", 64, "--per_device_train_batch_size", 1, "--save_steps", 1, "--export", "false", "--report_to", "none", "--nvme_path",
                    folder / "swap", "--max_restarts", 0]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "BENCH_FOLDER": str(folder)}
+        device = "cuda" if options.gpu else "cpu"
+        environment = {**os.environ, "DS_ACCELERATOR": device, "BENCH_FOLDER": str(folder)}
         for more in (["--max_steps", 6], ["--max_steps", 7, "--resume_from_checkpoint", "auto"]):
             done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, env=environment, text=True, capture_output=True)
             if done.returncode:

@@ -51,7 +51,12 @@ class RunArguments:
     lora_target_modules: str = _flag("all-linear", "comma-separated module names, or all-linear")
     precision: str = _flag("auto", "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, else fp32")
     fused_loss: bool = _flag(True, "compute the loss in chunks and never hold the logits of a whole batch")
-    leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: with LoRA on a GPU")
+    fused_linear: bool = _flag(True, "matrix and LoRA adapter as one function; the last of a layer is not recomputed")
+    kept_layers: str = _flag("auto", "decoder layers that keep their activations on the GPU instead of recomputing them: a number, or "
+                             "auto, as many as fit (0 on a CPU)")
+    fused_step: bool = _flag(True, "gradients go to the host once, and the CPU's optimizer step works in pieces that fit its caches")
+    leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")
+    fetch_ahead: bool = _flag(True, "on a GPU the host does not wait for a layer's copy (with leaf_modules, one rank)")
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
     grace_seconds: int = _flag(30, "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then")
     max_nonfinite_steps: int = _flag(1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient")
@@ -80,6 +85,7 @@ TRAINING_DEFAULTS = {
     "save_total_limit": 2,
     "remove_unused_columns": False,
     "report_to": "wandb",
+    "use_liger_kernel": None,  # on a GPU, where the package is installed
     "num_train_epochs": 1.0,
 }
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
@@ -360,6 +366,8 @@ def resolve(argv, default_recipe="tiny_cpu"):
     if values["packing"] and values["train_sampling_strategy"] == "group_by_length":
         raise RunError("packed rows are all of one length", found="--packing and --train_sampling_strategy group_by_length",
                        needed="one of them")
+    if values["kept_layers"] != "auto" and not str(values["kept_layers"]).isdigit():
+        raise RunError("kept_layers is not a number of layers", found=values["kept_layers"], needed="0 or more, or auto")
     return Settings(values, sources)
 
 

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import struct
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -153,6 +154,7 @@ class Checkpointer:
         """describe: what the manifest says besides the files: settings, versions, data."""
         self.directory, self.limit, self.describe = Path(directory), limit, describe
         self.seconds = None  # that the last save took
+        self.removal = None
 
     def save(self, trainer):
         """Write checkpoint-<step>. All ranks call it. Returns its path, or None, with the reason printed, where it could not be
@@ -164,6 +166,8 @@ class Checkpointer:
         failure, work, entries = None, None, {}
         if main:
             try:
+                if self.removal:
+                    self.removal.join()
                 self._clean()
                 work = self.directory / f"{_TEMPORARY}{step}-{uuid.uuid4().hex[:8]}"
                 work.mkdir()
@@ -263,7 +267,9 @@ class Checkpointer:
                 doomed = self.directory / f"{_TEMPORARY}old-{uuid.uuid4().hex[:8]}"
                 os.rename(path, doomed)  # gone at once: half of a checkpoint is never seen
                 _point("during-rotation")
-                shutil.rmtree(doomed, ignore_errors=True)
+                # Freeing gigabytes takes a file system long enough to be seen in the time of a step.
+                self.removal = threading.Thread(target=shutil.rmtree, args=(doomed, True), daemon=True)
+                self.removal.start()
 
 
 def _is_saved(module, name):

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from data.dataset import IGNORED, Order, TrainLoader, collate, evaluation_batches
 
-from . import checkpoint
+from . import checkpoint, offload
 from .errors import FAILED, RunError
 from .loss import ChunkedHead, whole_logits
 from .telemetry import heartbeat
@@ -39,12 +39,15 @@ class OffloadTrainer(Trainer):
     telemetry: Telemetry; tracker: Tracker or None; max_nonfinite_steps: updates in a row with a non-finite loss or gradient
     after which the run stops with exit 1. capacity: tokens of a packed row, or None; mixture: data.dataset.Mixture or None; varlen:
     the attention wants to be told where samples begin. checkpointer: checkpoint.Checkpointer; stopper: signals.Stopper; resume:
-    (folder, manifest) of the checkpoint to go on from, or None; space: swap.SwapSpace or None.
+    (folder, manifest) of the checkpoint to go on from, or None; space: swap.SwapSpace or None. kept: recompute.KeptLayers or None.
+    liger: the loss by Liger's kernel; fused_step: gradients and the CPU's optimizer step by offload.host_step.
     """
 
     def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, capacity=None, mixture=None,
-                 varlen=False, checkpointer=None, stopper=None, resume=None, space=None, **kwargs):
+                 varlen=False, checkpointer=None, stopper=None, resume=None, space=None, kept=None, liger=False, fused_step=True,
+                 **kwargs):
         super().__init__(*args, **kwargs)
+        self.kept, self.fused_step = kept, fused_step
         self.checkpointer, self.resume, self.space = checkpointer, resume, space
         self.saved, self.failed_saves = resume and resume[0], 0
         self.recent = collections.deque(maxlen=50)  # losses
@@ -57,7 +60,7 @@ class OffloadTrainer(Trainer):
         # The loss below is a sum over the update's answer tokens divided by their number on all ranks; transformers must
         # count them, and must not divide by the number of micro-batches again.
         self.model_accepts_loss_kwargs = True
-        self.head = ChunkedHead.install(_language_model(self.model)) if fused_loss else None
+        self.head = ChunkedHead.install(_language_model(self.model), liger) if fused_loss else None
         self.update_tokens = 0
         self.engine_timed = False
         self.evaluated = self.evaluated_at = None
@@ -88,6 +91,8 @@ class OffloadTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         """The update's micro-batches; the wait for them is measured."""
+        if self.kept:
+            self.kept.begin()
         begin = time.perf_counter()
         samples, items = super().get_batch_samples(*args, **kwargs)
         self.telemetry.clock.add("data_wait", time.perf_counter() - begin)
@@ -141,6 +146,8 @@ class OffloadTrainer(Trainer):
         self.telemetry.restart_window()
 
     def _update_ended(self):
+        if self.kept:
+            self.kept.end(max(b["labels"].numel() for b in self.batches))
         self.telemetry.step_done(self.update_tokens)
         optimizer = self.model_wrapped.optimizer
         skipped = bool(getattr(optimizer, "overflow", False))
@@ -184,6 +191,8 @@ class OffloadTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles and lose Adam's state on NVMe.
         made = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.fused_step:
+            offload.install_step(self.model_wrapped.optimizer)
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json brings the saved run's intervals
         if self.resume:
             folder, manifest = self.resume

@@ -63,16 +63,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden, weight, bias, None
 
 
-def cross_entropy_sum(hidden, weight, bias, labels):
+def cross_entropy_sum(hidden, weight, bias, labels, liger=False):
     """(summed loss, correct tokens) over the labelled positions; next-token shift included.
 
-    hidden: [B, S, H]; weight: [V, H]; labels: [B, S], -100 where nothing is predicted.
+    hidden: [B, S, H]; weight: [V, H]; labels: [B, S], -100 where nothing is predicted. liger: by Liger's kernel where there is a
+    gradient; it counts no correct tokens.
     """
     targets = labels[:, 1:].reshape(-1)
     kept = targets.ne(IGNORED).nonzero(as_tuple=True)[0]
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept].contiguous()
     if len(kept) == 0:  # keeps the graph whole, so that every rank runs the same backward pass
         return hidden.sum() * 0.0 + weight.sum() * 0.0, torch.zeros((), device=hidden.device)
+    if liger and torch.is_grad_enabled():
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        loss = liger_fused_linear_cross_entropy(rows, weight, targets[kept], bias=bias, reduction="sum", accum_dtype=torch.float32)
+        return loss, torch.zeros_like(loss)
     return _ChunkedCrossEntropy.apply(rows, weight, bias, targets[kept])
 
 
@@ -82,26 +88,26 @@ class ChunkedHead:
     The loss is computed inside the head's own forward, because there, and only there, ZeRO-3 has the head's weight gathered.
     """
 
-    def __init__(self, head):
+    def __init__(self, head, liger=False):
         self.labels = None
         self._plain = head.forward
 
         def forward(hidden):
             if self.labels is None:
                 return self._plain(hidden)
-            return torch.stack([t.float() for t in cross_entropy_sum(hidden, head.weight, head.bias, self.labels)])
+            return torch.stack([t.float() for t in cross_entropy_sum(hidden, head.weight, head.bias, self.labels, liger)])
 
         head.forward = forward
 
     @classmethod
-    def install(cls, model):
+    def install(cls, model, liger=False):
         """A ChunkedHead on the model's output embedding, or None where the model does more than one linear layer there."""
         head = model.get_output_embeddings()
         config = model.config.get_text_config()
         changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_CHANGES)
         if type(head) is not torch.nn.Linear or changed:
             return None
-        return cls(head)
+        return cls(head, liger)
 
     def __call__(self, model, inputs):
         """(summed loss, correct tokens) of one batch with labels."""

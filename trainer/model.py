@@ -1,4 +1,5 @@
 """The model: its shapes beforehand, weights into ZeRO-3 partitions, adapters, and the decoder layer as one fetch unit."""
+import importlib.util
 import json
 
 import torch
@@ -11,6 +12,7 @@ from .config import Shapes
 from .errors import BAD_INPUT, RunError, did_you_mean
 
 SWAPPED_BYTES = 2**20  # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES)
+OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # of Liger's kernels: the loss is taken in loss.py
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -128,6 +130,15 @@ def _randomize(model):
                 parameter.normal_(0, std, generator=torch.Generator(parameter.device).manual_seed(i))
             elif parameter.numel():
                 parameter.fill_(1.0)
+
+
+def uses_liger(settings, gpu):
+    """Whether Liger's kernels (norms, rotary embedding, gated MLP, loss) run: where there is a GPU and the package, or as asked."""
+    found = gpu and importlib.util.find_spec("liger_kernel") is not None
+    if settings.use_liger_kernel and not found:
+        raise RunError("Liger's kernels cannot run here", found="a CPU" if not gpu else "no package liger-kernel",
+                       needed="CUDA and liger-kernel", fix="make setup on the GPU machine, or leave --use_liger_kernel out")
+    return found if settings.use_liger_kernel is None else settings.use_liger_kernel
 
 
 def make_leaves(model):

@@ -121,7 +121,7 @@ def check_resume(settings):
                        f"with it: {resume.command(directory)}")
 
 
-def _start_processes(gpu):
+def _start_processes(gpu, fetch_ahead=False):
     """Join the ranks; before TrainingArguments, or DeepSpeed would take the number of CPU ranks for 1."""
     import socket
 
@@ -141,6 +141,8 @@ def _start_processes(gpu):
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     if gpu:
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the gaps between blocks of all sizes cost gigabytes otherwise
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise RunError("more ranks than GPUs", found=f"rank {local} of this machine, {torch.cuda.device_count()} GPU(s)",
@@ -152,7 +154,7 @@ def _start_processes(gpu):
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
-    offload.apply()
+    offload.apply(fetch_ahead)
     deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
     if not gpu:
         # DeepSpeed never removes the 66 MiB that each CPU rank shares. Once all have mapped them, the names are not needed.
@@ -190,14 +192,17 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    ranks_here = _start_processes(gpu)
+    # Measured for LoRA and full fine-tuning on a GPU (docs/benchmarks.md); on a CPU nothing is gained by it.
+    leaf = settings.leaf_modules if settings.leaf_modules is not None else gpu
+    ranks_here = _start_processes(gpu, gpu and leaf and settings.fetch_ahead)
     import torch
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as transformers_logging
 
-    from . import attention, checkpoint
+    from . import attention, checkpoint, linear
     from . import model as models
     from .loop import OffloadTrainer
+    from .recompute import AUTO, KeptLayers
     from .signals import SAVE, STOP, Stopper, dump_stacks_on_signal
     from .telemetry import Telemetry, heartbeat
     from .tracking import Tracker
@@ -271,6 +276,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         say("validation: no rows, so nothing is measured but the training loss")
     if found:
         options["eval_on_start"] = False  # it was measured when the run began
+    liger = models.uses_liger(settings, gpu)
+    options.update(use_liger_kernel=liger, liger_kernel_config={**(settings.liger_kernel_config or {}), **models.OWN_LOSS})
     options.update(output_dir=str(directory), run_name=run_name, deepspeed=config, bf16=precision == "bf16",
                    fp16=precision == "fp16", use_cpu=not gpu,
                    report_to=[t for t in trackers if t not in ("wandb", "all", "none")] or "none")
@@ -297,9 +304,14 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             _together(lambda: space.reserve_space(torch.distributed.get_rank(), size, ranks_here))
             swap.watch(space)
         model = models.build(name, model_config, settings, precision, backend)
-        leaf = settings.leaf_modules if settings.leaf_modules is not None else (gpu and settings.method == "lora")
         if leaf:
             say(f"leaf module: {models.make_leaves(model)}")
+        layers = models.decoder_layers(model)
+        if settings.fused_linear:
+            say(f"fused linear layers: {linear.install(layers, leaf)}")
+        wanted = settings.kept_layers if settings.kept_layers == AUTO and gpu else int(settings.kept_layers.replace(AUTO, "0"))
+        kept = wanted and settings.gradient_checkpointing and KeptLayers(
+            layers, wanted, settings.per_device_train_batch_size * settings.max_length, say)
         length = tokens.summary.tokens / tokens.summary.rows
         text = model_config.get_text_config()
         passes = 3 if settings.method == "full" else 2
@@ -321,7 +333,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
                                  capacity=settings.max_length if settings.packing else None, varlen=backend == "varlen",
                                  processing_class=tokenizer, telemetry=telemetry, tracker=tracker,
                                  fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps,
-                                 checkpointer=saves, stopper=stopper, resume=found and (found, manifest), space=space)
+                                 checkpointer=saves, stopper=stopper, resume=found and (found, manifest), space=space,
+                                 kept=kept, liger=liger, fused_step=settings.fused_step)
         trainer.train(resume_from_checkpoint=found and str(found))
         if stopper.reason and trainer.state.global_step < trainer.state.max_steps:
             _stopped(trainer, stopper, directory)

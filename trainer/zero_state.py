@@ -191,6 +191,7 @@ def _read(path, begin, size):
     try:
         end = begin + size
         while begin < end:
+            os.posix_fadvise(handle, begin + CHUNK, 2 * CHUNK, os.POSIX_FADV_WILLNEED)  # read while the last block is written
             block = os.pread(handle, min(CHUNK, end - begin), begin)
             if not block:
                 raise RunError(f"a swap file is too short: {path}", found=f"it ends at byte {begin:,}", needed=f"{end:,} bytes",

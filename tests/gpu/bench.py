@@ -66,11 +66,15 @@ def run(label, command, log, seconds):
     return code, text
 
 
-def ours(out, work, label, shape, config, micro, steps, seconds, *flags, rows="rows.jsonl"):
+def ours(out, work, label, shape, config, micro, steps, seconds, *flags, rows="rows.jsonl", profile=False):
     """Train through launch/train.py; medians over the steps after the second."""
     directory = out / "runs" / label
     subprocess.run(["rm", "-rf", str(directory)])
-    command = ["deepspeed", "--num_gpus", "1", "launch/train.py", "--deepspeed", config, "--model_name_or_path", str(work / shape),
+    script = "launch/train.py"
+    if profile:
+        script = "tests/gpu/profile_run.py"
+        os.environ["PROFILE_OUT"] = str(out / f"profile-{label}.json")
+    command = ["deepspeed", "--num_gpus", "1", script, "--deepspeed", config, "--model_name_or_path", str(work / shape),
                "--random_weights", "--dataset", str(work / rows), "--validation_split", "0", "--max_length", str(SEQUENCE),
                "--per_device_train_batch_size", str(micro), "--max_steps", str(steps), "--learning_rate", "1e-5",
                "--lr_scheduler_type", "constant", "--export", "false", "--save_strategy", "no", "--output_dir", str(directory),
@@ -78,7 +82,7 @@ def ours(out, work, label, shape, config, micro, steps, seconds, *flags, rows="r
     code, text = run(label, command, out / f"{label}.log", seconds)
     path = directory / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    steady = records[2:] or records
+    steady = records[5:] or records[2:] or records  # the layers that keep their activations are settled by then
     result = {"label": label, "exit": code, "micro_batch": micro, "steps": len(records), "losses": [r["loss"] for r in records]}
     for key in ("tokens_per_s_per_gpu", "model_tflops_per_gpu", "step_s", "data_wait_s", "forward_s", "backward_s", "optimizer_s",
                 "gpu_util", "gpu_mem_gib", "host_rss_gib", "pinned_gib", "nvme_read_gbps", "nvme_write_gbps", "h2d_gbps", "d2h_gbps"):
@@ -87,13 +91,19 @@ def ours(out, work, label, shape, config, micro, steps, seconds, *flags, rows="r
             result[key] = round(statistics.median(values), 3)
     peak = re.search(r"peak RAM ([0-9.]+) GiB", text)
     result["host_peak_gib"] = float(peak[1]) if peak else None
+    kept = re.search(r"activations: ([0-9]+) of ([0-9]+).*?\(([0-9.]+) GiB", text)
+    result["kept_layers"] = kept and [int(kept[1]), int(kept[2]), float(kept[3])]
+    result["all_step_s"] = [round(r["step_s"], 3) for r in records]
+    if profile and Path(os.environ["PROFILE_OUT"]).is_file():
+        found = json.loads(Path(os.environ["PROFILE_OUT"]).read_text())
+        result["profile"] = {k: found[k] for k in ("step_s", "computing_s", "idle_s", "kinds_s", "launches")}
     return result
 
 
-def yardstick(out, label, size, method, micro, accumulate, seconds):
-    """The shared yardstick with the peer's configuration."""
+def yardstick(out, label, size, method, micro, accumulate, seconds, zero="peer", more=()):
+    """The yardstick: `peer`, the most used peer's configuration, or `tuned`, the best of the stock engine."""
     command = ["torchrun", "--standalone", "--nproc-per-node", "1", "tests/gpu/stock_baseline.py", "--size", size, "--method", method,
-               "--zero", "peer", "--micro-batch", str(micro), "--accumulate", str(accumulate), "--steps", "3"]
+               "--zero", zero, "--micro-batch", str(micro), "--accumulate", str(accumulate), "--steps", "5", *more]
     code, text = run(label, command, out / f"{label}.log", seconds)
     found = re.search(r"^RES (\{.*\})$", text, re.MULTILINE)
     keep = ("tokens_per_s_per_gpu", "model_tflops", "step_s", "gpu_peak_gib", "host_peak_gib_this_rank", "init_s")
@@ -136,7 +146,22 @@ def main():
     make_inputs(args.work)
     out, work = args.out, args.work
     lora = ("--method", "lora")
+    plain = ("--fused_linear", "false", "--kept_layers", "0")
+
+    def lora8(label, micro, *flags, steps=10, profile=False):
+        return ours(out, work, f"8b-lora-{label}", "8b", "ds_z3_offload.json", micro, steps, 150, *lora, *flags, profile=profile)
+
     cases = {
+        "tuned-8b-lora": lambda: [yardstick(out, "8b-lora-tuned", "8b", "lora", 16, 1, 150, "tuned", ("--leaf", "--liger"))],
+        "m16": lambda: [lora8("m16", 16)],
+        "m8": lambda: [lora8("m8", 8)],
+        "m12": lambda: [lora8("m12", 12)],
+        "m6": lambda: [lora8("m6", 6)],
+        "m16-kept0": lambda: [lora8("m16-kept0", 16, "--kept_layers", "0", steps=8)],
+        "m16-plain": lambda: [lora8("m16-plain", 16, *plain, steps=8)],
+        "m16-stock": lambda: [lora8("m16-stock", 16, *plain, "--use_liger_kernel", "false", "--leaf_modules", "false", steps=9,
+                                    profile=True)],
+        "m8-profile": lambda: [lora8("m8-profile", 8, profile=True)],
         "8b-lora": lambda: [ours(out, work, "8b-lora-ours", "8b", "ds_z3_offload.json", 16, 7, 200, *lora),
                             yardstick(out, "8b-lora-peer", "8b", "lora", 1, 4, 150)],
         "8b-lora-noleaf": lambda: [ours(out, work, "8b-lora-noleaf", "8b", "ds_z3_offload.json", 16, 6, 200, *lora,

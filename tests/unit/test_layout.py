@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(p for d in ("launch", "trainer", "data") for p in (ROOT / d).rglob("*.py"))
 # Layers inside trainer: a module imports its own layer and those before it.
 LAYERS = [{"errors", "ds_schema", "args", "config"}, {"hardware", "ops", "embedded", "names", "resume", "swap"},
-          {"offload", "attention", "rows", "model", "loss", "telemetry", "tracking", "export", "merge", "card", "zero_state",
-           "checkpoint", "signals"},
+          {"offload", "host_step"},
+          {"linear", "recompute", "attention", "rows", "model", "loss", "telemetry", "tracking", "export", "merge", "card",
+           "zero_state", "checkpoint", "signals"},
           {"loop", "run", "data_check", "supervise"}]
 TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run",
               "trainer.ops", "trainer.embedded", "trainer.rows", "trainer.names", "trainer.resume", "trainer.swap",

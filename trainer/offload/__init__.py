@@ -2,15 +2,29 @@
 import functools
 
 SUPPORTED = "0.19.8"
+LAYERS_AHEAD = 2  # that the host may be before the GPU
 
 
-def apply():
-    """Mend DeepSpeed 0.19.8 in place, once. Returns what was mended, in words; nothing for another version."""
+def apply(fetch_ahead=False):
+    """Mend DeepSpeed 0.19.8 in place, once. fetch_ahead: with whole layers as leaf modules on a GPU. Returns what was mended, in
+    words; nothing for another version."""
     import deepspeed
 
     if deepspeed.__version__.split("+")[0] != SUPPORTED:
         return []
-    return [_prefetch_each_parameter_once(), _make_room_for_what_is_needed(), _copy_out_of_swap_buffers()]
+    mended = [_prefetch_each_parameter_once(), _make_room_for_what_is_needed(), _copy_out_of_swap_buffers()]
+    if fetch_ahead:
+        mended.append(_let_the_host_run_ahead())
+    return mended
+
+
+def install_step(zero):
+    """Take over gradients and optimizer step of this ZeRO-3 optimizer where the extension knows how. Returns whether it did."""
+    import deepspeed
+
+    from . import host_step
+
+    return deepspeed.__version__.split("+")[0] == SUPPORTED and host_step.install(zero)
 
 
 def _prefetch_each_parameter_once():
@@ -84,3 +98,46 @@ def _copy_out_of_swap_buffers():
         if not hasattr(handle.__init__, "__wrapped__"):
             handle.__init__ = mended(handle)
     return "parameters fetched from NVMe on a CPU are copied out of the swap buffers"
+
+
+def _let_the_host_run_ahead():
+    # On one GPU the engine stops the host until a layer's copy has arrived, and only then orders the next copy and launches the
+    # layer: between two layers PCIe idles, and a small micro-batch leaves the GPU idle too. The compute stream waits for the copy
+    # stream anyway (partitioned_param_coordinator.py, fetch_sub_module), so the host need not. It is held to LAYERS_AHEAD layers,
+    # or it would ask for the memory of all of them at once.
+    from collections import deque
+
+    import torch
+    from deepspeed.runtime.zero import partition_parameters as zero
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from deepspeed.utils import z3_leaf_module
+
+    plain, what = Coordinator.fetch_sub_module, "the host does not wait for the copy of a layer to the GPU"
+    if hasattr(plain, "__wrapped__"):
+        return what
+
+    def arrived(handle, params):
+        def wait(self, **kwargs):
+            for param in params(self):
+                param.ds_status = zero.ZeroParamStatus.AVAILABLE
+            setattr(self, f"_{handle.__name__}__complete", True)
+
+        handle.wait = wait
+
+    arrived(zero.NoGatherHandle, lambda h: [h._NoGatherHandle__param])
+    arrived(zero.NoGatherCoalescedHandle, lambda h: [p for p in h._NoGatherCoalescedHandle__params
+                                                      if p.ds_status == zero.ZeroParamStatus.INFLIGHT])
+    begun = deque()  # events on the compute stream, where the last layers began
+
+    @functools.wraps(plain)
+    def fetch(self, module, forward):
+        self._PartitionedParameterCoordinator__max_ongoing_fetch_events = 1 << 30
+        plain(self, module, forward)
+        if z3_leaf_module(module):
+            begun.append(torch.cuda.Event())
+            begun[-1].record()
+            if len(begun) > LAYERS_AHEAD:
+                begun.popleft().synchronize()
+
+    Coordinator.fetch_sub_module = fetch
+    return what

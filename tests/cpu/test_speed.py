@@ -1,0 +1,44 @@
+"""Every speed feature changes the time and not the numbers."""
+import pytest
+from test_parity import close
+
+FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5,
+         "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false", "--save_strategy", "no"]
+LORA = ["--method", "lora", "--lora_r", 8]
+STOCK = ["--fused_linear", "false", "--fused_step", "false", "--fused_loss", "false", "--leaf_modules", "false", "--kept_layers", "0"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_each_alone(trains, method):
+    flags = [*FLAGS, *(LORA if method == "lora" else [])]
+    stock = trains("stock", *flags, *STOCK, launcher=False)
+    norms = [s["grad_norm"] for s in stock.steps]
+    cases = {"step": ["--fused_step", "true"], "leaf": ["--leaf_modules", "true"], "kept": ["--kept_layers", "2"],
+             "linear": ["--fused_linear", "true", "--leaf_modules", "true"],
+             "all": ["--fused_step", "true", "--leaf_modules", "true", "--kept_layers", "1", "--fused_linear", "true",
+                     "--fused_loss", "true"]}
+    for name, own in cases.items():
+        run = trains(name, *flags, *STOCK, *own, launcher=False)
+        close(run.losses, stock.losses, 2e-5)
+        assert [s["grad_norm"] for s in run.steps] == pytest.approx(norms, rel=1e-4), name
+
+
+@pytest.mark.parametrize("config", ["ds_z3", "ds_z3_nvme"])
+def test_where_the_step_is_not_ours(trains, config):
+    """An optimizer on the GPU or on NVMe keeps DeepSpeed's step; the rest is as everywhere."""
+    own = ["--leaf_modules", "true", "--kept_layers", "1", "--deepspeed", f"{config}.json"]
+    close(trains("own", *FLAGS, *own, launcher=False).losses, trains("stock", *FLAGS, *STOCK, launcher=False).losses, 2e-5)
+
+
+def test_two_ranks(trains):
+    flags = [*FLAGS[:2], "--max_steps", 12, *FLAGS[6:], "--gradient_accumulation_steps", 1]
+    own = ["--leaf_modules", "true", "--kept_layers", "1"]
+    two = trains("two", *flags, *own, "--per_device_train_batch_size", 2, ranks=2)
+    close(two.losses, trains("stock", *flags, *STOCK, "--per_device_train_batch_size", 4, launcher=False).losses, 1e-4)
+
+
+@pytest.mark.parametrize("flags, words", [(["--kept_layers", "some"], "kept_layers is not a number"),
+                                          (["--kept_layers", "9"], "more than there are"),
+                                          (["--use_liger_kernel", "true"], "Liger's kernels cannot run here")])
+def test_refused(trains, flags, words):
+    assert words in trains("run", *FLAGS, *flags, code=2, launcher=False).output

@@ -1,0 +1,90 @@
+"""The linear layers' own autograd function against PEFT and torch: same losses, same gradients, one multiplication less."""
+import pytest
+import torch
+
+from trainer import linear
+
+
+def make(method="lora", kind="Llama", **changes):
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 64, "use_cache": False}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **changes))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def step(model):
+    ids = torch.arange(48).reshape(2, 24) % 64
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def decoder(model):
+    from trainer.model import decoder_layers
+
+    return decoder_layers(model)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])  # Qwen2 has biases
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_same_gradients(method, kind):
+    model = make(method, kind)
+    loss, gradients = step(model)
+    assert linear.install(decoder(model), leaf=True) == 14
+    own, found = step(model)
+    assert own == pytest.approx(loss, abs=1e-6) and found.keys() == gradients.keys() and len(found) >= 14
+    for name, gradient in gradients.items():
+        assert torch.allclose(found[name], gradient, atol=1e-6, rtol=1e-4), name
+
+
+def test_the_last_matrix_is_not_recomputed():
+    """Multiplications by the down projection in a step: forward, backward, and none for the recomputation."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make("full")
+    linear.install(decoder(model), leaf=True)
+    counts = {}
+    for skipped in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            for layer in decoder(model):
+                layer.gradient_checkpointing = not skipped
+            step(model)
+        counts[skipped] = counter.get_total_flops()
+    tokens, layer = 48, 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32 * 96  # all matrices but the last
+    attention = counts[False] - counts[True] - 2 * 2 * tokens * layer
+    assert 0 <= attention < 2 * 2 * tokens * 32 * 96  # less than the last matrices would have cost
+
+
+@pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_it_does_not_compute_is_left_alone(changes):
+    model = make(**changes)
+    before = [m.forward for layer in decoder(model) for m in layer.modules()]
+    assert linear.install(decoder(model), leaf=True) == 0
+    assert [m.forward for layer in decoder(model) for m in layer.modules()] == before
+
+
+def test_adapters_need_the_whole_layer():
+    assert linear.install(decoder(make()), leaf=False) == 0
+
+
+def test_no_gradient_means_the_plain_layer():
+    model = make().eval()
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        linear.install(decoder(model), leaf=True)
+        assert torch.equal(model(input_ids=ids).logits, plain)
+        with model.disable_adapter():
+            assert not torch.equal(model(input_ids=ids).logits, plain)

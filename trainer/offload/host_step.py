@@ -1,0 +1,165 @@
+"""The way of a gradient to the host, and the optimizer's step there, for DeepSpeed 0.19.8 with the optimizer in CPU memory.
+
+The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there and copies it once more: 8 bytes
+a parameter over PCIe, 4 of host memory, and then three passes over all of it (scale, Adam, cast). Here it is copied once, as it is;
+its norm is taken where it was made; and the step goes in pieces that stay in the CPU's caches between scaling, Adam and the cast.
+Adam is DeepSpeed's own kernel with the same numbers. (runtime/zero/stage3.py: partition_grads, _optimizer_step,
+unscale_and_clip_grads)
+"""
+import torch
+import torch.distributed as dist
+
+PIECE = 2**22  # elements: 16 MB of each fp32 tensor, 1 MB of it a core where there are 16
+SMALL = 2**20  # elements; smaller gradients that lie side by side on the host travel together
+
+
+def applies(zero):
+    """Whether this optimizer takes the plain way: AdamW by DeepSpeed's CPU kernel, fp32 master weights in RAM, data parallel."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return (type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3" and isinstance(zero.optimizer, DeepSpeedCPUAdam)
+            and zero.offload_optimizer and not zero.swap_optimizer and not getattr(zero, "zenflow", False) and not zero.use_muon
+            and zero.master_weights_and_grads_dtype == torch.float32 and zero.optimizer.fp32_optimizer_states
+            and set(zero.subgroup_to_device.values()) == {"cpu"} and not zero.torch_autocast_gradscaler
+            and zero.model_parallel_rank == 0)
+
+
+def install(zero):
+    """Take over where `applies`. Returns whether it does."""
+    if not applies(zero):
+        return False
+    state = _HostStep(zero)
+    for name in ("partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
+                 "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"):
+        setattr(zero, name, getattr(state, name.lstrip("_")))
+    for flat in zero.fp32_partitioned_groups_flat:
+        flat.grad = None  # the fp32 copies of the gradients
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()  # pinned memory that the parameters had before they moved into one buffer
+    return True
+
+
+class _HostStep:
+    def __init__(self, zero):
+        self.zero = zero
+        self.table = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        self.reassign_plain = zero._reassign_or_swap_out_partitioned_parameters
+        self.real = {p.ds_id for group in zero.fp16_groups for p in group
+                     if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel}
+        self.scale, self.written = 1.0, set()
+        size = max(f.numel() for f in zero.fp32_partitioned_groups_flat)
+        self.staging = torch.empty(min(PIECE, size), dtype=torch.float32)
+        self.offsets, at = [], 0
+        for flat in zero.fp32_partitioned_groups_flat:
+            self.offsets.append(at)
+            at += flat.numel()
+        self.reset_cpu_buffers()
+
+    # -- the backward pass -------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def partition_grads(self, params, partitions):
+        zero, pairs = self.zero, []
+        for param, part in zip(params, partitions):
+            if param.ds_id in self.real:
+                zero._offload_boundary_param_ids.add(param.ds_id)
+                held = self.table[param.ds_id].narrow(0, 0, part.numel())
+                part = part.view(-1)
+                if zero.micro_step_id > 0:
+                    part = held.to(part.device, non_blocking=True).add_(part)
+                pairs.append((held, part))
+                self.seen.add(param.ds_id)
+                if param.grad is not None and param.grad.is_cuda:
+                    param.grad.record_stream(torch.cuda.current_stream())
+            param.grad = None
+        if pairs and zero.is_gradient_accumulation_boundary():
+            norms = torch._foreach_norm([part for _, part in pairs], 2, dtype=torch.float32)
+            self.squares.append(torch.stack(norms).square_().sum())
+        for held, part in _joined(pairs):
+            held.copy_(part, non_blocking=True)
+        return [held for held, _ in pairs]
+
+    def reset_cpu_buffers(self):
+        self.squares, self.seen, self.norm = [], set(), None
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+    def total_norm(self):
+        """The norm of all gradients on all ranks, times the loss scale; infinite or NaN where one is."""
+        if self.norm is None:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+            if device.type == "cpu" and self.squares:
+                device = self.squares[0].device
+            total = torch.stack(self.squares).sum() if self.squares else torch.zeros((), device=device)
+            dist.all_reduce(total, group=self.zero.dp_process_group)
+            self.norm = total.sqrt().cpu()
+        return self.norm
+
+    def get_norm_groups(self):
+        return [self.total_norm()]
+
+    def has_overflow(self, partition_gradients=True):
+        return not bool(torch.isfinite(self.total_norm()))
+
+    def unscale_and_clip_grads(self, sub_group_id, total_norm):
+        scale = float(self.zero.loss_scale)
+        if self.zero.clip_grad > 0:
+            scale *= max(1.0, (float(total_norm) / scale + 1e-6) / self.zero.clip_grad)
+        self.scale = 1.0 / scale
+
+    @torch.no_grad()
+    def optimizer_step(self, i):
+        zero = self.zero
+        adam, flat, low = zero.optimizer, zero.fp32_partitioned_groups_flat[i], zero.fp16_partitioned_groups_flat[i]
+        group, state = adam.param_groups[zero.sub_group_to_group_id[i]], adam.state[flat]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(flat, requires_grad=False),
+                         exp_avg_sq=torch.zeros_like(flat, requires_grad=False))
+        state["step"] += 1
+        for param in zero.fp16_groups[i]:
+            if param.ds_id in self.real and param.ds_id not in self.seen:
+                self.table[param.ds_id].zero_()  # no gradient this time; what lies there is an older one
+        grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
+        weights = flat.detach()
+        for at in range(0, flat.numel(), PIECE):
+            size = min(PIECE, flat.numel() - at)
+            grad = self.staging[:size].copy_(grads.narrow(0, at, size))
+            if self.scale != 1.0:
+                grad.mul_(self.scale)
+            weight, first, second = (t.narrow(0, at, size) for t in (weights, state["exp_avg"], state["exp_avg_sq"]))
+            adam.ds_opt_adam.adam_update(adam.opt_id, state["step"], group["lr"], *group["betas"], group["eps"],
+                                         group["weight_decay"], group["bias_correction"], weight, grad, first, second)
+            if low is not None:
+                low.narrow(0, at, size).copy_(weight)
+        if low is not None:
+            self.written.add(i)
+
+    def reassign_or_swap_out_partitioned_parameters(self, i):
+        if i in self.written:  # the low-precision copy was made piece by piece
+            self.written.discard(i)
+            self.zero._unflatten_partitioned_parameters(i)
+        else:
+            self.reassign_plain(i)
+
+
+def _joined(pairs):
+    """Copies to make, with small neighbours on the host as one."""
+    joined, run = [], []
+
+    def close():
+        if len(run) > 1:
+            first = run[0][0]
+            whole = first.as_strided((sum(h.numel() for h, _ in run),), (1,), first.storage_offset())
+            joined.append((whole, torch.cat([part for _, part in run])))
+        else:
+            joined.extend(run)
+        run.clear()
+
+    for held, part in sorted(pairs, key=lambda p: p[0].storage_offset()):
+        small = held.numel() < SMALL
+        if run and not (small and run[-1][0].storage_offset() + run[-1][0].numel() == held.storage_offset()
+                        and run[-1][1].dtype == part.dtype):
+            close()
+        run.append((held, part))
+        if not small:
+            close()
+    close()
+    return joined

@@ -1,0 +1,68 @@
+"""Which decoder layers keep their activations on the GPU, and which recompute them in the backward pass.
+
+Gradient checkpointing computes every layer's forward pass twice: half as much arithmetic again for LoRA, a third for a full
+fine-tune. Offloading the weights leaves most of a GPU empty, so as many layers as fit keep what they have computed. The numbers are
+the same.
+"""
+import torch
+
+from .errors import RunError
+
+SPARE = 0.05  # of the GPU's memory that is left free: the allocator's gaps, and what libraries allocate by themselves
+AUTO = "auto"
+
+
+class KeptLayers:
+    """Sets `gradient_checkpointing` of the decoder layers. wanted: how many keep theirs, or "auto": one in the second update, where
+    it is measured, and from the third on as many as fit. largest: tokens of the largest micro-batch that can come."""
+
+    def __init__(self, layers, wanted, largest, say):
+        self.layers = [m for m in layers if getattr(m, "gradient_checkpointing", None) is not None]
+        self.wanted, self.largest, self.say = wanted, largest, say
+        self.update, self.kept, self.bytes = 0, 0, 0
+        if wanted != AUTO and wanted > len(self.layers):
+            raise RunError("--kept_layers is more than there are", found=wanted, needed=f"at most {len(self.layers)}, or auto")
+
+    def _keep(self, count):
+        """The last ones: they are the first to be done with in the backward pass, before a recomputed layer needs room."""
+        for i, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = i < len(self.layers) - count
+        self.kept = count
+
+    def begin(self):
+        """Before each update."""
+        self.update += 1
+        if self.update == 1 and self.wanted != AUTO:
+            self._keep(self.wanted)
+        elif self.update == 2 and self.wanted == AUTO and self.layers:
+            self._keep(1)
+            self._measure(self.layers[-1])
+            torch.cuda.reset_peak_memory_stats()  # "active": also what is freed and still in use by a kernel
+
+    def _measure(self, layer):
+        plain = self.plain = layer.forward
+
+        def forward(*args, **kwargs):
+            before = torch.cuda.memory_allocated()
+            out = plain(*args, **kwargs)
+            self.bytes = max(self.bytes, torch.cuda.memory_allocated() - before)
+            return out
+
+        layer.forward = forward
+
+    def end(self, tokens):
+        """After each update. tokens: of its largest micro-batch, padding included."""
+        if self.update != 2 or self.wanted != AUTO or not self.layers:
+            return
+        self.layers[-1].forward = self.plain
+        free, total = torch.cuda.mem_get_info()
+        limit = free + torch.cuda.memory_reserved() - SPARE * total
+        stats, scale = torch.cuda.memory_stats(), max(1.0, self.largest / tokens)
+        held = stats["active_bytes.all.current"]
+        peak = held + (stats["active_bytes.all.peak"] - held) * scale
+        more = int((limit - peak) / max(self.bytes * scale, 1))
+        fits = torch.tensor(min(max(1 + more, 0), len(self.layers)), device="cuda")
+        torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)  # ZeRO-3 wants one order of layers on all ranks
+        self._keep(int(fits))
+        self.say(f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
+                 f"({self.bytes * scale / 2**30:.2f} GiB each), the others are recomputed")
