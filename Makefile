@@ -14,6 +14,7 @@ RECIPE ?=
 RUN ?=
 TORCH_INDEX ?=
 DETACH ?=
+CASE ?=
 ARGS ?=
 
 VENV := .venv
@@ -69,7 +70,7 @@ $(VENV)/.ready: setup.py constraints.txt | $(VENV)/.python
 	$(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja py-cpuinfo psutil packaging
 	DS_ACCELERATOR=cpu $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[test$$($(BIN)/python -c 'import torch; print(",gpu" * bool(torch.version.cuda))')]"
 	@rm -f $(VENV)/.ops $(VENV)/.ops-aio
 	@touch $@
 endif
@@ -136,6 +137,9 @@ test-gpu: setup-aio ## tests that need a GPU; skipped without one
 test-default: setup-aio ## the embedded default through every configuration, full and LoRA (half an hour on two cores)
 	$(BIN)/python -m pytest -q tests/default
 
+bench: setup-aio ## speed and memory of training beside the stock engine (CASE="8b-lora 3b-full"; ARGS)
+	$(BIN)/python launch/bench.py train $(CASE) $(ARGS)
+
 bench-data: $(VENV)/.ready ## speed and memory of checking, tokenising and packing a million rows
 	$(BIN)/python tests/bench_data.py
 
@@ -149,6 +153,6 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: bench-checkpoint bench-data clean data-check export help lint rebuild resume setup setup-aio status stop test \
+.PHONY: bench bench-checkpoint bench-data clean data-check export help lint rebuild resume setup setup-aio status stop test \
 	 test-default test-faults test-gpu test-soak train-zero3 train-zero3-gpu train-zero3-nvme \
 	 train-zero3-nvme-optimizer

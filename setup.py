@@ -22,6 +22,7 @@ REQUIRES = [
     "nvidia-ml-py>=12.535",
     "gguf>=0.17",  # converts the embedded default model
     "ninja>=1.11",  # builds DeepSpeed's ops
+    "matplotlib>=3.8",
 ]
 
 setup(
@@ -33,5 +34,8 @@ setup(
     packages=["trainer", "trainer.offload", "data"],
     package_data={"data": ["samples/*", "templates/*"]},
     install_requires=REQUIRES,
-    extras_require={"test": ["pytest>=8", "ruff>=0.9", "moto>=5", "flask>=3", "flask-cors>=4", "tiktoken>=0.9"]},
+    extras_require={
+        "gpu": ["liger-kernel>=0.8,<0.9"],  # Triton kernels: norms, rotary embedding, gated MLP, loss
+        "test": ["pytest>=8", "ruff>=0.9", "moto>=5", "flask>=3", "flask-cors>=4", "tiktoken>=0.9"],
+    },
 )

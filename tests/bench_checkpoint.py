@@ -103,10 +103,10 @@ def main():
         make_model(folder / "model", **(large if options.gpu else small))
         make_tokenizer(folder / "model")
         command = [sys.executable, "launch/supervise.py", "--num_gpus", options.ranks, "--script", __file__, "--deepspeed",
-                   f"{options.config}.json", "--output_dir", folder / "run", "--model_name_or_path", folder / "model", "--dataset",
-                   ROOT / "data/samples/train.jsonl", "--validation_split", "0", "--precision", "bf16" if options.gpu else "fp32",
-                   "--max_length", 64, "--per_device_train_batch_size", 1, "--save_steps", 1, "--export", "false", "--report_to", "none", "--nvme_path",
-                   folder / "swap", "--max_restarts", 0]
+                   f"{options.config}.json", "--output_dir", folder / "run", "--model_name_or_path", folder / "model",
+                   "--dataset", ROOT / "data/samples/train.jsonl", "--validation_split", "0", "--max_length", 64, "--precision",
+                   "bf16" if options.gpu else "fp32", "--per_device_train_batch_size", 1, "--save_steps", 1, "--export", "false",
+                   "--report_to", "none", "--nvme_path", folder / "swap", "--max_restarts", 0]
         device = "cuda" if options.gpu else "cpu"
         environment = {**os.environ, "DS_ACCELERATOR": device, "BENCH_FOLDER": str(folder)}
         for more in (["--max_steps", 6], ["--max_steps", 7, "--resume_from_checkpoint", "auto"]):

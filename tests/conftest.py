@@ -19,27 +19,12 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(prefix="zero-offload-test-")  # tests neither read nor fill the user's cache
 atexit.register(shutil.rmtree, os.environ["ZERO_OFFLOAD_CACHE"], ignore_errors=True)
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-
 
 def make_tokenizer(folder):
     """A byte-level BPE of 512 entries, trained on the bundled samples, with a ChatML template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from trainer import bench
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    text = (ROOT / "data" / "samples" / "validation.jsonl").read_text().splitlines()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    raw.train_from_iterator(text, trainers.BpeTrainer(vocab_size=512, special_tokens=specials, show_progress=False,
-                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>",
-                                        unk_token="<|endoftext|>", pad_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    return bench.make_tokenizer(folder, (ROOT / "data" / "samples" / "validation.jsonl").read_text().splitlines())
 
 
 def make_model(folder, **changes):

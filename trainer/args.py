@@ -51,8 +51,8 @@ class RunArguments:
     lora_target_modules: str = _flag("all-linear", "comma-separated module names, or all-linear")
     precision: str = _flag("auto", "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, else fp32")
     fused_loss: bool = _flag(True, "compute the loss in chunks and never hold the logits of a whole batch")
-    fused_linear: bool = _flag(True, "matrix and LoRA adapter as one function; the last of a layer is not recomputed")
-    kept_layers: str = _flag("auto", "decoder layers that keep their activations on the GPU instead of recomputing them: a number, or "
+    fused_linear: bool = _flag(True, "matrix and LoRA adapter as one function; a layer's last is not redone")
+    kept_layers: str = _flag("auto", "decoder layers that keep their activations on the GPU and do not recompute them: a number, or "
                              "auto, as many as fit (0 on a CPU)")
     fused_step: bool = _flag(True, "gradients go to the host once, and the CPU's optimizer step works in pieces that fit its caches")
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")

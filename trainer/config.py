@@ -162,13 +162,16 @@ def resolve_auto(config, shapes, world_size, swap_directory):
     """
     config = copy.deepcopy(config)
     zero = config["zero_optimization"]
+    adapters = shapes.largest_trainable < 4e6 and shapes.trainable * shapes.itemsize < 1e9 and shapes.trainable < shapes.layer
     values = {
-        "reduce_bucket_size": min(max(shapes.largest_trainable, int(1e6)), int(5e8)),
+        # At least 2e7: the many small gradients of adapters travel together.
+        "reduce_bucket_size": min(max(shapes.largest_trainable, int(2e7)), int(5e8)),
         # 1e8: the CPU step of one sub-group overlaps nothing, so smaller buffers cost no time. Small models: eighths.
         "sub_group_size": max(min(int(1e8), math.ceil(shapes.trainable / world_size / 8)), 1),
         "stage3_prefetch_bucket_size": shapes.layer,
-        "stage3_param_persistence_threshold": int(1e5),  # norms and biases stay on the GPU
-        "stage3_max_live_parameters": 3 * shapes.layer + shapes.largest,
+        # Norms and biases stay on the GPU; adapters too, which are hundreds of small tensors and a hundredth of the model.
+        "stage3_param_persistence_threshold": max(int(1e5), shapes.largest_trainable + 1 if adapters else 0),
+        "stage3_max_live_parameters": 3 * shapes.layer + shapes.largest + (shapes.trainable if adapters else 0),
         "stage3_max_reuse_distance": 2 * shapes.layer,
     }
     parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}

@@ -13,7 +13,7 @@ LAYERS = [{"errors", "ds_schema", "args", "config"}, {"hardware", "ops", "embedd
           {"offload", "host_step"},
           {"linear", "recompute", "attention", "rows", "model", "loss", "telemetry", "tracking", "export", "merge", "card",
            "zero_state", "checkpoint", "signals"},
-          {"loop", "run", "data_check", "supervise"}]
+          {"loop", "run", "data_check", "supervise", "bench", "yardstick"}]
 TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run",
               "trainer.ops", "trainer.embedded", "trainer.rows", "trainer.names", "trainer.resume", "trainer.swap",
               "trainer.supervise",

@@ -8,9 +8,10 @@ unscale_and_clip_grads)
 """
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 PIECE = 2**22  # elements: 16 MB of each fp32 tensor, 1 MB of it a core where there are 16
-SMALL = 2**20  # elements; smaller gradients that lie side by side on the host travel together
+SMALL = 2**22  # elements; smaller tensors that lie side by side on the host travel together
 
 
 def applies(zero):
@@ -29,8 +30,11 @@ def install(zero):
     if not applies(zero):
         return False
     state = _HostStep(zero)
-    for name in ("partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
-                 "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"):
+    names = ["partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
+             "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"]
+    if dist.get_world_size() == 1:  # with more ranks the parameters that stay have to be gathered anew
+        names += ["_partition_all_parameters", "_post_step"]
+    for name in names:
         setattr(zero, name, getattr(state, name.lstrip("_")))
     for flat in zero.fp32_partitioned_groups_flat:
         flat.grad = None  # the fp32 copies of the gradients
@@ -43,9 +47,10 @@ class _HostStep:
     def __init__(self, zero):
         self.zero = zero
         self.table = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        self.reassign_plain = zero._reassign_or_swap_out_partitioned_parameters
+        self.reassign_plain, self.post_step_plain = zero._reassign_or_swap_out_partitioned_parameters, zero._post_step
         self.real = {p.ds_id for group in zero.fp16_groups for p in group
                      if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel}
+        self.everything = list(zero.parameter_offload.module.parameters())
         self.scale, self.written = 1.0, set()
         size = max(f.numel() for f in zero.fp32_partitioned_groups_flat)
         self.staging = torch.empty(min(PIECE, size), dtype=torch.float32)
@@ -74,8 +79,8 @@ class _HostStep:
         if pairs and zero.is_gradient_accumulation_boundary():
             norms = torch._foreach_norm([part for _, part in pairs], 2, dtype=torch.float32)
             self.squares.append(torch.stack(norms).square_().sum())
-        for held, part in _joined(pairs):
-            held.copy_(part, non_blocking=True)
+        for held, parts in _runs(pairs):
+            held.copy_(parts[0] if len(parts) == 1 else torch.cat(parts), non_blocking=True)
         return [held for held, _ in pairs]
 
     def reset_cpu_buffers(self):
@@ -139,27 +144,38 @@ class _HostStep:
         else:
             self.reassign_plain(i)
 
+    # -- parameters that stay on the GPU -----------------------------------------------------------------------------
+    def partition_all_parameters(self):
+        """Before the step: release what is gathered, but what stays for good (adapters, norms; hundreds of small tensors) stays."""
+        coordinator = self.zero._get_param_coordinator()
+        inflight = coordinator._PartitionedParameterCoordinator__inflight_param_registry
+        release = coordinator._PartitionedParameterCoordinator__release_param
+        for param in self.everything:
+            if param.ds_status == ZeroParamStatus.INFLIGHT:
+                inflight.pop(param).wait()
+            param.ds_active_sub_modules.clear()
+            if not param.ds_persist:
+                release(param)
 
-def _joined(pairs):
-    """Copies to make, with small neighbours on the host as one."""
-    joined, run = [], []
+    @torch.no_grad()
+    def post_step(self, timer_names):
+        """After it: what stayed gets its new values, neighbours in one copy."""
+        stayed = [p for p in self.zero.persistent_parameters if p.requires_grad and p.ds_status == ZeroParamStatus.AVAILABLE]
+        self.post_step_plain(timer_names)
+        for held, params in _runs([(p.ds_tensor.data, p) for p in stayed]):
+            new = held.to(params[0].device, non_blocking=True).split([p.ds_numel for p in params])
+            torch._foreach_copy_([p.data.view(-1) for p in params], list(new))
 
-    def close():
-        if len(run) > 1:
-            first = run[0][0]
-            whole = first.as_strided((sum(h.numel() for h, _ in run),), (1,), first.storage_offset())
-            joined.append((whole, torch.cat([part for _, part in run])))
+
+def _runs(pairs):
+    """(host tensor, tensor) pairs → (host tensor, [tensors]), where small neighbours in one host buffer became one."""
+    found, end = [], None
+    for host, other in sorted(pairs, key=lambda p: p[0].data_ptr()):
+        place = host.untyped_storage().data_ptr(), host.data_ptr()
+        if end == place and host.numel() < SMALL:
+            found[-1][1].append(other)
         else:
-            joined.extend(run)
-        run.clear()
-
-    for held, part in sorted(pairs, key=lambda p: p[0].storage_offset()):
-        small = held.numel() < SMALL
-        if run and not (small and run[-1][0].storage_offset() + run[-1][0].numel() == held.storage_offset()
-                        and run[-1][1].dtype == part.dtype):
-            close()
-        run.append((held, part))
-        if not small:
-            close()
-    close()
-    return joined
+            found.append((host, [other]))
+        end = (place[0], place[1] + host.numel() * host.element_size()) if host.numel() < SMALL else None
+    return [(host if len(own) == 1 else host.as_strided((sum(t.numel() for t in own),), (1,), host.storage_offset()), own)
+            for host, own in found]
