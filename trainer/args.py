@@ -56,7 +56,7 @@ class RunArguments:
                              "auto, as many as fit (0 on a CPU)")
     fused_step: bool = _flag(True, "gradients go to the host once, and the CPU's optimizer step works in pieces that fit its caches")
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")
-    fetch_ahead: bool = _flag(True, "on a GPU the host does not wait for a layer's copy (with leaf_modules, one rank)")
+    fetch_ahead: bool = _flag(False, "on one GPU the host does not wait for a layer's copy (not measured yet)")
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
     grace_seconds: int = _flag(30, "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then")
     max_nonfinite_steps: int = _flag(1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient")

@@ -113,7 +113,7 @@ def _let_the_host_run_ahead():
     from deepspeed.utils import z3_leaf_module
 
     plain, what = Coordinator.fetch_sub_module, "the host does not wait for the copy of a layer to the GPU"
-    if hasattr(plain, "__wrapped__"):
+    if hasattr(plain, "runs_ahead"):
         return what
 
     def arrived(handle, params):
@@ -139,5 +139,6 @@ def _let_the_host_run_ahead():
             if len(begun) > LAYERS_AHEAD:
                 begun.popleft().synchronize()
 
+    fetch.runs_ahead = True
     Coordinator.fetch_sub_module = fetch
     return what
