@@ -245,7 +245,7 @@ def plot(results, machine, path):
     first = next(r for r in mine if r.get("parameters"))
     if machine:
         count, passes = first["parameters"], 3 if first["method"] == "full" else 2
-        tokens = [2**i for i in range(10, 18)]
+        tokens = [2**(i / 8) for i in range(80, 145)]
         for label, more in (("arithmetic, everything recomputed", 1), ("arithmetic, nothing recomputed", 0)):
             axes.axhline(machine["matmul_tflops"] * 1e12 / (2 * count * (passes + more)), linestyle="--",
                          color="grey" if more else "black", label=f"{label} ({machine['matmul_tflops']} TFLOP/s)")
@@ -254,9 +254,11 @@ def plot(results, machine, path):
                   label=f"weights over PCIe twice a micro-batch ({machine['h2d_gbps']} GB/s)")
     axes.set(xscale="log", xlabel="tokens a micro-batch and GPU", ylabel="tokens/s per GPU",
              title=f"{first['case']}, {machine.get('device', 'CPU')}")
-    axes.set_ylim(0, 1.5 * max(r["tokens_per_s_per_gpu"] for r in mine))
-    axes.set_xticks([r["micro_batch"] * r["max_length"] for r in mine],
-                    [f"{r['micro_batch'] * r['max_length']:,}" for r in mine], rotation=30)
+    sizes = sorted({r["micro_batch"] * r["max_length"] for r in mine})
+    axes.set_xlim(sizes[0] / 2, sizes[-1] * 1.5)
+    axes.set_ylim(0, 1.1 * max([r["tokens_per_s_per_gpu"] for r in mine] + [line.get_ydata()[0] for line in axes.lines
+                                                                             if line.get_linestyle() == "--"]))
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
     axes.minorticks_off()
     axes.legend(fontsize=8)
     figure.tight_layout()
