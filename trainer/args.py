@@ -55,6 +55,7 @@ class RunArguments:
     kept_layers: str = _flag("auto", "decoder layers that keep their activations on the GPU and do not recompute them: a number, or "
                              "auto, as many as fit (0 on a CPU)")
     fused_step: bool = _flag(True, "gradients go to the host once, and the CPU's optimizer step works in pieces that fit its caches")
+    overlap_step: bool = _flag(False, "with fused_step, one rank: the CPU steps beside the next forward pass (not measured yet)")
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")
     fetch_ahead: bool = _flag(False, "on one GPU the host does not wait for a layer's copy (not measured yet)")
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")

@@ -40,14 +40,15 @@ class OffloadTrainer(Trainer):
     after which the run stops with exit 1. capacity: tokens of a packed row, or None; mixture: data.dataset.Mixture or None; varlen:
     the attention wants to be told where samples begin. checkpointer: checkpoint.Checkpointer; stopper: signals.Stopper; resume:
     (folder, manifest) of the checkpoint to go on from, or None; space: swap.SwapSpace or None. kept: recompute.KeptLayers or None.
-    liger: the loss by Liger's kernel; fused_step: gradients and the CPU's optimizer step by offload.host_step.
+    liger: the loss by Liger's kernel; fused_step: gradients and the CPU's optimizer step by offload.host_step, with
+    overlap_step beside the next forward pass.
     """
 
     def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, capacity=None, mixture=None,
                  varlen=False, checkpointer=None, stopper=None, resume=None, space=None, kept=None, liger=False, fused_step=True,
-                 **kwargs):
+                 overlap_step=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.kept, self.fused_step = kept, fused_step
+        self.kept, self.fused_step, self.overlap_step = kept, fused_step, overlap_step
         self.checkpointer, self.resume, self.space = checkpointer, resume, space
         self.saved, self.failed_saves = resume and resume[0], 0
         self.recent = collections.deque(maxlen=50)  # losses
@@ -192,7 +193,9 @@ class OffloadTrainer(Trainer):
         # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles and lose Adam's state on NVMe.
         made = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.fused_step:
-            offload.install_step(self.model_wrapped.optimizer)
+            how = offload.install_step(self.model_wrapped.optimizer, self.overlap_step)
+            if how and self.is_world_process_zero():
+                print(f"optimizer step on the CPU: {how}", flush=True)
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json brings the saved run's intervals
         if self.resume:
             folder, manifest = self.resume

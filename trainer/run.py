@@ -334,7 +334,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
                                  processing_class=tokenizer, telemetry=telemetry, tracker=tracker,
                                  fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps,
                                  checkpointer=saves, stopper=stopper, resume=found and (found, manifest), space=space,
-                                 kept=kept, liger=liger, fused_step=settings.fused_step)
+                                 kept=kept, liger=liger, fused_step=settings.fused_step,
+                                 overlap_step=settings.overlap_step)
         trainer.train(resume_from_checkpoint=found and str(found))
         if stopper.reason and trainer.state.global_step < trainer.state.max_steps:
             _stopped(trainer, stopper, directory)

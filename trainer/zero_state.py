@@ -37,6 +37,8 @@ class ZeroState:
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
         self.optimizer, self.space = engine.optimizer, space
+        if hasattr(self.optimizer, "host_step"):
+            self.optimizer.host_step.drain()  # updates that still run beside the training
         version = deepspeed.__version__.split("+")[0]
         if version != SUPPORTED or not isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
             raise RunError("this DeepSpeed's optimizer state cannot be saved", found=f"{version}, {type(self.optimizer).__name__}",

@@ -1,5 +1,6 @@
 """Every speed feature changes the time and not the numbers."""
 import pytest
+from conftest import ROOT
 from test_parity import close
 
 FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5,
@@ -28,6 +29,48 @@ def test_where_the_step_is_not_ours(trains, config):
     """An optimizer on the GPU or on NVMe keeps DeepSpeed's step; the rest is as everywhere."""
     own = ["--leaf_modules", "true", "--kept_layers", "1", "--deepspeed", f"{config}.json"]
     close(trains("own", *FLAGS, *own, launcher=False).losses, trains("stock", *FLAGS, *STOCK, launcher=False).losses, 2e-5)
+
+
+SLOW = """
+import sys, time
+sys.path[0] = {root!r}
+from trainer import run
+plain = run._start_processes
+
+def start(*args):
+    ranks = plain(*args)
+    from trainer.offload import host_step
+    update = host_step._HostStep._update
+
+    def slowly(*args):
+        time.sleep(0.05)
+        update(*args)
+
+    host_step._HostStep._update = slowly
+    return ranks
+
+run._start_processes = start
+run.leave(run.main())
+"""
+
+
+def test_step_beside_the_forward_pass(trains, tmp_path):
+    """Bit-equal: every parameter waits for its own update, in training, evaluation, checkpoints and export."""
+    from safetensors.torch import load_file
+
+    flags = [*FLAGS[:8], "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 6, "--save_total_limit", 5]
+    script = tmp_path / "slow.py"  # an update takes longer than the forward pass needs to reach its parameters
+    script.write_text(SLOW.format(root=str(ROOT)))
+    runs = [trains("false", *flags, launcher=False), trains("true", *flags, "--overlap_step", "true", launcher=False, script=script)]
+    assert "in pieces, beside the next forward pass" in runs[1].output and "in pieces, beside" not in runs[0].output
+    assert runs[0].losses == runs[1].losses and len(runs[0].losses) == 12
+    assert [e["eval_loss"] for e in runs[0].evaluations] == [e["eval_loss"] for e in runs[1].evaluations]
+    for step in (6, 12):
+        saved = [sorted((r.directory / f"checkpoint-{step}").glob("rank-*")) for r in runs]
+        for left, right in zip(*saved, strict=True):
+            assert left.read_bytes() == right.read_bytes(), left
+    exports = [load_file(r.directory / "export" / "model.safetensors") for r in runs]
+    assert all((exports[0][name] == exports[1][name]).all() for name in exports[0])
 
 
 def test_two_ranks(trains):

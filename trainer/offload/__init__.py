@@ -2,6 +2,8 @@
 import functools
 
 SUPPORTED = "0.19.8"
+stepping = []  # the host_step of the run, where its steps run beside the forward pass
+_mended = {}
 LAYERS_AHEAD = 2  # that the host may be before the GPU
 
 
@@ -12,19 +14,20 @@ def apply(fetch_ahead=False):
 
     if deepspeed.__version__.split("+")[0] != SUPPORTED:
         return []
-    mended = [_prefetch_each_parameter_once(), _make_room_for_what_is_needed(), _copy_out_of_swap_buffers()]
-    if fetch_ahead:
-        mended.append(_let_the_host_run_ahead())
-    return mended
+    mends = [_prefetch_each_parameter_once, _make_room_for_what_is_needed, _copy_out_of_swap_buffers]
+    for mend in mends + [_let_the_host_run_ahead] * fetch_ahead:
+        if mend not in _mended:
+            _mended[mend] = mend()
+    return list(_mended.values())
 
 
-def install_step(zero):
-    """Take over gradients and optimizer step of this ZeRO-3 optimizer where the extension knows how. Returns whether it did."""
+def install_step(zero, overlap=False):
+    """Take over gradients and optimizer step of this ZeRO-3 optimizer where the extension knows how. Returns how, in words."""
     import deepspeed
 
     from . import host_step
 
-    return deepspeed.__version__.split("+")[0] == SUPPORTED and host_step.install(zero)
+    return host_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
 
 
 def _prefetch_each_parameter_once():
@@ -34,17 +37,17 @@ def _prefetch_each_parameter_once():
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper as Swapper
 
     plain = Swapper.swap_in
-    if not hasattr(plain, "__wrapped__"):
-        @functools.wraps(plain)
-        def swap_in(self, params, *args, **kwargs):
-            params = list(dict.fromkeys(params))
-            ahead = self.__dict__.setdefault("read_ahead", {})  # id → parameter, the latest read last
-            for param in params:
-                ahead.pop(param.ds_id, None)
-                ahead[param.ds_id] = param
-            return plain(self, params, *args, **kwargs)
 
-        Swapper.swap_in = swap_in
+    @functools.wraps(plain)
+    def swap_in(self, params, *args, **kwargs):
+        params = list(dict.fromkeys(params))
+        ahead = self.__dict__.setdefault("read_ahead", {})  # id → parameter, the latest read last
+        for param in params:
+            ahead.pop(param.ds_id, None)
+            ahead[param.ds_id] = param
+        return plain(self, params, *args, **kwargs)
+
+    Swapper.swap_in = swap_in
     return "NVMe prefetch takes each parameter once"
 
 
@@ -52,27 +55,30 @@ def _make_room_for_what_is_needed():
     # The NVMe look-ahead passes over parameters that are on the GPU at that moment and fills every buffer with later ones. Where one
     # of the former is released and needed again at once (the head between forward and backward), the step fails with "Not enough
     # buffers". What was only read ahead, and is on no GPU yet, is given up for it; it is read again when its turn comes.
+    # Every fetch comes by here, so it is also where one waits for an update that still runs (host_step.py).
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 
     plain = Init._ensure_availability_of_partitioned_params
-    if not hasattr(plain, "__wrapped__"):
-        @functools.wraps(plain)
-        def ensure(self, params):
-            missing = [p for p in params if p.nvme_swapper is not None and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
-            if missing:
-                swapper = missing[0].nvme_swapper
-                lacking = len(missing) - swapper.available_swap_in_buffers()
-                if lacking > 0:
-                    swapper.synchronize_reads()
-                    needed = {p.ds_id for p in params}
-                    ahead = getattr(swapper, "read_ahead", {})
-                    idle = [p for i, p in ahead.items() if i not in needed and i in swapper.available_params
-                            and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-                    swapper.remove_partition_and_release_buffers(idle[-lacking:])
-            return plain(self, params)
 
-        Init._ensure_availability_of_partitioned_params = ensure
+    @functools.wraps(plain)
+    def ensure(self, params):
+        if stepping:
+            stepping[-1].wait_for(params)
+        missing = [p for p in params if p.nvme_swapper is not None and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+        if missing:
+            swapper = missing[0].nvme_swapper
+            lacking = len(missing) - swapper.available_swap_in_buffers()
+            if lacking > 0:
+                swapper.synchronize_reads()
+                needed = {p.ds_id for p in params}
+                ahead = getattr(swapper, "read_ahead", {})
+                idle = [p for i, p in ahead.items() if i not in needed and i in swapper.available_params
+                        and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+                swapper.remove_partition_and_release_buffers(idle[-lacking:])
+        return plain(self, params)
+
+    Init._ensure_availability_of_partitioned_params = ensure
     return "a needed parameter takes the buffer of one that was only read ahead"
 
 
@@ -95,8 +101,7 @@ def _copy_out_of_swap_buffers():
         return init
 
     for handle in (zero.NoGatherHandle, zero.NoGatherCoalescedHandle):
-        if not hasattr(handle.__init__, "__wrapped__"):
-            handle.__init__ = mended(handle)
+        handle.__init__ = mended(handle)
     return "parameters fetched from NVMe on a CPU are copied out of the swap buffers"
 
 
@@ -112,9 +117,7 @@ def _let_the_host_run_ahead():
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
     from deepspeed.utils import z3_leaf_module
 
-    plain, what = Coordinator.fetch_sub_module, "the host does not wait for the copy of a layer to the GPU"
-    if hasattr(plain, "runs_ahead"):
-        return what
+    plain = Coordinator.fetch_sub_module
 
     def arrived(handle, params):
         def wait(self, **kwargs):
@@ -139,6 +142,5 @@ def _let_the_host_run_ahead():
             if len(begun) > LAYERS_AHEAD:
                 begun.popleft().synchronize()
 
-    fetch.runs_ahead = True
     Coordinator.fetch_sub_module = fetch
-    return what
+    return "the host does not wait for the copy of a layer to the GPU"

@@ -6,9 +6,13 @@ its norm is taken where it was made; and the step goes in pieces that stay in th
 Adam is DeepSpeed's own kernel with the same numbers. (runtime/zero/stage3.py: partition_grads, _optimizer_step,
 unscale_and_clip_grads)
 """
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+from . import stepping
 
 PIECE = 2**22  # elements: 16 MB of each fp32 tensor, 1 MB of it a core where there are 16
 SMALL = 2**22  # elements; smaller tensors that lie side by side on the host travel together
@@ -25,11 +29,17 @@ def applies(zero):
             and zero.model_parallel_rank == 0)
 
 
-def install(zero):
-    """Take over where `applies`. Returns whether it does."""
+def install(zero, overlap=False):
+    """Take over where `applies`. overlap: the step goes on in a thread beside the next forward pass, whose layers wait for their own
+    update only. Returns what it does, in words; nothing where it does not apply."""
     if not applies(zero):
-        return False
-    state = _HostStep(zero)
+        return ""
+    state = zero.host_step = _HostStep(zero)
+    flats = zero.fp16_partitioned_groups_flat
+    if overlap and dist.get_world_size() == 1 and all(f is not None and f.device.type == "cpu" for f in flats):
+        threads = max(1, torch.get_num_threads() - 1)  # one is left to launch the GPU's work
+        stepping[:] = [state]
+        state.worker = ThreadPoolExecutor(1, "optimizer", torch.set_num_threads, (threads,))
     names = ["partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
              "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"]
     if dist.get_world_size() == 1:  # with more ranks the parameters that stay have to be gathered anew
@@ -40,7 +50,7 @@ def install(zero):
         flat.grad = None  # the fp32 copies of the gradients
     if torch.cuda.is_available():
         torch._C._host_emptyCache()  # pinned memory that the parameters had before they moved into one buffer
-    return True
+    return "in pieces, beside the next forward pass" if state.worker else "in pieces"
 
 
 class _HostStep:
@@ -52,6 +62,10 @@ class _HostStep:
                      if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel}
         self.everything = list(zero.parameter_offload.module.parameters())
         self.scale, self.written = 1.0, set()
+        self.queue, self.pending, self.worker = [], {}, None  # updates to make, {sub-group: being made}, who makes them
+        self.group_of = {p.ds_id: i for i, group in enumerate(zero.fp16_groups) for p in group}
+        # What stays on the GPU gets its new values at once.
+        self.first = {self.group_of[p.ds_id] for p in zero.persistent_parameters if p.ds_id in self.group_of}
         size = max(f.numel() for f in zero.fp32_partitioned_groups_flat)
         self.staging = torch.empty(min(PIECE, size), dtype=torch.float32)
         self.offsets, at = [], 0
@@ -64,12 +78,13 @@ class _HostStep:
     @torch.no_grad()
     def partition_grads(self, params, partitions):
         zero, pairs = self.zero, []
+        self.drain()  # the gradients of the last update are done with
         for param, part in zip(params, partitions):
             if param.ds_id in self.real:
                 zero._offload_boundary_param_ids.add(param.ds_id)
                 held = self.table[param.ds_id].narrow(0, 0, part.numel())
                 part = part.view(-1)
-                if zero.micro_step_id > 0:
+                if param.ds_id in self.seen:  # an earlier micro-batch of this update
                     part = held.to(part.device, non_blocking=True).add_(part)
                 pairs.append((held, part))
                 self.seen.add(param.ds_id)
@@ -110,11 +125,10 @@ class _HostStep:
             scale *= max(1.0, (float(total_norm) / scale + 1e-6) / self.zero.clip_grad)
         self.scale = 1.0 / scale
 
-    @torch.no_grad()
     def optimizer_step(self, i):
         zero = self.zero
-        adam, flat, low = zero.optimizer, zero.fp32_partitioned_groups_flat[i], zero.fp16_partitioned_groups_flat[i]
-        group, state = adam.param_groups[zero.sub_group_to_group_id[i]], adam.state[flat]
+        flat, low = zero.fp32_partitioned_groups_flat[i], zero.fp16_partitioned_groups_flat[i]
+        group, state = dict(zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]), zero.optimizer.state[flat]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(flat, requires_grad=False),
                          exp_avg_sq=torch.zeros_like(flat, requires_grad=False))
@@ -122,20 +136,40 @@ class _HostStep:
         for param in zero.fp16_groups[i]:
             if param.ds_id in self.real and param.ds_id not in self.seen:
                 self.table[param.ds_id].zero_()  # no gradient this time; what lies there is an older one
+        if low is not None:
+            self.written.add(i)
+        if self.worker and i not in self.first:
+            self.queue.append((i, group, state, self.scale))
+        else:
+            self._update(i, group, state, self.scale)
+
+    @torch.no_grad()
+    def _update(self, i, group, state, scale):
+        zero = self.zero
+        adam, flat, low = zero.optimizer, zero.fp32_partitioned_groups_flat[i], zero.fp16_partitioned_groups_flat[i]
         grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
         weights = flat.detach()
         for at in range(0, flat.numel(), PIECE):
             size = min(PIECE, flat.numel() - at)
             grad = self.staging[:size].copy_(grads.narrow(0, at, size))
-            if self.scale != 1.0:
-                grad.mul_(self.scale)
+            if scale != 1.0:
+                grad.mul_(scale)
             weight, first, second = (t.narrow(0, at, size) for t in (weights, state["exp_avg"], state["exp_avg_sq"]))
             adam.ds_opt_adam.adam_update(adam.opt_id, state["step"], group["lr"], *group["betas"], group["eps"],
                                          group["weight_decay"], group["bias_correction"], weight, grad, first, second)
             if low is not None:
                 low.narrow(0, at, size).copy_(weight)
-        if low is not None:
-            self.written.add(i)
+
+    # -- the step beside the next forward pass -----------------------------------------------------------------------
+    def wait_for(self, params):
+        """Before parameters are fetched: their update is done."""
+        for group in {self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of} & self.pending.keys():
+            self.pending.pop(group).result()
+
+    def drain(self):
+        """All updates are done."""
+        for group in list(self.pending):
+            self.pending.pop(group).result()
 
     def reassign_or_swap_out_partitioned_parameters(self, i):
         if i in self.written:  # the low-precision copy was made piece by piece
@@ -161,6 +195,9 @@ class _HostStep:
     def post_step(self, timer_names):
         """After it: what stayed gets its new values, neighbours in one copy."""
         stayed = [p for p in self.zero.persistent_parameters if p.requires_grad and p.ds_status == ZeroParamStatus.AVAILABLE]
+        for i, *update in self.queue:
+            self.pending[i] = self.worker.submit(self._update, i, *update)
+        self.queue.clear()
         self.post_step_plain(timer_names)
         for held, params in _runs([(p.ds_tensor.data, p) for p in stayed]):
             new = held.to(params[0].device, non_blocking=True).split([p.ds_numel for p in params])
