@@ -21,7 +21,7 @@ from .args import ROOT
 from .errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
 from .run import _versions
 
-SETTLED = 5  # updates before the counted ones: compilation, ZeRO's trace, the layers that keep their activations
+SETTLED = 7  # updates before the counted ones: compilation, ZeRO's trace, the layers that keep their activations
 SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary: Llama's
     "tiny": (256, 1024, 4, 4, 2, 512), "1b": (2048, 8192, 16, 32, 8, 128256), "3b": (3072, 8192, 28, 24, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256), "70b": (8192, 28672, 80, 64, 8, 128256)}
@@ -60,6 +60,8 @@ CASES = {
     "70b-layers-full": Case("70b", "full", 16, layers=4),
     "70b-layers-full-nvme": Case("70b", "full", 16, "ds_z3_nvme_optimizer.json", layers=4),
 }
+DEVICES = {"ds_z3.json": ("none", "none"), "ds_z3_offload.json": ("cpu", "cpu"), "ds_z3_nvme_optimizer.json": ("cpu", "nvme"),
+           "ds_z3_nvme.json": ("nvme", "nvme")}
 YARDSTICK = {"peer": ["--zero", "peer"], "tuned": ["--zero", "tuned", "--leaf", "--liger"]}
 
 
@@ -164,21 +166,23 @@ def ours(name, case, out, work, updates, seconds, gpu, flags=()):
     return result
 
 
-def yardstick(name, case, kind, out, updates, seconds):
+def yardstick(name, case, kind, out, work, updates, seconds):
     """The stock engine with the configuration `kind`; peer: at its documented micro-batch of 1, four accumulated."""
     micro, accumulate = (1, 4) if kind == "peer" else (case.micro_batch, 1)
     label = f"{name}-{kind}-m{micro}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", case.gpus, "trainer/yardstick.py",
                "--size", case.shape, "--method", case.method, *YARDSTICK[kind], "--micro-batch", micro, "--accumulate", accumulate,
                "--steps", updates - SETTLED, "--seq", case.max_length, *(["--layers", case.layers] if case.layers else []),
-               *(["--param-device", "none", "--optimizer-device", "none"] if case.config == "ds_z3.json" else [])]
+               "--warmup", 2, *(word for tier, device in zip(("param", "optimizer"), DEVICES[case.config])
+                                for word in (f"--{tier}-device", device)), "--nvme-path", work / "swap"]
     code, text = _run(label, command, out / f"{label}.log", seconds, True)
     found = re.search(r"^RES (\{.*\})$", text, re.MULTILINE)
     got = json.loads(found[1]) if found else {}
     return {"case": name, "what": kind, "exit": code, "micro_batch": micro, "max_length": case.max_length, "gpus": case.gpus,
             "method": case.method, "updates": updates - SETTLED, "tokens_per_s_per_gpu": got.get("tokens_per_s_per_gpu"),
-            "model_tflops_per_gpu": got.get("model_tflops"), "step_s": got.get("step_s"), "gpu_mem_gib": got.get("gpu_peak_gib"),
-            "host_peak_gib": got.get("host_peak_gib_this_rank"), "parameters": got.get("parameters")}
+            "model_tflops_per_gpu": got.get("model_tflops"), "step_s": got.get("step_s"),
+            "gpu_allocated_gib": got.get("gpu_peak_gib"), "host_peak_gib": got.get("host_peak_gib_this_rank"),
+            "parameters": got.get("parameters")}
 
 
 def box():
@@ -212,7 +216,8 @@ def _row(r):
 
     what = r["what"] + (f", exit {r['exit']}" if r["exit"] else "")
     return (r["case"], what, str(r["micro_batch"]), shown("tokens_per_s_per_gpu", 0), shown("model_tflops_per_gpu", 0),
-            shown("step_s", 2), shown("gpu_mem_gib", 1), shown("host_peak_gib", 1),
+            shown("step_s", 2), shown("gpu_mem_gib", 1) if r["what"] == "ours" else f"{shown('gpu_allocated_gib', 1)} allocated",
+            shown("host_peak_gib", 1),
             (r.get("kept_layers") or "-").split(" decoder")[0])
 
 
@@ -242,8 +247,8 @@ def plot(results, machine, path):
     for what in dict.fromkeys(r["what"] for r in mine):
         own = [r for r in mine if r["what"] == what]
         axes.plot([r["micro_batch"] * r["max_length"] for r in own], [r["tokens_per_s_per_gpu"] for r in own], "o-", label=what)
-    first = next(r for r in mine if r.get("parameters"))
-    if machine:
+    first = next((r for r in mine if r.get("parameters")), mine[0])
+    if machine and first.get("parameters"):
         count, passes = first["parameters"], 3 if first["method"] == "full" else 2
         tokens = [2**(i / 8) for i in range(80, 145)]
         for label, more in (("arithmetic, everything recomputed", 1), ("arithmetic, nothing recomputed", 0)):
@@ -339,10 +344,10 @@ def _train(options, command):
                 case = Case(**{**vars(base), "micro_batch": micro})
                 results.append(ours(name, case, out, work, options.updates, options.timeout, gpu, options.flags.split()))
                 keep(results[-1])
-                for kind in options.yardstick if gpu else ():
+                for kind in options.yardstick if gpu and base.shape != "tiny" else ():
                     if kind == "peer" and any(r["case"] == name and r["what"] == "peer" for r in results):
                         continue  # its micro-batch is always the same
-                    results.append(yardstick(name, case, kind, out, options.updates, options.timeout))
+                    results.append(yardstick(name, case, kind, out, work, options.updates, options.timeout))
                     keep(results[-1])
     print("\n" + table([HEAD, *map(_row, results)]) + f"\n\n{out / 'bench.jsonl'}")
     if options.append:

@@ -166,8 +166,7 @@ class Checkpointer:
         failure, work, entries = None, None, {}
         if main:
             try:
-                if self.removal:
-                    self.removal.join()
+                self.finish()
                 self._clean()
                 work = self.directory / f"{_TEMPORARY}{step}-{uuid.uuid4().hex[:8]}"
                 work.mkdir()
@@ -262,14 +261,18 @@ class Checkpointer:
         whole = [(p, m) for p, m in found if m]
         losses = [(m["eval_loss"], p) for p, m in whole if m["eval_loss"] is not None]
         kept = {newest, *(p for p, _ in whole[:self.limit]), *([min(losses, key=lambda pair: pair[0])[1]] if losses else [])}
-        for path, _ in whole:
-            if path not in kept:
-                doomed = self.directory / f"{_TEMPORARY}old-{uuid.uuid4().hex[:8]}"
-                os.rename(path, doomed)  # gone at once: half of a checkpoint is never seen
-                _point("during-rotation")
-                # Freeing gigabytes takes a file system long enough to be seen in the time of a step.
-                self.removal = threading.Thread(target=shutil.rmtree, args=(doomed, True), daemon=True)
-                self.removal.start()
+        doomed = {path: self.directory / f"{_TEMPORARY}old-{uuid.uuid4().hex[:8]}" for path, _ in whole if path not in kept}
+        for path, away in doomed.items():
+            os.rename(path, away)  # gone at once: half of a checkpoint is never seen
+            _point("during-rotation")
+        # Freeing gigabytes takes a file system long enough to be seen in the time of a step.
+        self.removal = threading.Thread(target=lambda: [shutil.rmtree(away, True) for away in doomed.values()], daemon=True)
+        self.removal.start()
+
+    def finish(self):
+        """Wait until what was rotated away is gone."""
+        if self.removal:
+            self.removal.join()
 
 
 def _is_saved(module, name):

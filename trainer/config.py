@@ -138,7 +138,8 @@ class Shapes:
 
     layer: parameters of the largest decoder layer. layer_tensors: its tensors that are large enough for NVMe.
     largest: the largest parameter.
-    trainable, largest_trainable: what the optimizer sees. itemsize: bytes of one parameter in the run's precision.
+    trainable, largest_trainable: what the optimizer sees. small_frozen: all frozen parameters that are not larger than the latter.
+    itemsize: bytes of one parameter in the run's precision.
     """
 
     layer: int
@@ -147,6 +148,7 @@ class Shapes:
     trainable: int
     largest_trainable: int
     itemsize: int
+    small_frozen: int = 0
 
 
 # The optimizer's NVMe swapper holds parameter, both moments and gradient of the current sub-group, and of the previous and
@@ -162,7 +164,10 @@ def resolve_auto(config, shapes, world_size, swap_directory):
     """
     config = copy.deepcopy(config)
     zero = config["zero_optimization"]
-    adapters = shapes.largest_trainable < 4e6 and shapes.trainable * shapes.itemsize < 1e9 and shapes.trainable < shapes.layer
+    parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
+    on_nvme = parameters.get("device") == "nvme"  # there, what stays on the GPU would be read at once, into too few buffers
+    adapters = (not on_nvme and shapes.largest_trainable < 4e6 and shapes.trainable * shapes.itemsize < 1e9
+                and shapes.trainable < shapes.layer and shapes.small_frozen < 1e8)
     values = {
         # At least 2e7: the many small gradients of adapters travel together.
         "reduce_bucket_size": min(max(shapes.largest_trainable, int(2e7)), int(5e8)),
@@ -174,8 +179,7 @@ def resolve_auto(config, shapes, world_size, swap_directory):
         "stage3_max_live_parameters": 3 * shapes.layer + shapes.largest + (shapes.trainable if adapters else 0),
         "stage3_max_reuse_distance": 2 * shapes.layer,
     }
-    parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
-    if parameters.get("device") == "nvme":
+    if on_nvme:
         # What is on the GPU holds its buffer too: no more than a layer in use and one on its way.
         values["stage3_max_live_parameters"] = 2 * shapes.layer
     for key, value in values.items():

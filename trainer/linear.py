@@ -25,7 +25,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] or None, a [r, in] and b [out, r] or None → x·Wᵀ + bias + scale·(x·aᵀ)·bᵀ.
+    """x [tokens, in], weight [out, in], bias [out] or None, a [r, in] and b [out, r] or None → x·Wᵀ + bias + scale·(x·aᵀ)·bᵀ.
 
     keep: the _Keep node that has saved x, or None where no gradient needs it. Parameters are held as they are, not saved: ZeRO-3
     takes their data away after the forward pass and brings it back before the backward pass.
@@ -34,11 +34,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, keep):
         ctx.parameters, ctx.scale, ctx.keep = (weight, a, b), scale, keep
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         if a is not None:
-            out.addmm_(flat @ a.t(), b.t(), alpha=scale)
-        return out.view(*x.shape[:-1], -1)
+            out.addmm_(x @ a.t(), b.t(), alpha=scale)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -46,26 +45,25 @@ class _Linear(torch.autograd.Function):
         x = grad_weight = grad_a = grad_b = None
         if ctx.keep is not None:
             (x,) = ctx.keep.saved_tensors
-            flat = x.reshape(-1, x.shape[-1])
-        out = grad.reshape(-1, grad.shape[-1])
-        grad_x = out @ weight
+        grad_x = grad @ weight
         if a is not None:
-            low = (out @ b).mul_(scale)
+            low = (grad @ b).mul_(scale)
             grad_x.addmm_(low, a)
-            grad_a = low.t() @ flat
-            grad_b = (out.t() @ (flat @ a.t())).mul_(scale)
+            grad_a = low.t() @ x
+            grad_b = (grad.t() @ (x @ a.t())).mul_(scale)
         if needs[1]:
-            grad_weight = out.t() @ flat
-        grad_bias = out.sum(0) if needs[2] else None
-        return grad_x.view(*grad.shape[:-1], -1), grad_weight, grad_bias, grad_a, grad_b, None, None
+            grad_weight = grad.t() @ x
+        grad_bias = grad.sum(0) if needs[2] else None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
 
 
 def _apply(x, weight, bias, a=None, b=None, scale=1.0):
-    keep = None
+    keep, shape = None, x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
     if a is not None or weight.requires_grad:
         x = _Keep.apply(x)
         keep = x.grad_fn
-    return _Linear.apply(x, weight, bias, a, b, scale, keep)
+    return _Linear.apply(x, weight, bias, a, b, scale, keep).view(*shape, weight.shape[0])
 
 
 def _linear(module, plain, x):

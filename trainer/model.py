@@ -12,7 +12,6 @@ from .config import Shapes
 from .errors import BAD_INPUT, RunError, did_you_mean
 
 SWAPPED_BYTES = 2**20  # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES)
-OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # of Liger's kernels: the loss is taken in loss.py
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -68,7 +67,8 @@ def shapes_of(model, precision):
     return Shapes(layer=sum(p.numel() for p in layer.parameters()),
                   layer_tensors=sum(p.numel() * itemsize >= SWAPPED_BYTES for p in layer.parameters()),
                   largest=max(p.numel() for p in model.parameters()), trainable=sum(trainable),
-                  largest_trainable=max(trainable), itemsize=itemsize)
+                  largest_trainable=max(trainable), itemsize=itemsize,
+                  small_frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad and p.numel() <= max(trainable)))
 
 
 def add_adapters(model, settings):
@@ -139,6 +139,15 @@ def uses_liger(settings, gpu):
         raise RunError("Liger's kernels cannot run here", found="a CPU" if not gpu else "no package liger-kernel",
                        needed="CUDA and liger-kernel", fix="make setup on the GPU machine, or leave --use_liger_kernel out")
     return found if settings.use_liger_kernel is None else settings.use_liger_kernel
+
+
+def liger_kernels(settings, config):
+    """Which of Liger's kernels: not its loss, which is taken in loss.py; not its MLP where the activation is another than SiLU, which
+    Liger does not look at when it patches a model that exists."""
+    text = config.get_text_config()
+    activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+    silu = {} if activation in ("silu", "swish") else {"swiglu": False}
+    return {**silu, **(settings.liger_kernel_config or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def make_leaves(model):

@@ -9,16 +9,18 @@ import torch
 from .errors import RunError
 
 SPARE = 0.05  # of the GPU's memory that is left free: the allocator's gaps, and what libraries allocate by themselves
+MEASURED = 4  # the update whose memory decides
 AUTO = "auto"
 
 
 class KeptLayers:
-    """Sets `gradient_checkpointing` of the decoder layers. wanted: how many keep theirs, or "auto": one in the second update, where
-    it is measured, and from the third on as many as fit. largest: tokens of the largest micro-batch that can come."""
+    """Sets `gradient_checkpointing` of the decoder layers. wanted: how many keep theirs, or "auto": one from the second update on, it
+    is measured in the fourth, and from then on as many as fit. (ZeRO records the order of layers anew in between, and fetches none
+    ahead while it does.) largest: tokens of the largest micro-batch that can come; quadratic: memory grows with their square."""
 
-    def __init__(self, layers, wanted, largest, say):
+    def __init__(self, layers, wanted, largest, quadratic, say):
         self.layers = [m for m in layers if getattr(m, "gradient_checkpointing", None) is not None]
-        self.wanted, self.largest, self.say = wanted, largest, say
+        self.wanted, self.largest, self.quadratic, self.say = wanted, largest, quadratic, say
         self.update, self.kept, self.bytes = 0, 0, 0
         if wanted != AUTO and wanted > len(self.layers):
             raise RunError("--kept_layers is more than there are", found=wanted, needed=f"at most {len(self.layers)}, or auto")
@@ -36,6 +38,7 @@ class KeptLayers:
             self._keep(self.wanted)
         elif self.update == 2 and self.wanted == AUTO and self.layers:
             self._keep(1)
+        elif self.update == MEASURED and self.wanted == AUTO and self.layers:
             self._measure(self.layers[-1])
             torch.cuda.reset_peak_memory_stats()  # "active": also what is freed and still in use by a kernel
 
@@ -52,12 +55,12 @@ class KeptLayers:
 
     def end(self, tokens):
         """After each update. tokens: of its largest micro-batch, padding included."""
-        if self.update != 2 or self.wanted != AUTO or not self.layers:
+        if self.update != MEASURED or self.wanted != AUTO or not self.layers:
             return
         self.layers[-1].forward = self.plain
         free, total = torch.cuda.mem_get_info()
         limit = free + torch.cuda.memory_reserved() - SPARE * total
-        stats, scale = torch.cuda.memory_stats(), max(1.0, self.largest / tokens)
+        stats, scale = torch.cuda.memory_stats(), max(1.0, self.largest / tokens) ** (2 if self.quadratic else 1)
         held = stats["active_bytes.all.current"]
         peak = held + (stats["active_bytes.all.peak"] - held) * scale
         more = int((limit - peak) / max(self.bytes * scale, 1))

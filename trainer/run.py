@@ -194,7 +194,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Measured for LoRA and full fine-tuning on a GPU (docs/benchmarks.md); on a CPU nothing is gained by it.
     leaf = settings.leaf_modules if settings.leaf_modules is not None else gpu
-    ranks_here = _start_processes(gpu, gpu and leaf and settings.fetch_ahead)
+    ranks_here = _start_processes(gpu, gpu and leaf and settings.fetch_ahead and not uses_nvme(config, "offload_param"))
     import torch
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as transformers_logging
@@ -277,7 +277,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     if found:
         options["eval_on_start"] = False  # it was measured when the run began
     liger = models.uses_liger(settings, gpu)
-    options.update(use_liger_kernel=liger, liger_kernel_config={**(settings.liger_kernel_config or {}), **models.OWN_LOSS})
+    options.update(use_liger_kernel=liger, liger_kernel_config=models.liger_kernels(settings, model_config))
     options.update(output_dir=str(directory), run_name=run_name, deepspeed=config, bf16=precision == "bf16",
                    fp16=precision == "fp16", use_cpu=not gpu,
                    report_to=[t for t in trackers if t not in ("wandb", "all", "none")] or "none")
@@ -295,7 +295,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             say(f"refused rows: {directory / 'rejected.jsonl'}")
         _print_settings(settings)
     set_seed(settings.seed)
-    tracker = telemetry = space = None
+    tracker = telemetry = space = saves = None
     try:
         if uses_nvme(config):
             space, first_here = swap.SwapSpace(swap_directory), int(os.environ["LOCAL_RANK"]) == 0
@@ -311,7 +311,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             say(f"fused linear layers: {linear.install(layers, leaf)}")
         wanted = settings.kept_layers if settings.kept_layers == AUTO and gpu else int(settings.kept_layers.replace(AUTO, "0"))
         kept = wanted and settings.gradient_checkpointing and KeptLayers(
-            layers, wanted, settings.per_device_train_batch_size * settings.max_length, say)
+            layers, wanted, settings.per_device_train_batch_size * settings.max_length,
+            backend == "eager", say)
         length = tokens.summary.tokens / tokens.summary.rows
         text = model_config.get_text_config()
         passes = 3 if settings.method == "full" else 2
@@ -350,8 +351,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             _closing_words(trainer, directory, settings)
     except torch.OutOfMemoryError as error:
         raise RunError("the GPU is out of memory", found=" ".join(str(error).split())[:200], code=FAILED,
-                       fix="a smaller --per_device_train_batch_size or --max_length, --gradient_checkpointing true, or a "
-                       "configuration that offloads more") from None
+                       fix="a smaller --per_device_train_batch_size or --max_length, --kept_layers 0, --gradient_checkpointing true, "
+                       "or a configuration that offloads more") from None
     finally:
         if telemetry:
             telemetry.close()
@@ -359,6 +360,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             tracker.finish()
         if space:
             space.close()
+        if saves:
+            saves.finish()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return DONE

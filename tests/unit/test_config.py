@@ -1,5 +1,6 @@
 """The DeepSpeed JSON: what is refused, and what "auto" becomes."""
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -39,6 +40,16 @@ def test_every_key_has_a_comment(name):
     for before, line in zip(lines, lines[1:]):
         commented += line.strip().startswith('"') and before.strip().startswith("//")
     assert commented >= 10
+
+
+def test_adapters_stay_on_the_gpu(tmp_path):
+    """But not where parameters are on NVMe, nor where frozen matrices as small as they would stay with them."""
+    r64 = dataclasses.replace(LLAMA_8B, trainable=167_772_160, largest_trainable=917_504, itemsize=2)
+    for name, shapes, threshold in (("ds_z3_offload.json", r64, 917_505), ("ds_z3_nvme.json", r64, 100_000),
+                                    ("ds_z3_offload.json", dataclasses.replace(r64, small_frozen=10**9), 100_000),
+                                    ("ds_z3_offload.json", LLAMA_8B, 100_000)):
+        zero = resolve_auto(check_config(shipped(name), name), shapes, 1, tmp_path)["zero_optimization"]
+        assert zero["stage3_param_persistence_threshold"] == threshold, (name, shapes)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

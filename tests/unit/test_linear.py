@@ -79,6 +79,23 @@ def test_adapters_need_the_whole_layer():
     assert linear.install(decoder(make()), leaf=False) == 0
 
 
+def test_what_plain_layers_allow():
+    """A result changed in place, as OLMo's clip_qkv does, and an expert without tokens."""
+    layer = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6)})
+    assert linear.install([layer], leaf=True) == 1
+    for shape in ((2, 3, 4), (0, 4), (5, 4)):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer["q"](x)
+        y.clamp_(-0.1, 0.1)
+        layer.zero_grad()
+        y.sum().backward()
+        own = layer["q"].weight.grad.clone(), x.grad.clone()
+        layer.zero_grad()
+        x.grad = None
+        torch.nn.functional.linear(x, layer["q"].weight, layer["q"].bias).clamp(-0.1, 0.1).sum().backward()
+        assert torch.allclose(own[0], layer["q"].weight.grad) and torch.allclose(own[1], x.grad)
+
+
 def test_no_gradient_means_the_plain_layer():
     model = make().eval()
     ids = torch.arange(24)[None]

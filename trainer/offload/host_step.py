@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from . import stepping
@@ -26,7 +27,7 @@ def applies(zero):
             and zero.offload_optimizer and not zero.swap_optimizer and not getattr(zero, "zenflow", False) and not zero.use_muon
             and zero.master_weights_and_grads_dtype == torch.float32 and zero.optimizer.fp32_optimizer_states
             and set(zero.subgroup_to_device.values()) == {"cpu"} and not zero.torch_autocast_gradscaler
-            and zero.model_parallel_rank == 0)
+            and zero.model_parallel_rank == 0 and not zero.params_in_nvme_and_cpu)
 
 
 def install(zero, overlap=False):
@@ -91,24 +92,22 @@ class _HostStep:
                 if param.grad is not None and param.grad.is_cuda:
                     param.grad.record_stream(torch.cuda.current_stream())
             param.grad = None
-        if pairs and zero.is_gradient_accumulation_boundary():
+        if pairs:
             norms = torch._foreach_norm([part for _, part in pairs], 2, dtype=torch.float32)
-            self.squares.append(torch.stack(norms).square_().sum())
+            self.norms.update(zip((p.ds_id for p in params if p.ds_id in self.real), norms))  # the last word of each parameter
         for held, parts in _runs(pairs):
             held.copy_(parts[0] if len(parts) == 1 else torch.cat(parts), non_blocking=True)
         return [held for held, _ in pairs]
 
     def reset_cpu_buffers(self):
-        self.squares, self.seen, self.norm = [], set(), None
+        self.norms, self.seen, self.norm = {}, set(), None
 
     # -- the step ----------------------------------------------------------------------------------------------------
     def total_norm(self):
         """The norm of all gradients on all ranks, times the loss scale; infinite or NaN where one is."""
         if self.norm is None:
-            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-            if device.type == "cpu" and self.squares:
-                device = self.squares[0].device
-            total = torch.stack(self.squares).sum() if self.squares else torch.zeros((), device=device)
+            found = list(self.norms.values()) or [torch.zeros((), device=get_accelerator().current_device_name())]
+            total = torch.stack(found).square_().sum()
             dist.all_reduce(total, group=self.zero.dp_process_group)
             self.norm = total.sqrt().cpu()
         return self.norm
