@@ -95,6 +95,13 @@ class Run:
     def evaluations(self):
         return [r for r in self.records if "eval_loss" in r]
 
+    def manifest(self, step):
+        return json.loads((self.directory / f"checkpoint-{step}" / "manifest.json").read_text())
+
+    def parts(self, step):
+        """{file: hash} of a checkpoint's weights and moments."""
+        return {n: f["xxh3_128"] for n, f in self.manifest(step)["files"].items() if n.endswith(".safetensors")}
+
 
 def train(directory, *flags, ranks=1, launcher=True, env=None, timeout=600, script="launch/train.py", **popen):
     """`deepspeed launch/train.py …` from the repository root; the run directory is `directory`."""

@@ -135,7 +135,8 @@ def ours(name, case, out, work, updates, seconds, gpu, flags=()):
     label = f"{name}-m{case.micro_batch}"
     folder, rows = _inputs(work, case, updates)
     directory = work / "runs" / f"{label}-{time.time():.0f}"
-    command = [Path(sys.executable).with_name("deepspeed") if Path(sys.executable).with_name("deepspeed").exists() else "deepspeed",
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher if launcher.exists() else "deepspeed",
                "--num_gpus", case.gpus, os.environ.get("BENCH_SCRIPT", "launch/train.py"), "--deepspeed", case.config,
                "--model_name_or_path", folder, "--random_weights", "--dataset", rows, "--validation_split", "0", "--max_length",
                case.max_length, "--per_device_train_batch_size", case.micro_batch, "--max_steps", updates, "--method", case.method,

@@ -265,9 +265,9 @@ class Checkpointer:
         for path, away in doomed.items():
             os.rename(path, away)  # gone at once: half of a checkpoint is never seen
             _point("during-rotation")
-        # Freeing gigabytes takes a file system long enough to be seen in the time of a step.
-        self.removal = threading.Thread(target=lambda: [shutil.rmtree(away, True) for away in doomed.values()], daemon=True)
-        self.removal.start()
+        if doomed:  # freeing gigabytes takes a file system long enough to be seen in the time of a step
+            self.removal = threading.Thread(target=lambda: [shutil.rmtree(away, True) for away in doomed.values()], daemon=True)
+            self.removal.start()
 
     def finish(self):
         """Wait until what was rotated away is gone."""

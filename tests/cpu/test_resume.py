@@ -1,5 +1,4 @@
 """A resumed run is the uninterrupted one: the same losses, the same checkpoint to the bit."""
-import json
 import shutil
 
 import pytest
@@ -15,15 +14,6 @@ CONFIGS = ["ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme"]
 def trains(trains):
     """One rank needs no launcher, which takes seconds to start."""
     return lambda *args, ranks=1, **options: trains(*args, **{"ranks": ranks, "launcher": ranks > 1, **options})
-
-
-def manifest(run, step):
-    return json.loads((run.directory / f"checkpoint-{step}" / "manifest.json").read_text())
-
-
-def parts(run, step):
-    """{file: hash} of weights and moments."""
-    return {n: f["xxh3_128"] for n, f in manifest(run, step)["files"].items() if n.endswith(".safetensors")}
 
 
 long = pytest.mark.long
@@ -42,7 +32,7 @@ def test_bit_equal(trains, config, method, ranks):
     assert again.losses == whole.losses[CUT:]
     assert [s["grad_norm"] for s in again.steps] == [s["grad_norm"] for s in whole.steps[CUT:]]
     assert [s["learning_rate"] for s in again.steps] == [s["learning_rate"] for s in whole.steps[CUT:]]
-    assert parts(again, STEPS) == parts(whole, STEPS) != parts(whole, CUT)
+    assert again.parts(STEPS) == whole.parts(STEPS) != whole.parts(CUT)
 
 
 @pytest.mark.parametrize("config, before, after", [
@@ -56,7 +46,7 @@ def test_another_world_size(trains, config, before, after):
     again = trains("again", *flags, *own, "--resume_from_checkpoint", whole.directory / "checkpoint-2", ranks=after)
     assert "rows of an update" in again.output and len(again.losses) == 10
     assert again.losses == pytest.approx(whole.losses[2:], abs=1e-4)
-    assert manifest(again, 12)["update_rows"] == 4
+    assert again.manifest(12)["update_rows"] == 4
 
 
 def test_across_configurations(trains):
