@@ -54,6 +54,8 @@ class RunArguments:
     fused_linear: bool = _flag(True, "matrix and LoRA adapter as one function; a layer's last is not redone")
     kept_layers: str = _flag("auto", "decoder layers that keep their activations on the GPU and do not recompute them: a number, or "
                              "auto, as many as fit (0 on a CPU)")
+    activation_offload: bool = _flag(False, "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU")
+    bind_cores: bool | None = _flag(None, "give each rank CPU cores of its own, near its GPU; none: where GPU ranks share a machine")
     fused_step: bool = _flag(True, "gradients go to the host once, and the CPU's optimizer step works in pieces that fit its caches")
     overlap_step: bool = _flag(False, "with fused_step, one rank: the CPU steps beside the next forward pass (not measured yet)")
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")

@@ -46,6 +46,12 @@ def drop_lost_terminal(terminals):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
+def say(text):
+    """A line for the user, once for the run."""
+    if is_main_process():
+        print(text, flush=True)
+
+
 def report(error, everywhere=False):
     """Print an error once for the run. A failure that only one rank sees must be printed there: `everywhere`."""
     if is_main_process() or everywhere:

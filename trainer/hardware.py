@@ -5,6 +5,8 @@ from pathlib import Path
 
 from .errors import RunError
 
+# MB; larger blocks are neither rounded up nor kept when they are freed. Equal, or torch may write past a block (pytorch#192722).
+EXACT_PINNED = "pinned_max_round_threshold_mb:16,pinned_max_cached_size_mb:16"
 CAP_IPC_LOCK = 1 << 14  # linux/capability.h: with it, mlock has no limit
 
 
@@ -24,6 +26,16 @@ def gpu_count():
     except Exception:  # no driver, no library: there is no GPU to use
         return 0
     return min(count, len(visible.split(","))) if visible is not None else count
+
+
+def nvml_handle(index):
+    """NVML's handle of the CUDA device `index` of this process: CUDA_VISIBLE_DEVICES renumbers them, or names them by UUID."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
+    name = visible[index] if index < len(visible) else str(index)
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def gpu_has_bf16():
@@ -84,6 +96,71 @@ def memlock_limit():
         if line.startswith("CapEff:") and int(line.split()[1], 16) & CAP_IPC_LOCK:
             return None
     return soft
+
+
+def set_allocators(torch):
+    """On the GPU segments that grow: the gaps between blocks of all sizes cost gigabytes otherwise. In pinned RAM blocks of their own
+    size: torch rounds up to a power of two, 12 % of a Llama's weights. What the user has set stays as it is."""
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ:
+        return
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    try:
+        torch._C._accelerator_setAllocatorSettings(f"{os.environ['PYTORCH_ALLOC_CONF']},{EXACT_PINNED}")
+    except (AttributeError, RuntimeError, ValueError):  # an older torch, which does not know these keys
+        pass
+
+
+def _cpus(path):
+    """The CPU numbers of a list such as 0-3,8; empty where the file is not there."""
+    try:
+        parts = [part.split("-") for part in Path(path).read_text().strip().split(",") if part]
+    except OSError:
+        return set()
+    return {n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)}
+
+
+def share_cores(allowed, near, siblings):
+    """The CPUs of each rank: its part of those near its GPU, and of those near none, whole cores.
+
+    allowed: CPU numbers that may be used. near: a set of CPUs for each rank, empty where unknown. siblings: CPU → the CPUs of its
+    core (two with hyperthreading, numbered far apart)."""
+    ranks = range(len(near))
+    near = [frozenset(n & allowed) for n in near]
+    if not all(near):
+        near = [frozenset(allowed) for _ in ranks]
+    shares = [set() for _ in ranks]
+    for pool in {*near, frozenset(allowed - frozenset.union(*near))}:
+        cores = sorted({tuple(sorted(siblings(cpu) & pool)) or (cpu,) for cpu in pool})
+        own = [rank for rank in ranks if near[rank] == pool] or list(ranks)
+        for i, rank in enumerate(own):
+            shares[rank].update(cpu for core in cores[i * len(cores) // len(own):(i + 1) * len(cores) // len(own)] for cpu in core)
+    return [share or set(allowed) for share in shares]
+
+
+def _cpus_near(gpu):
+    """The CPUs on the NUMA node of a CUDA device; empty where the machine does not say."""
+    try:
+        import pynvml
+
+        place = pynvml.nvmlDeviceGetPciInfo(nvml_handle(gpu)).busId  # 00000000:1B:00.0, where the kernel has 0000:1b:00.0
+        place = place.decode() if isinstance(place, bytes) else place
+        return _cpus(f"/sys/bus/pci/devices/{place.lower()[-12:]}/local_cpulist")
+    except Exception:  # no NVML, or a virtual machine that hides its buses
+        return set()
+
+
+def bind_cores(local_rank, ranks_here, gpu):
+    """Bind this process, all its threads and those to come, to the rank's own cores. Memory that it takes from then on lies beside
+    them. Returns the CPU numbers."""
+    near = [_cpus_near(i) if gpu else set() for i in range(ranks_here)]
+    mine = share_cores(os.sched_getaffinity(0), near,
+                       lambda cpu: _cpus(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))[local_rank]
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            os.sched_setaffinity(int(thread), mine)
+        except ProcessLookupError:  # it has just ended
+            pass
+    return mine
 
 
 def check_locked_memory(parameter_bytes, optimizer_bytes, ranks_here):

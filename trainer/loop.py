@@ -16,8 +16,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from data.dataset import IGNORED, Order, TrainLoader, collate, evaluation_batches
 
-from . import checkpoint, offload
-from .errors import FAILED, RunError
+from . import checkpoint, offload, recompute
+from .errors import FAILED, RunError, say
 from .loss import ChunkedHead, whole_logits
 from .telemetry import heartbeat
 
@@ -40,15 +40,15 @@ class OffloadTrainer(Trainer):
     after which the run stops with exit 1. capacity: tokens of a packed row, or None; mixture: data.dataset.Mixture or None; varlen:
     the attention wants to be told where samples begin. checkpointer: checkpoint.Checkpointer; stopper: signals.Stopper; resume:
     (folder, manifest) of the checkpoint to go on from, or None; space: swap.SwapSpace or None. kept: recompute.KeptLayers or None.
-    liger: the loss by Liger's kernel; fused_step: gradients and the CPU's optimizer step by offload.host_step, with
-    overlap_step beside the next forward pass.
+    liger: the loss by Liger's kernel; fused_step: gradients and the CPU's optimizer step by offload.host_step, with overlap_step
+    beside the next forward pass. offloaded: the decoder layers whose inputs wait in RAM (recompute.offload_inputs).
     """
 
     def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, capacity=None, mixture=None,
                  varlen=False, checkpointer=None, stopper=None, resume=None, space=None, kept=None, liger=False, fused_step=True,
-                 overlap_step=False, **kwargs):
+                 overlap_step=False, offloaded=(), **kwargs):
         super().__init__(*args, **kwargs)
-        self.kept, self.fused_step, self.overlap_step = kept, fused_step, overlap_step
+        self.kept, self.fused_step, self.overlap_step, self.offloaded = kept, fused_step, overlap_step, offloaded
         self.checkpointer, self.resume, self.space = checkpointer, resume, space
         self.saved, self.failed_saves = resume and resume[0], 0
         self.recent = collections.deque(maxlen=50)  # losses
@@ -194,8 +194,10 @@ class OffloadTrainer(Trainer):
         made = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.fused_step:
             how = offload.install_step(self.model_wrapped.optimizer, self.overlap_step)
-            if how and self.is_world_process_zero():
-                print(f"optimizer step on the CPU: {how}", flush=True)
+            if how:
+                say(f"optimizer step on the CPU: {how}")
+        if self.offloaded:
+            recompute.offload_inputs(self.offloaded, say)
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json brings the saved run's intervals
         if self.resume:
             folder, manifest = self.resume

@@ -5,6 +5,7 @@ fine-tune. Offloading the weights leaves most of a GPU empty, so as many layers 
 the same.
 """
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from .errors import RunError
 
@@ -69,3 +70,32 @@ class KeptLayers:
         self._keep(int(fits))
         self.say(f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
                  f"({self.bytes * scale / 2**30:.2f} GiB each), the others are recomputed")
+
+
+def offload_inputs(layers, say):
+    """Let the inputs of recomputed layers, all that they keep, wait in pinned RAM from the forward to the backward pass: for one
+    layer tokens x hidden size x 2 bytes in bf16. The copies go beside the computation, by DeepSpeed's engine for it. On a CPU they
+    are in RAM already."""
+    from deepspeed.runtime.activation_checkpointing.offload_activations import _ActivationOffloadEngine
+
+    engine = _ActivationOffloadEngine(max_cpu_buffer_pool_count=len(layers) + 2)
+
+    def pack(tensor):
+        key = engine.offload_input(tensor)
+        if key == 1:
+            say(f"activations: the inputs of recomputed layers wait in RAM, {tensor.nbytes / 2**30:.2f} GiB each")
+        return tensor if key is None else key
+
+    def unpack(packed):
+        return packed if torch.is_tensor(packed) else engine.restore_input(packed)
+
+    def install(layer, plain):
+        def checkpoint(function, *args, **kwargs):
+            with saved_tensors_hooks(pack, unpack):  # sees the layer's inputs; what is inside, torch's own hooks take
+                return plain(function, *args, **kwargs)
+
+        layer._gradient_checkpointing_func = checkpoint
+
+    for layer in layers:
+        if getattr(layer, "_gradient_checkpointing_func", None) is not None:
+            install(layer, layer._gradient_checkpointing_func)

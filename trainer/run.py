@@ -22,7 +22,7 @@ from .config import (
     uses_nvme,
     write_yaml,
 )
-from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, is_main_process, report, table
+from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, is_main_process, report, say, table
 from .names import default_run_name, run_directory
 from .ops import use_own_ninja
 
@@ -141,8 +141,7 @@ def _start_processes(gpu, fetch_ahead=False):
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     if gpu:
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the gaps between blocks of all sizes cost gigabytes otherwise
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        hardware.set_allocators(torch)
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise RunError("more ranks than GPUs", found=f"rank {local} of this machine, {torch.cuda.device_count()} GPU(s)",
@@ -178,12 +177,6 @@ def _together(*steps):
     first = next((f for f in gathered(failure and (str(failure), failure.code)) if f), None)
     if first:
         raise failure or RunError(first[0], code=first[1])
-
-
-def say(text):
-    """A line for the user, once for the run."""
-    if is_main_process():
-        print(text, flush=True)
 
 
 def train(settings, config, config_path, data, precision, gpu, reason, begun):
@@ -252,6 +245,9 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     tokens = rows.build(data, settings, tokenizer, model_config.get_text_config().vocab_size, rows.progress("tokenizing"))
     for line in tokens.lines:
         say(line)
+    if settings.bind_cores if settings.bind_cores is not None else gpu and ranks_here > 1:
+        cores = hardware.bind_cores(int(os.environ["LOCAL_RANK"]), ranks_here, gpu)
+        say(f"each rank has cores of its own; rank 0 has {len(cores)}, near its GPU where the machine says which these are")
 
     skeleton = models.skeleton(model_config, settings)
     shapes = models.shapes_of(skeleton, precision)
@@ -336,7 +332,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
                                  fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps,
                                  checkpointer=saves, stopper=stopper, resume=found and (found, manifest), space=space,
                                  kept=kept, liger=liger, fused_step=settings.fused_step,
-                                 overlap_step=settings.overlap_step)
+                                 overlap_step=settings.overlap_step,
+                                 offloaded=layers if settings.activation_offload and settings.gradient_checkpointing else ())
         trainer.train(resume_from_checkpoint=found and str(found))
         if stopper.reason and trainer.state.global_step < trainer.state.max_steps:
             _stopped(trainer, stopper, directory)

@@ -2,13 +2,14 @@
 import errno
 import json
 import math
-import os
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import torch
+
+from . import hardware
 
 GIB = 2**30
 
@@ -65,12 +66,7 @@ class GpuSampler(threading.Thread):
         try:
             import pynvml
 
-            pynvml.nvmlInit()
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            names = [v.strip() for v in visible.split(",") if v.strip()]
-            name = names[self.index] if self.index < len(names) else str(self.index)
-            self.handle = (pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit()
-                           else pynvml.nvmlDeviceGetHandleByUUID(name))
+            self.handle = hardware.nvml_handle(self.index)
         except Exception:  # measuring must never stop a run
             return
         while not self.stopped:

@@ -76,7 +76,8 @@ def test_step_beside_the_forward_pass(trains, tmp_path):
 def test_two_ranks(trains):
     flags = [*FLAGS[:2], "--max_steps", 12, *FLAGS[6:], "--gradient_accumulation_steps", 1]
     own = ["--leaf_modules", "true", "--kept_layers", "1"]
-    two = trains("two", *flags, *own, "--per_device_train_batch_size", 2, ranks=2)
+    two = trains("two", *flags, *own, "--per_device_train_batch_size", 2, "--bind_cores", "true", ranks=2)
+    assert "each rank has cores of its own" in two.output
     close(two.losses, trains("stock", *flags, *STOCK, "--per_device_train_batch_size", 4, launcher=False).losses, 1e-4)
 
 

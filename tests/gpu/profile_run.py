@@ -1,6 +1,7 @@
 """launch/train.py under torch's profiler for two updates: where a step's time goes, as JSON.
 
     PROFILE_OUT=profile.json PROFILE_AT=6 python tests/gpu/profile_run.py --deepspeed ds_z3_offload.json …
+    python tests/gpu/profile_run.py --plot LABEL=profile.json LABEL=profile.json … OUT.png
 """
 import json
 import os
@@ -72,7 +73,40 @@ def install():
     loop.OffloadTrainer._update_ended = ended
 
 
+def plot(arguments):
+    """A bar a profile, with what the GPU computes and when it waits; below it the copies, which go on at the same time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    *given, target = arguments
+    profiles = [(label, json.loads(Path(path).read_text())) for label, path in (g.split("=", 1) for g in given)]
+    kinds = ("matmul", "attention", "kernels of Liger", "other")
+    colours = dict(zip((*kinds, "idle"), ("#3b6fb6", "#e08e2b", "#5aa469", "#9a7fb8", "#e4e4e4")))
+    figure, axes = pyplot.subplots(figsize=(9, 1.1 + 1.1 * len(profiles)))
+    for y, (_, p) in enumerate(profiles):
+        parts = {k: p["kinds_s"].get(k, 0) for k in kinds}
+        shrink = min(1, p["computing_s"] / sum(parts.values()))  # kernels of two streams run at the same time now and then
+        left = 0
+        for name, seconds in {**{k: s * shrink for k, s in parts.items()}, "idle": p["idle_s"]}.items():
+            axes.barh(y, seconds, 0.5, left, color=colours[name], label=name if y == 0 else None)
+            if seconds > 0.03 * p["step_s"]:
+                axes.text(left + seconds / 2, y, f"{seconds:.2f}", ha="center", va="center", fontsize=8)
+            left += seconds
+        for place, name, colour in ((0.34, "copy to the GPU", "#b03a3a"), (0.44, "copy to the host", "#444444")):
+            axes.barh(y + place, p["kinds_s"].get(name, 0), 0.08, color=colour, label=name if y == 0 else None)
+    axes.set_yticks(range(len(profiles)), [label for label, _ in profiles])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a step")
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.3 / (0.4 + 0.4 * len(profiles))))
+    figure.savefig(target, dpi=120, bbox_inches="tight")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--plot"]:
+        plot(sys.argv[2:])
+        sys.exit()
     sys.path[0] = str(ROOT)
     from trainer import run
 
