@@ -278,6 +278,7 @@ def _parser():
     train.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; none: 8b-lora and 3b-full with a GPU, else tiny")
     train.add_argument("--micro_batches", type=int, nargs="+", help="in place of the case's own")
     train.add_argument("--yardstick", nargs="*", choices=YARDSTICK, default=list(YARDSTICK), help="the stock engine beside it")
+    train.add_argument("--only", choices=("ours", "yardstick"), help="one of the two")
     train.add_argument("--updates", type=int, default=SETTLED + 6, help=f"the first {SETTLED} are not counted")
     train.add_argument("--timeout", type=int, default=600, help="seconds a run")
     train.add_argument("--out", type=Path, default=Path("bench"), help="bench.jsonl and logs")
@@ -343,9 +344,10 @@ def _train(options, command):
             base = CASES[name]
             for micro in options.micro_batches or [base.micro_batch]:
                 case = Case(**{**vars(base), "micro_batch": micro})
-                results.append(ours(name, case, out, work, options.updates, options.timeout, gpu, options.flags.split()))
-                keep(results[-1])
-                for kind in options.yardstick if gpu and base.shape != "tiny" else ():
+                if options.only != "yardstick":
+                    results.append(ours(name, case, out, work, options.updates, options.timeout, gpu, options.flags.split()))
+                    keep(results[-1])
+                for kind in options.yardstick if gpu and base.shape != "tiny" and options.only != "ours" else ():
                     if kind == "peer" and any(r["case"] == name and r["what"] == "peer" for r in results):
                         continue  # its micro-batch is always the same
                     results.append(yardstick(name, case, kind, out, work, options.updates, options.timeout))

@@ -4,6 +4,7 @@ Run as: python -m trainer.ops cpu_adam async_io
 """
 import argparse
 import fcntl
+import glob
 import os
 import shutil
 import subprocess
@@ -76,6 +77,48 @@ def check_nvcc():
                        needed="numbers such as 8.0;9.0", fix="export TORCH_CUDA_ARCH_LIST=9.0", code=DOES_NOT_FIT)
 
 
+def needed(config, ranks_here, gpu):
+    """The ops that a run with this DeepSpeed configuration loads."""
+    zero = config["zero_optimization"]
+    devices = [(zero.get(tier) or {}).get("device", "none") for tier in ("offload_optimizer", "offload_param")]
+    names = ["cpu_adam"] if devices[0] != "none" else []
+    names += ["async_io"] if "nvme" in devices else []
+    return names if gpu or ranks_here == 1 else [*names, "shm_comm"]
+
+
+def ensure(names):
+    """Build what a run lacks, so that the user sees what takes a minute, and a build that was killed holds up nobody for ever."""
+    directories = [_directory(_builder(name)) for name in names]
+    if any(_is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
+        build(names)
+
+
+def _builder(name):
+    from deepspeed.accelerator import get_accelerator
+
+    # The accelerator's own builder: the CPU one and the CUDA one of an op have the same name and different sources.
+    return get_accelerator().create_op_builder(BUILDERS[name])
+
+
+def _directory(builder):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(builder.name, verbose=False))
+
+
+def _is_stale(lock):
+    """True where the file by which torch locks a build is there and nobody has it open: torch would wait for it for ever."""
+    if not lock.exists():
+        return False
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == str(lock.resolve()):
+                return False
+        except OSError:  # closed in between, or another user's
+            continue
+    return lock.exists()
+
+
 def build(names):
     """Build what is not built yet. One build at a time on a machine; a lock that a killed build left behind is removed."""
     use_own_ninja()
@@ -90,17 +133,14 @@ def build(names):
     with open(root / ".zero-offload-trainer.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for name in names:
-            _build_one(name, root)
+            _build_one(name)
 
 
-def _build_one(name, root):
-    from deepspeed.accelerator import get_accelerator
-
-    # The accelerator's own builder: the CPU one and the CUDA one of an op have the same name and different sources.
-    builder = get_accelerator().create_op_builder(BUILDERS[name])
-    stale = root / builder.name / "lock"
-    if stale.exists():  # torch waits for this file for ever; whoever made it is gone, as we hold the lock above
-        stale.unlink()
+def _build_one(name):
+    builder = _builder(name)
+    lock = _directory(builder) / "lock"
+    if _is_stale(lock):
+        lock.unlink(missing_ok=True)
     done = threading.Event()
     started = time.time()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import DataError, storage
 
-from . import __version__, embedded, hardware, offload, resume, rows, swap
+from . import __version__, embedded, hardware, offload, ops, resume, rows, swap
 from .args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
 from .config import (
     check_agreement,
@@ -24,7 +24,6 @@ from .config import (
 )
 from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, is_main_process, report, say, table
 from .names import default_run_name, run_directory
-from .ops import use_own_ninja
 
 SECRET = ("hub_token",)
 VERSIONED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "datasets", "safetensors", "wandb")
@@ -121,8 +120,9 @@ def check_resume(settings):
                        f"with it: {resume.command(directory)}")
 
 
-def _start_processes(gpu, fetch_ahead=False):
-    """Join the ranks; before TrainingArguments, or DeepSpeed would take the number of CPU ranks for 1."""
+def _start_processes(gpu, config, fetch_ahead=False):
+    """Join the ranks, and return how many are on this machine. Before TrainingArguments, or DeepSpeed would take the number of CPU
+    ranks for 1."""
     import socket
 
     import torch
@@ -149,10 +149,12 @@ def _start_processes(gpu, fetch_ahead=False):
         torch.cuda.set_device(local)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    use_own_ninja()
+    ops.use_own_ninja()
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
+    if os.environ["LOCAL_RANK"] == "0":  # the other ranks wait for it where they join
+        ops.ensure(ops.needed(config, ranks_here, gpu))
     offload.apply(fetch_ahead)
     deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
     if not gpu:
@@ -187,7 +189,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Measured for LoRA and full fine-tuning on a GPU (docs/benchmarks.md); on a CPU nothing is gained by it.
     leaf = settings.leaf_modules if settings.leaf_modules is not None else gpu
-    ranks_here = _start_processes(gpu, gpu and leaf and settings.fetch_ahead and not uses_nvme(config, "offload_param"))
+    ranks_here = _start_processes(gpu, config, gpu and leaf and settings.fetch_ahead and not uses_nvme(config, "offload_param"))
     import torch
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as transformers_logging
