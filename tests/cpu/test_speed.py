@@ -1,4 +1,6 @@
 """Every speed feature changes the time and not the numbers."""
+import time
+
 import pytest
 from conftest import ROOT
 from test_parity import close
@@ -86,3 +88,34 @@ def test_two_ranks(trains):
                                           (["--use_liger_kernel", "true"], "Liger's kernels cannot run here")])
 def test_refused(trains, flags, words):
     assert words in trains("run", *FLAGS, *flags, code=2, launcher=False).output
+
+
+def test_adam_without_the_interpreters_lock():
+    """The same numbers as by DeepSpeed's binding, while another thread goes on."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    from trainer.offload import host_step
+
+    size = 30_000_000
+    optimizer = DeepSpeedCPUAdam([torch.zeros(1)], lr=1e-3)
+    torch.manual_seed(0)
+    start = [torch.randn(size) for _ in range(3)] + [torch.rand(size)]  # weights, gradients, moments
+    update = host_step.adam_update(optimizer.ds_opt_adam)
+    assert update != optimizer.ds_opt_adam.adam_update
+    results, pauses = [], []
+    for function in (optimizer.ds_opt_adam.adam_update, update):
+        tensors = [t.clone() for t in start]
+        with ThreadPoolExecutor(1) as pool:
+            ticks = [time.perf_counter()]  # before: the thread may take the lock while it is being started
+            done = pool.submit(function, optimizer.opt_id, 3, 1e-3, 0.9, 0.999, 1e-8, 0.01, True, *tensors)
+            while not done.done():
+                ticks.append(time.perf_counter())
+            ticks.append(time.perf_counter())
+            done.result()
+        results.append(tensors)
+        pauses.append(max(b - a for a, b in zip(ticks, ticks[1:])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and not torch.equal(results[0][0], start[0])
+    assert pauses[1] < pauses[0] / 2, pauses  # seconds for which this thread stood still; the first is the whole update

@@ -6,6 +6,7 @@ its norm is taken where it was made; and the step goes in pieces that stay in th
 Adam is DeepSpeed's own kernel with the same numbers. (runtime/zero/stage3.py: partition_grads, _optimizer_step,
 unscale_and_clip_grads)
 """
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,6 +29,23 @@ def applies(zero):
             and zero.master_weights_and_grads_dtype == torch.float32 and zero.optimizer.fp32_optimizer_states
             and set(zero.subgroup_to_device.values()) == {"cpu"} and not zero.torch_autocast_gradscaler
             and zero.model_parallel_rank == 0 and not zero.params_in_nvme_and_cpu)
+
+
+def adam_update(op):
+    """The op's `adam_update`, called past its Python binding, which holds the interpreter's lock for all of its work: the thread that
+    launches the GPU's kernels would stand still. (A C++ reference to a tensor is the address of a pointer to its implementation.)"""
+    try:
+        function = ctypes.CDLL(op.__file__)["_Z12ds_adam_stepimfffffbRN2at6TensorES1_S1_S1_"]
+    except (AttributeError, OSError):  # another compiler's names
+        return op.adam_update
+    tensor = ctypes.POINTER(ctypes.c_void_p)
+    function.argtypes = [ctypes.c_int, ctypes.c_size_t, *[ctypes.c_float] * 5, ctypes.c_bool, *[tensor] * 4]
+
+    def update(optimizer, step, *rest):
+        *numbers, bias_correction = rest[:-4]
+        function(optimizer, step, *numbers, bias_correction, *(ctypes.byref(ctypes.c_void_p(t._cdata)) for t in rest[-4:]))
+
+    return update
 
 
 def install(zero, overlap=False):
@@ -67,6 +85,7 @@ class _HostStep:
         self.group_of = {p.ds_id: i for i, group in enumerate(zero.fp16_groups) for p in group}
         # What stays on the GPU gets its new values at once.
         self.first = {self.group_of[p.ds_id] for p in zero.persistent_parameters if p.ds_id in self.group_of}
+        self.adam_update = adam_update(zero.optimizer.ds_opt_adam)
         size = max(f.numel() for f in zero.fp32_partitioned_groups_flat)
         self.staging = torch.empty(min(PIECE, size), dtype=torch.float32)
         self.offsets, at = [], 0
@@ -154,8 +173,8 @@ class _HostStep:
             if scale != 1.0:
                 grad.mul_(scale)
             weight, first, second = (t.narrow(0, at, size) for t in (weights, state["exp_avg"], state["exp_avg_sq"]))
-            adam.ds_opt_adam.adam_update(adam.opt_id, state["step"], group["lr"], *group["betas"], group["eps"],
-                                         group["weight_decay"], group["bias_correction"], weight, grad, first, second)
+            self.adam_update(adam.opt_id, state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+                             group["bias_correction"], weight, grad, first, second)
             if low is not None:
                 low.narrow(0, at, size).copy_(weight)
 
