@@ -2,28 +2,29 @@
 
 The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there and copies it once more: 8 bytes
 a parameter over PCIe, 4 of host memory, and then three passes over all of it (scale, Adam, cast). Here it is copied once, as it is;
-its norm is taken where it was made; and the step goes in pieces that stay in the CPU's caches between scaling, Adam and the cast.
-Adam is DeepSpeed's own kernel with the same numbers. (runtime/zero/stage3.py: partition_grads, _optimizer_step,
-unscale_and_clip_grads)
+its norm is taken where it was made; and the step goes in pieces that stay in a core's caches between scaling, Adam and the cast. Each
+thread takes the next piece when it is done with one: no thread waits for another, as all do at the end of each OpenMP loop, where one
+core that the machine's host lends to somebody else for a moment holds up all of them. Adam is DeepSpeed's own kernel with the same
+numbers. (runtime/zero/stage3.py: partition_grads, _optimizer_step, unscale_and_clip_grads)
 """
 import ctypes
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from . import stepping
 
-PIECE = 2**22  # elements: 16 MB of each fp32 tensor, 1 MB of it a core where there are 16
+PIECE = 2**19  # elements: 2 MB of each fp32 tensor
 SMALL = 2**22  # elements; smaller tensors that lie side by side on the host travel together
 
 
 def applies(zero):
     """Whether this optimizer takes the plain way: AdamW by DeepSpeed's CPU kernel, fp32 master weights in RAM, data parallel."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
     return (type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3" and isinstance(zero.optimizer, DeepSpeedCPUAdam)
             and zero.offload_optimizer and not zero.swap_optimizer and not getattr(zero, "zenflow", False) and not zero.use_muon
             and zero.master_weights_and_grads_dtype == torch.float32 and zero.optimizer.fp32_optimizer_states
@@ -32,12 +33,13 @@ def applies(zero):
 
 
 def adam_update(op):
-    """The op's `adam_update`, called past its Python binding, which holds the interpreter's lock for all of its work: the thread that
-    launches the GPU's kernels would stand still. (A C++ reference to a tensor is the address of a pointer to its implementation.)"""
+    """The op's `adam_update`, called past its Python binding, which holds the interpreter's lock for all of its work: all other threads
+    would stand still. None where the op was built with other names. (A C++ reference to a tensor is the address of a pointer to its
+    implementation.)"""
     try:
         function = ctypes.CDLL(op.__file__)["_Z12ds_adam_stepimfffffbRN2at6TensorES1_S1_S1_"]
-    except (AttributeError, OSError):  # another compiler's names
-        return op.adam_update
+    except (AttributeError, OSError):
+        return None
     tensor = ctypes.POINTER(ctypes.c_void_p)
     function.argtypes = [ctypes.c_int, ctypes.c_size_t, *[ctypes.c_float] * 5, ctypes.c_bool, *[tensor] * 4]
 
@@ -51,14 +53,14 @@ def adam_update(op):
 def install(zero, overlap=False):
     """Take over where `applies`. overlap: the step goes on in a thread beside the next forward pass, whose layers wait for their own
     update only. Returns what it does, in words; nothing where it does not apply."""
-    if not applies(zero):
+    update = adam_update(zero.optimizer.ds_opt_adam) if applies(zero) else None
+    if update is None:
         return ""
-    state = zero.host_step = _HostStep(zero)
     flats = zero.fp16_partitioned_groups_flat
-    if overlap and dist.get_world_size() == 1 and all(f is not None and f.device.type == "cpu" for f in flats):
-        threads = max(1, torch.get_num_threads() - 1)  # one is left to launch the GPU's work
+    overlap = overlap and dist.get_world_size() == 1 and all(f is not None and f.device.type == "cpu" for f in flats)
+    state = zero.host_step = _HostStep(zero, update, overlap)
+    if overlap:
         stepping[:] = [state]
-        state.worker = ThreadPoolExecutor(1, "optimizer", torch.set_num_threads, (threads,))
     names = ["partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
              "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"]
     if dist.get_world_size() == 1:  # with more ranks the parameters that stay have to be gathered anew
@@ -69,25 +71,29 @@ def install(zero, overlap=False):
         flat.grad = None  # the fp32 copies of the gradients
     if torch.cuda.is_available():
         torch._C._host_emptyCache()  # pinned memory that the parameters had before they moved into one buffer
-    return "in pieces, beside the next forward pass" if state.worker else "in pieces"
+    return "in pieces, beside the next forward pass" if overlap else "in pieces"
 
 
 class _HostStep:
-    def __init__(self, zero):
-        self.zero = zero
+    def __init__(self, zero, adam_update, overlap):
+        self.zero, self.adam_update, self.overlap = zero, adam_update, overlap
         self.table = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         self.reassign_plain, self.post_step_plain = zero._reassign_or_swap_out_partitioned_parameters, zero._post_step
         self.real = {p.ds_id for group in zero.fp16_groups for p in group
                      if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel}
         self.everything = list(zero.parameter_offload.module.parameters())
         self.scale, self.written = 1.0, set()
-        self.queue, self.pending, self.worker = [], {}, None  # updates to make, {sub-group: being made}, who makes them
+        self.queue, self.pending, self.failure = [], {}, None  # updates to make, {sub-group: [pieces left, when there are none]}
         self.group_of = {p.ds_id: i for i, group in enumerate(zero.fp16_groups) for p in group}
         # What stays on the GPU gets its new values at once.
         self.first = {self.group_of[p.ds_id] for p in zero.persistent_parameters if p.ds_id in self.group_of}
-        self.adam_update = adam_update(zero.optimizer.ds_opt_adam)
-        size = max(f.numel() for f in zero.fp32_partitioned_groups_flat)
-        self.staging = torch.empty(min(PIECE, size), dtype=torch.float32)
+        self.lock, self.adams, self.step, cores = threading.Lock(), [], 0, torch.get_num_threads()
+        threads = max(1, cores - overlap)  # beside the forward pass one core is left to launch the GPU's work
+        self.pool, started = ThreadPoolExecutor(threads, "optimizer", self._alone), threading.Barrier(threads)
+        list(self.pool.map(lambda _: started.wait(), range(threads)))
+        torch.set_num_threads(cores)  # the threads' own number had become that of all threads to come
+        size = min(PIECE, max(f.numel() for f in zero.fp32_partitioned_groups_flat))
+        self.staging = [torch.empty(size, dtype=torch.float32) for _ in range(threads)]
         self.offsets, at = [], 0
         for flat in zero.fp32_partitioned_groups_flat:
             self.offsets.append(at)
@@ -156,38 +162,90 @@ class _HostStep:
                 self.table[param.ds_id].zero_()  # no gradient this time; what lies there is an older one
         if low is not None:
             self.written.add(i)
-        if self.worker and i not in self.first:
-            self.queue.append((i, group, state, self.scale))
-        else:
-            self._update(i, group, state, self.scale)
+        self.queue.append((i, group, state, self.scale))
+        if low is None:  # its values go out by the stock way, at once
+            self._start()
+            self._wait([i])
+        elif i == len(zero.fp16_groups) - 1:
+            self.queue.sort(key=lambda update: update[0] not in self.first)
+            self._start()
+            self._wait(self.first & self.pending.keys() if self.overlap else list(self.pending))
+
+    def _start(self):
+        """Have all queued updates made."""
+        zero, pieces = self.zero, []
+        for i, group, state, scale in self.queue:
+            flat, low = zero.fp32_partitioned_groups_flat[i].detach(), zero.fp16_partitioned_groups_flat[i]
+            grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
+            self._count_to(state["step"], group)
+            numbers = (state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+            tensors = flat, grads, state["exp_avg"], state["exp_avg_sq"], low
+            starts = range(0, flat.numel(), PIECE)
+            pieces += [(i, at, min(PIECE, flat.numel() - at), scale, numbers, tensors) for at in starts]
+            self.pending[i] = [len(starts), threading.Event()]
+        self.queue.clear()
+        self.pieces = iter(pieces)
+        for adam, staging in zip(self.adams, self.staging, strict=True):
+            self.pool.submit(self._work, self.pieces, adam, staging)
+
+    def _count_to(self, step, group):
+        """Bring each thread's Adam to `step`. It multiplies beta**step up from step to step, in fp32: so all have the same."""
+        op, settings = self.zero.optimizer.ds_opt_adam, (*group["betas"], group["eps"], 0.0)
+        if not self.adams:
+            for _ in self.staging:
+                op.create_adam(DeepSpeedCPUAdam.optimizer_id, 0.0, *settings, self.zero.optimizer.adam_w_mode, False)
+                self.adams.append(DeepSpeedCPUAdam.optimizer_id)
+                DeepSpeedCPUAdam.optimizer_id += 1
+        nothing = torch.zeros(4, 1).unbind()
+        for number in range(self.step + 1, step + 1):
+            for adam in self.adams:
+                op.adam_update(adam, number, 0.0, *settings, True, *nothing)
+        self.step = step
 
     @torch.no_grad()
-    def _update(self, i, group, state, scale):
-        zero = self.zero
-        adam, flat, low = zero.optimizer, zero.fp32_partitioned_groups_flat[i], zero.fp16_partitioned_groups_flat[i]
-        grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
-        weights = flat.detach()
-        for at in range(0, flat.numel(), PIECE):
-            size = min(PIECE, flat.numel() - at)
-            grad = self.staging[:size].copy_(grads.narrow(0, at, size))
-            if scale != 1.0:
-                grad.mul_(scale)
-            weight, first, second = (t.narrow(0, at, size) for t in (weights, state["exp_avg"], state["exp_avg_sq"]))
-            self.adam_update(adam.opt_id, state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                             group["bias_correction"], weight, grad, first, second)
-            if low is not None:
-                low.narrow(0, at, size).copy_(weight)
+    def _work(self, pieces, adam, staging):
+        """Make pieces, until there are none, in one of the threads; others take from the same iterator."""
+        try:
+            for i, at, size, scale, numbers, tensors in pieces:
+                self._update(at, size, scale, numbers, tensors, adam, staging)
+                with self.lock:
+                    self.pending[i][0] -= 1
+                    if not self.pending[i][0]:
+                        self.pending[i][1].set()
+        except Exception as error:  # it is raised where somebody waits
+            self.failure = error
+            for _, done in list(self.pending.values()):
+                done.set()
+
+    def _update(self, at, size, scale, numbers, tensors, adam, staging):
+        weight, grad, first, second, low = (t if t is None else t.narrow(0, at, size) for t in tensors)
+        grad = staging[:size].copy_(grad)
+        if scale != 1.0:
+            grad.mul_(scale)
+        self.adam_update(adam, *numbers, weight, grad, first, second)
+        if low is not None:
+            low.copy_(weight)
+
+    def _alone(self):
+        """One of the optimizer's threads uses one core, in torch and in Adam's own OpenMP."""
+        torch.set_num_threads(1)
+        ctypes.CDLL(self.zero.optimizer.ds_opt_adam.__file__).omp_set_num_threads(1)
+
+    def _wait(self, groups):
+        for group in groups:
+            self.pending[group][1].wait()
+            if self.failure:
+                raise self.failure
+            del self.pending[group]
 
     # -- the step beside the next forward pass -----------------------------------------------------------------------
     def wait_for(self, params):
         """Before parameters are fetched: their update is done."""
-        for group in {self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of} & self.pending.keys():
-            self.pending.pop(group).result()
+        self._wait({self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of} & self.pending.keys())
 
     def drain(self):
         """All updates are done."""
-        for group in list(self.pending):
-            self.pending.pop(group).result()
+        self._wait(list(self.pending))
 
     def reassign_or_swap_out_partitioned_parameters(self, i):
         if i in self.written:  # the low-precision copy was made piece by piece
@@ -213,9 +271,6 @@ class _HostStep:
     def post_step(self, timer_names):
         """After it: what stayed gets its new values, neighbours in one copy."""
         stayed = [p for p in self.zero.persistent_parameters if p.requires_grad and p.ds_status == ZeroParamStatus.AVAILABLE]
-        for i, *update in self.queue:
-            self.pending[i] = self.worker.submit(self._update, i, *update)
-        self.queue.clear()
         self.post_step_plain(timer_names)
         for held, params in _runs([(p.ds_tensor.data, p) for p in stayed]):
             new = held.to(params[0].device, non_blocking=True).split([p.ds_numel for p in params])
