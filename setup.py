@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=["trainer", "trainer.offload", "data"],
-    package_data={"data": ["samples/*", "templates/*"]},
+    package_data={"data": ["samples/*", "templates/*"], "trainer.offload": ["adam.c"]},
     install_requires=REQUIRES,
     extras_require={
         "gpu": ["liger-kernel>=0.8,<0.9"],  # Triton kernels: norms, rotary embedding, gated MLP, loss

@@ -3,9 +3,12 @@
 Run as: python -m trainer.ops cpu_adam async_io
 """
 import argparse
+import ctypes
 import fcntl
 import glob
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -119,6 +122,28 @@ def _is_stale(lock):
     return lock.exists()
 
 
+def adam():
+    """Our AdamW (offload/adam.c), loaded; compiled where it is not yet, in a second. RunError where that fails."""
+    source = Path(__file__).parent / "offload" / "adam.c"
+    name = hashlib.sha256(source.read_bytes() + platform.machine().encode()).hexdigest()[:16]
+    target = cache_directory() / "zero-offload-adam" / f"{name}.so"
+    if not target.exists():
+        compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
+        if not compiler:
+            raise RunError("no C compiler", needed="gcc", fix="apt-get install gcc", code=DOES_NOT_FIT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        own = target.with_suffix(f".{os.getpid()}")  # another rank may be at it
+        command = [*compiler.split(), "-O3", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", source]
+        done = subprocess.run([*command, "-o", own, "-lm"], text=True, capture_output=True)
+        if done.returncode:
+            raise RunError("offload/adam.c could not be compiled", found=" ".join(done.stderr.split())[-600:], code=DOES_NOT_FIT)
+        os.replace(own, target)
+    library = ctypes.CDLL(str(target))
+    library.adam_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    library.adam_wait.argtypes = [ctypes.c_void_p]
+    return library
+
+
 def build(names):
     """Build what is not built yet. One build at a time on a machine; a lock that a killed build left behind is removed."""
     use_own_ninja()
@@ -134,6 +159,8 @@ def build(names):
         fcntl.flock(lock, fcntl.LOCK_EX)
         for name in names:
             _build_one(name)
+    if "cpu_adam" in names:
+        adam()
 
 
 def _build_one(name):

@@ -2,13 +2,11 @@
 
 The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there and copies it once more: 8 bytes
 a parameter over PCIe, 4 of host memory, and then three passes over all of it (scale, Adam, cast). Here it is copied once, as it is;
-its norm is taken where it was made; and the step goes in pieces that stay in a core's caches between scaling, Adam and the cast. Each
-thread takes the next piece when it is done with one: no thread waits for another, as all do at the end of each OpenMP loop, where one
-core that the machine's host lends to somebody else for a moment holds up all of them. Adam is DeepSpeed's own kernel with the same
-numbers. (runtime/zero/stage3.py: partition_grads, _optimizer_step, unscale_and_clip_grads)
+its norm is taken where it was made; and one pass (adam.c) scales, steps and casts. (runtime/zero/stage3.py: partition_grads,
+_optimizer_step, unscale_and_clip_grads)
 """
 import ctypes
-import threading
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,9 +15,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+from .. import ops
+from ..errors import RunError
 from . import stepping
 
-PIECE = 2**19  # elements: 2 MB of each fp32 tensor
+BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: -16}  # as adam.c has them
 SMALL = 2**22  # elements; smaller tensors that lie side by side on the host travel together
 
 
@@ -29,36 +29,46 @@ def applies(zero):
             and zero.offload_optimizer and not zero.swap_optimizer and not getattr(zero, "zenflow", False) and not zero.use_muon
             and zero.master_weights_and_grads_dtype == torch.float32 and zero.optimizer.fp32_optimizer_states
             and set(zero.subgroup_to_device.values()) == {"cpu"} and not zero.torch_autocast_gradscaler
-            and zero.model_parallel_rank == 0 and not zero.params_in_nvme_and_cpu)
+            and zero.model_parallel_rank == 0 and not zero.params_in_nvme_and_cpu and zero.optimizer.adam_w_mode)
 
 
-def adam_update(op):
-    """The op's `adam_update`, called past its Python binding, which holds the interpreter's lock for all of its work: all other threads
-    would stand still. None where the op was built with other names. (A C++ reference to a tensor is the address of a pointer to its
-    implementation.)"""
-    try:
-        function = ctypes.CDLL(op.__file__)["_Z12ds_adam_stepimfffffbRN2at6TensorES1_S1_S1_"]
-    except (AttributeError, OSError):
-        return None
-    tensor = ctypes.POINTER(ctypes.c_void_p)
-    function.argtypes = [ctypes.c_int, ctypes.c_size_t, *[ctypes.c_float] * 5, ctypes.c_bool, *[tensor] * 4]
+class Update(ctypes.Structure):
+    """`update` of adam.c."""
 
-    def update(optimizer, step, *rest):
-        *numbers, bias_correction = rest[:-4]
-        function(optimizer, step, *numbers, bias_correction, *(ctypes.byref(ctypes.c_void_p(t._cdata)) for t in rest[-4:]))
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "first", "second", "grad", "low")),
+                *((name, ctypes.c_int64) for name in ("size", "left")),
+                *((name, ctypes.c_float) for name in ("scale", "lr", "beta1", "beta2", "eps", "decay", "correction1", "correction2"))]
 
-    return update
+
+def update_of(weight, grad, state, group, scale, low=None):
+    """Adam's update of one flat tensor: fp32 weight and moments, a gradient of any of BITS, its low-precision copy of the same type.
+    state: step, counted from 1, exp_avg, exp_avg_sq. group: the optimizer's settings. scale: multiplies the gradient."""
+    (beta1, beta2), step = group["betas"], state["step"]
+    corrections = (1 - beta1**step, 1 / math.sqrt(1 - beta2**step)) if group["bias_correction"] else (1, 1)
+    return Update(weight.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), grad.data_ptr(),
+                  None if low is None else low.data_ptr(), weight.numel(), weight.numel(), scale, group["lr"], beta1, beta2,
+                  group["eps"], group["weight_decay"], *corrections)
+
+
+def run(adam, updates, bits, threads):
+    """Make an array of them, begun in order, by so many threads. Other Python threads go on."""
+    adam.adam_step(updates, len(updates), bits, threads)
 
 
 def install(zero, overlap=False):
     """Take over where `applies`. overlap: the step goes on in a thread beside the next forward pass, whose layers wait for their own
     update only. Returns what it does, in words; nothing where it does not apply."""
-    update = adam_update(zero.optimizer.ds_opt_adam) if applies(zero) else None
-    if update is None:
+    if not applies(zero):
         return ""
+    try:
+        adam = ops.adam()
+    except RunError as error:
+        return f"DeepSpeed's own, {error}"
+    if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
+        return "DeepSpeed's own, this C compiler does not know fp16"
     flats = zero.fp16_partitioned_groups_flat
     overlap = overlap and dist.get_world_size() == 1 and all(f is not None and f.device.type == "cpu" for f in flats)
-    state = zero.host_step = _HostStep(zero, update, overlap)
+    state = zero.host_step = _HostStep(zero, adam, overlap)
     if overlap:
         stepping[:] = [state]
     names = ["partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
@@ -71,29 +81,26 @@ def install(zero, overlap=False):
         flat.grad = None  # the fp32 copies of the gradients
     if torch.cuda.is_available():
         torch._C._host_emptyCache()  # pinned memory that the parameters had before they moved into one buffer
-    return "in pieces, beside the next forward pass" if overlap else "in pieces"
+    return "in one pass, beside the next forward pass" if overlap else "in one pass"
 
 
 class _HostStep:
-    def __init__(self, zero, adam_update, overlap):
-        self.zero, self.adam_update, self.overlap = zero, adam_update, overlap
+    def __init__(self, zero, adam, overlap):
+        self.zero, self.adam, self.overlap = zero, adam, overlap
+        self.bits = BITS[zero.grad_partitions_flat_buffer.dtype]
         self.table = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         self.reassign_plain, self.post_step_plain = zero._reassign_or_swap_out_partitioned_parameters, zero._post_step
         self.real = {p.ds_id for group in zero.fp16_groups for p in group
                      if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel}
         self.everything = list(zero.parameter_offload.module.parameters())
         self.scale, self.written = 1.0, set()
-        self.queue, self.pending, self.failure = [], {}, None  # updates to make, {sub-group: [pieces left, when there are none]}
+        self.queue, self.pending = {}, {}  # {sub-group: update}: to be made, being made
         self.group_of = {p.ds_id: i for i, group in enumerate(zero.fp16_groups) for p in group}
         # What stays on the GPU gets its new values at once.
         self.first = {self.group_of[p.ds_id] for p in zero.persistent_parameters if p.ds_id in self.group_of}
-        self.lock, self.adams, self.step, cores = threading.Lock(), [], 0, torch.get_num_threads()
-        threads = max(1, cores - overlap)  # beside the forward pass one core is left to launch the GPU's work
-        self.pool, started = ThreadPoolExecutor(threads, "optimizer", self._alone), threading.Barrier(threads)
-        list(self.pool.map(lambda _: started.wait(), range(threads)))
-        torch.set_num_threads(cores)  # the threads' own number had become that of all threads to come
-        size = min(PIECE, max(f.numel() for f in zero.fp32_partitioned_groups_flat))
-        self.staging = [torch.empty(size, dtype=torch.float32) for _ in range(threads)]
+        cores = torch.get_num_threads()
+        self.threads = max(1, cores - overlap)  # beside the forward pass one core is left to launch the GPU's work
+        self.worker = ThreadPoolExecutor(1, "optimizer") if overlap else None
         self.offsets, at = [], 0
         for flat in zero.fp32_partitioned_groups_flat:
             self.offsets.append(at)
@@ -160,92 +167,39 @@ class _HostStep:
         for param in zero.fp16_groups[i]:
             if param.ds_id in self.real and param.ds_id not in self.seen:
                 self.table[param.ds_id].zero_()  # no gradient this time; what lies there is an older one
-        if low is not None:
+        own = low is not None and low.device.type == "cpu" and low.dtype == zero.grad_partitions_flat_buffer.dtype
+        if own:
             self.written.add(i)
-        self.queue.append((i, group, state, self.scale))
-        if low is None:  # its values go out by the stock way, at once
-            self._start()
-            self._wait([i])
+        grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
+        self.queue[i] = update_of(flat, grads, state, group, self.scale, low if own else None)
+        if not own:  # its values go out by the stock way, at once
+            self._start([i])
         elif i == len(zero.fp16_groups) - 1:
-            self.queue.sort(key=lambda update: update[0] not in self.first)
-            self._start()
-            self._wait(self.first & self.pending.keys() if self.overlap else list(self.pending))
+            self._start([i for i in self.queue if not self.worker or i in self.first])
+            self._start(list(self.queue), self.worker)
 
-    def _start(self):
-        """Have all queued updates made."""
-        zero, pieces = self.zero, []
-        for i, group, state, scale in self.queue:
-            flat, low = zero.fp32_partitioned_groups_flat[i].detach(), zero.fp16_partitioned_groups_flat[i]
-            grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
-            self._count_to(state["step"], group)
-            numbers = (state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
-            tensors = flat, grads, state["exp_avg"], state["exp_avg_sq"], low
-            starts = range(0, flat.numel(), PIECE)
-            pieces += [(i, at, min(PIECE, flat.numel() - at), scale, numbers, tensors) for at in starts]
-            self.pending[i] = [len(starts), threading.Event()]
-        self.queue.clear()
-        self.pieces = iter(pieces)
-        for adam, staging in zip(self.adams, self.staging, strict=True):
-            self.pool.submit(self._work, self.pieces, adam, staging)
-
-    def _count_to(self, step, group):
-        """Bring each thread's Adam to `step`. It multiplies beta**step up from step to step, in fp32: so all have the same."""
-        op, settings = self.zero.optimizer.ds_opt_adam, (*group["betas"], group["eps"], 0.0)
-        if not self.adams:
-            for _ in self.staging:
-                op.create_adam(DeepSpeedCPUAdam.optimizer_id, 0.0, *settings, self.zero.optimizer.adam_w_mode, False)
-                self.adams.append(DeepSpeedCPUAdam.optimizer_id)
-                DeepSpeedCPUAdam.optimizer_id += 1
-        nothing = torch.zeros(4, 1).unbind()
-        for number in range(self.step + 1, step + 1):
-            for adam in self.adams:
-                op.adam_update(adam, number, 0.0, *settings, True, *nothing)
-        self.step = step
-
-    @torch.no_grad()
-    def _work(self, pieces, adam, staging):
-        """Make pieces, until there are none, in one of the threads; others take from the same iterator."""
-        try:
-            for i, at, size, scale, numbers, tensors in pieces:
-                self._update(at, size, scale, numbers, tensors, adam, staging)
-                with self.lock:
-                    self.pending[i][0] -= 1
-                    if not self.pending[i][0]:
-                        self.pending[i][1].set()
-        except Exception as error:  # it is raised where somebody waits
-            self.failure = error
-            for _, done in list(self.pending.values()):
-                done.set()
-
-    def _update(self, at, size, scale, numbers, tensors, adam, staging):
-        weight, grad, first, second, low = (t if t is None else t.narrow(0, at, size) for t in tensors)
-        grad = staging[:size].copy_(grad)
-        if scale != 1.0:
-            grad.mul_(scale)
-        self.adam_update(adam, *numbers, weight, grad, first, second)
-        if low is not None:
-            low.copy_(weight)
-
-    def _alone(self):
-        """One of the optimizer's threads uses one core, in torch and in Adam's own OpenMP."""
-        torch.set_num_threads(1)
-        ctypes.CDLL(self.zero.optimizer.ds_opt_adam.__file__).omp_set_num_threads(1)
-
-    def _wait(self, groups):
-        for group in groups:
-            self.pending[group][1].wait()
-            if self.failure:
-                raise self.failure
-            del self.pending[group]
+    def _start(self, groups, worker=None):
+        """Have these updates made: now, or by the worker."""
+        if not groups:
+            return
+        updates = (Update * len(groups))(*(self.queue.pop(i) for i in groups))
+        if worker:
+            self.pending.update(zip(groups, updates, strict=True))
+            self.made = worker.submit(run, self.adam, updates, self.bits, self.threads)
+        else:
+            run(self.adam, updates, self.bits, self.threads)
 
     # -- the step beside the next forward pass -----------------------------------------------------------------------
     def wait_for(self, params):
         """Before parameters are fetched: their update is done."""
-        self._wait({self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of} & self.pending.keys())
+        for group in {self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of} & self.pending.keys():
+            self.adam.adam_wait(ctypes.byref(self.pending.pop(group)))
 
     def drain(self):
         """All updates are done."""
-        self._wait(list(self.pending))
+        if self.pending:
+            self.made.result()
+            self.pending.clear()
 
     def reassign_or_swap_out_partitioned_parameters(self, i):
         if i in self.written:  # the low-precision copy was made piece by piece

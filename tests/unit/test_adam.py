@@ -1,0 +1,96 @@
+"""Our AdamW (trainer/offload/adam.c) against torch's in double precision, in every type, size and number of threads."""
+import ctypes
+
+import pytest
+import torch
+
+from trainer import ops
+from trainer.errors import RunError
+from trainer.offload import host_step
+
+GROUP = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "bias_correction": True}
+PIECE = 2**16  # of adam.c
+STEPS = 4
+
+
+def trained(sizes, dtype, threads=2, scale=0.5, low=True):
+    """[(weight, first, second, low-precision copy)] after STEPS updates, and the gradients of each step."""
+    adam, generator = ops.adam(), torch.Generator().manual_seed(0)
+    states = [{"step": 0, "exp_avg": torch.zeros(n), "exp_avg_sq": torch.zeros(n)} for n in sizes]
+    weights = [torch.randn(n, generator=generator) for n in sizes]
+    copies = [torch.full((n,), 9.0, dtype=dtype) if low else None for n in sizes]
+    grads = []
+    for _ in range(STEPS):
+        grads.append([torch.randn(n, generator=generator).to(dtype) for n in sizes])
+        updates = []
+        for weight, grad, state, copy in zip(weights, grads[-1], states, copies, strict=True):
+            state["step"] += 1
+            updates.append(host_step.update_of(weight, grad, state, GROUP, scale, copy))
+        updates = (host_step.Update * len(sizes))(*updates)
+        host_step.run(adam, updates, host_step.BITS[dtype], threads)
+        for update in updates:
+            assert update.left == 0
+            adam.adam_wait(ctypes.byref(update))
+    return [(w, s["exp_avg"], s["exp_avg_sq"], c) for w, s, c in zip(weights, states, copies, strict=True)], grads
+
+
+@pytest.mark.parametrize("dtype", host_step.BITS)
+def test_against_torch(dtype):
+    if dtype == torch.float16 and not ops.adam().adam_knows_fp16():
+        pytest.skip("this compiler knows no fp16")
+    sizes = [1, 7, 1000, PIECE, 3 * PIECE + 5]
+    found, grads = trained(sizes, dtype)
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(n, generator=generator).double().requires_grad_() for n in sizes]
+    optimizer = torch.optim.AdamW(exact, lr=GROUP["lr"], betas=GROUP["betas"], eps=GROUP["eps"], weight_decay=GROUP["weight_decay"])
+    for step in grads:
+        for parameter, grad in zip(exact, step, strict=True):
+            parameter.grad = grad.double() * 0.5
+        optimizer.step()
+    for (weight, first, second, low), parameter in zip(found, exact, strict=True):
+        state = optimizer.state[parameter]
+        for own, right in ((weight, parameter.detach()), (first, state["exp_avg"]), (second, state["exp_avg_sq"])):
+            torch.testing.assert_close(own.double(), right, rtol=2e-6, atol=1e-6)
+        assert torch.equal(low, weight.to(dtype))
+
+
+def test_threads_and_neighbours_change_nothing():
+    """An element's new value depends on nothing but its own numbers: not on the threads, nor on where a piece or a vector ends."""
+    sizes = [5 * PIECE + 77]
+    one, two = (trained(sizes, torch.bfloat16, threads)[0][0] for threads in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    adam, (weight, grad) = ops.adam(), torch.randn(2, 1000)
+    state = {"step": 3, "exp_avg": torch.randn(1000), "exp_avg_sq": torch.rand(1000)}
+    alone = weight.clone(), {"step": 3, "exp_avg": state["exp_avg"].clone(), "exp_avg_sq": state["exp_avg_sq"].clone()}
+    host_step.run(adam, (host_step.Update * 1)(host_step.update_of(weight, grad, state, GROUP, 1.0)), 32, 1)
+    parts = [host_step.update_of(alone[0][i:i + 1], grad[i:i + 1], {k: v if k == "step" else v[i:i + 1] for k, v in alone[1].items()},
+                                 GROUP, 1.0) for i in range(1000)]
+    host_step.run(adam, (host_step.Update * 1000)(*parts), 32, 2)
+    assert torch.equal(weight, alone[0]) and torch.equal(state["exp_avg"], alone[1]["exp_avg"])
+
+
+def test_the_copy():
+    """Rounded as torch does it, infinities and NaN too; and without a copy nothing else is written."""
+    adam = ops.adam()
+    weight = torch.cat([torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.4e38, 1e-40]), torch.randn(100_000)])
+    low, zero = torch.empty_like(weight, dtype=torch.bfloat16), torch.zeros_like(weight)
+    grad = zero.bfloat16()
+    state = {"step": 1, "exp_avg": zero.clone(), "exp_avg_sq": zero.clone()}
+    group = {**GROUP, "weight_decay": 0.0}
+    before = weight.clone()
+    host_step.run(adam, (host_step.Update * 1)(host_step.update_of(weight, grad, state, group, 1.0, low)), 16, 2)
+    assert torch.equal(weight.nan_to_num(7), before.nan_to_num(7))
+    assert torch.equal(low.float().nan_to_num(7), weight.bfloat16().float().nan_to_num(7)) and low[0].isnan()
+    (with_copy,), (without,) = (trained([1000], torch.bfloat16, low=low)[0] for low in (True, False))
+    assert torch.equal(with_copy[0], without[0]) and without[3] is None
+
+
+def test_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(RunError, match="could not be compiled"):
+        ops.adam()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RunError, match="no C compiler"):
+        ops.adam()
