@@ -14,6 +14,7 @@ RECIPE ?=
 RUN ?=
 TORCH_INDEX ?=
 DETACH ?=
+AUTO ?=
 CASE ?=
 ARGS ?=
 
@@ -44,6 +45,7 @@ help: ## this list
 	  'GPUS=N               ranks on this machine (default: all GPUs)' \
 	  'HOSTFILE=FILE        several machines, as DeepSpeed reads it' \
 	  'NVME=DIR             directory on a local NVMe for swap files (default: .swap)' \
+	  'AUTO=1               with train-zero3: configuration and batch as the plan chooses them' \
 	  'DETACH=1             in the background: survives the SSH session, logs to runs/NAME/train.log' \
 	  'TORCH_INDEX=URL      package index with another CUDA build of torch' \
 	  'ARGS="--flag value"  anything else that launch/train.py takes'
@@ -91,8 +93,8 @@ $(VENV)/.ops-aio: $(if $(call built,async_io),,rebuild) | $(VENV)/.ops
 rebuild:
 
 ##@ Train
-train-zero3: setup ## ZeRO-3, parameters and optimizer in CPU memory: the main job
-	$(LAUNCH) --deepspeed ds_z3_offload.json $(TRAIN_FLAGS)
+train-zero3: $(if $(AUTO),setup-aio,setup) ## ZeRO-3, parameters and optimizer in CPU memory: the main job (AUTO=1: what the plan chooses)
+	$(LAUNCH) --deepspeed $(if $(AUTO),auto --nvme_path $(NVME),ds_z3_offload.json) $(TRAIN_FLAGS)
 
 train-zero3-gpu: setup ## ZeRO-3 without offload
 	$(LAUNCH) --deepspeed ds_z3.json $(TRAIN_FLAGS)
@@ -114,6 +116,18 @@ status: ## what the runs under runs/ are doing
 	@$(BIN)/python launch/supervise.py --status
 
 ##@ Before a run
+doctor: $(VENV)/.ready ## is this machine ready? GPU, driver, compiler, memory limits, disks, network; each with what mends it
+	$(BIN)/python launch/doctor.py --nvme_path $(NVME) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+plan: $(VENV)/.ready ## what fits, with which settings, and how fast (MODEL, METHOD; another machine: ARGS="--gpus 8 --gpu_memory 80GB …")
+	$(BIN)/python launch/plan.py $(if $(MODEL),--model $(MODEL)) $(if $(METHOD),--method $(METHOD)) --nvme_path $(NVME) $(ARGS)
+
+bench-io: setup-aio ## the disk under NVME through DeepSpeed's own op: its speed, and the best aio settings
+	$(BIN)/python launch/bench.py io $(NVME) $(ARGS)
+
+bench-box: setup ## what GPU, PCIe, RAM and the links between GPUs give
+	$(BIN)/python launch/bench.py box
+
 data-check: $(VENV)/.ready ## look at DATA: formats, bad rows, tokens, what is trained, packing
 	$(BIN)/python launch/data.py check $(DATA) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(RECIPE),--config $(RECIPE)) $(ARGS)
 
@@ -153,6 +167,6 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: bench bench-checkpoint bench-data clean data-check export help lint rebuild resume setup setup-aio status stop test \
+.PHONY: bench bench-box bench-checkpoint bench-data bench-io clean data-check doctor export help lint plan rebuild resume setup setup-aio status stop test \
 	 test-default test-faults test-gpu test-soak train-zero3 train-zero3-gpu train-zero3-nvme \
 	 train-zero3-nvme-optimizer

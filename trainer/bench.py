@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .args import ROOT
+from . import bench_box
+from .args import ROOT, parse_size
 from .errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
 from .run import _versions
 
@@ -186,28 +187,6 @@ def yardstick(name, case, kind, out, work, updates, seconds):
             "parameters": got.get("parameters")}
 
 
-def box():
-    """What the machine can do: bf16 matrix products (TFLOP/s) and pinned copies to the GPU (GB/s). {} without a GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-
-    def seconds(function, times):
-        function()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(times):
-            function()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - began) / times
-
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    host, there = torch.empty(2**30, dtype=torch.uint8, pin_memory=True), torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    return {"device": torch.cuda.get_device_name(), "matmul_tflops": round(2 * 8192**3 / seconds(lambda: a @ b, 20) / 1e12),
-            "h2d_gbps": round(2**30 / seconds(lambda: there.copy_(host, non_blocking=True), 5) / 1e9, 1)}
-
-
 HEAD = ("case", "", "micro-batch", "tok/s", "TFLOP/s", "s a step", "GPU GiB", "host GiB", "layers kept")
 
 
@@ -227,7 +206,8 @@ def append(path, results, machine, command):
     versions = ", ".join(f"{k} {v}" for k, v in _versions().items() if v and k in ("torch", "deepspeed", "transformers"))
     lines = [f"\n## `{command}`, {datetime.date.today()}", "",
              f"{machine.get('device', 'CPU')}"
-             + (f", {machine['matmul_tflops']} TFLOP/s bf16 8192³, {machine['h2d_gbps']} GB/s to the GPU" if machine else "")
+             + (f", {machine['matmul_tflops']} TFLOP/s bf16 8192³, {machine['h2d_gbps']} GB/s to the GPU"
+                if "matmul_tflops" in machine else "")
              + f"; {versions}. Medians; tok/s and TFLOP/s are per GPU.", "",
              "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *("| " + " | ".join(_row(r)) + " |" for r in results), ""]
     with open(path, "a") as file:
@@ -249,7 +229,7 @@ def plot(results, machine, path):
         own = [r for r in mine if r["what"] == what]
         axes.plot([r["micro_batch"] * r["max_length"] for r in own], [r["tokens_per_s_per_gpu"] for r in own], "o-", label=what)
     first = next((r for r in mine if r.get("parameters")), mine[0])
-    if machine and first.get("parameters"):
+    if "matmul_tflops" in machine and first.get("parameters"):
         count, passes = first["parameters"], 3 if first["method"] == "full" else 2
         tokens = [2**(i / 8) for i in range(80, 145)]
         for label, more in (("arithmetic, everything recomputed", 1), ("arithmetic, nothing recomputed", 0)):
@@ -285,7 +265,13 @@ def _parser():
     train.add_argument("--work", type=Path, help="inputs, runs and swap files (default: OUT/work)")
     train.add_argument("--flags", default="", help="more flags for launch/train.py, in one string")
     train.add_argument("--append", type=Path, help="add a section to this document, docs/benchmarks.md")
-    commands.add_parser("box", help="what the GPU and PCIe give, as JSON")
+    machine = commands.add_parser("box", help="what GPU, PCIe, RAM and the links between GPUs give, as JSON; the plan remembers it")
+    machine.add_argument("--no_links", action="store_true", help="not between the GPUs")
+    disk = commands.add_parser("io", help="the disk through DeepSpeed's libaio op: the best aio block; the plan remembers it")
+    disk.add_argument("path", nargs="?", default=".swap", help="directory on it (default: %(default)s)")
+    disk.add_argument("--bytes", default="1GB", help="of the file (default: %(default)s)")
+    disk.add_argument("--seconds", type=float, default=60, help="in all (default: %(default)s)")
+    disk.add_argument("--out", type=Path, help="the result as JSON")
     draw = commands.add_parser("plot", help="tokens/s against the micro-batch from a bench.jsonl")
     draw.add_argument("results", type=Path)
     draw.add_argument("--case")
@@ -305,7 +291,10 @@ def main(argv=None):
             print(options.out)
             return DONE
         if options.command == "box":
-            print(json.dumps(box()))
+            print(json.dumps(bench_box.box(not options.no_links)))
+            return DONE
+        if options.command == "io":
+            bench_box.io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
             return DONE
         return _train(options, " ".join(["bench.py", *argv]))
     except (RunError, OSError, json.JSONDecodeError) as error:
@@ -332,7 +321,7 @@ def _train(options, command):
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     # In a process of its own, or its memory on the GPU and of the host would stay taken.
-    found = subprocess.run([sys.executable, "launch/bench.py", "box"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "launch/bench.py", "box", "--no_links"], cwd=ROOT, capture_output=True, text=True)
     machine, results = json.loads(found.stdout.splitlines()[-1]) if not found.returncode else {}, []
     with open(out / "bench.jsonl", "a") as file:
         def keep(result):

@@ -28,6 +28,29 @@ def gpu_count():
     return min(count, len(visible.split(","))) if visible is not None else count
 
 
+def gpus():
+    """(CUDA devices that this process may use, the first one's name, bytes of the smallest)."""
+    count = gpu_count()
+    if not count:
+        return 0, "", 0
+    import pynvml
+
+    handles = [nvml_handle(i) for i in range(count)]
+    name = pynvml.nvmlDeviceGetName(handles[0])
+    return count, name.decode() if isinstance(name, bytes) else name, min(pynvml.nvmlDeviceGetMemoryInfo(h).total for h in handles)
+
+
+def ram():
+    """Bytes of RAM that this process may ever have: the machine's, or its control group's limit."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            sizes.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # the other version, or "max"
+            pass
+    return min(sizes)
+
+
 def nvml_handle(index):
     """NVML's handle of the CUDA device `index` of this process: CUDA_VISIBLE_DEVICES renumbers them, or names them by UUID."""
     import pynvml

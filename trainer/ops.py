@@ -9,12 +9,14 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 from .errors import DOES_NOT_FIT, DONE, RunError, report
@@ -53,31 +55,48 @@ def check_tools(names, gpu):
         raise RunError("libaio's header is missing", needed="libaio.h", fix="apt-get install libaio-dev", code=DOES_NOT_FIT)
     if gpu:
         check_nvcc()
+        check_architectures()
+
+
+def torch_cuda():
+    """The CUDA version that the installed torch was built for, without importing it; None for a CPU build."""
+    folder = metadata.distribution("torch").locate_file("torch")
+    found = re.search(r"^cuda[^=]*= *'([0-9.]+)'", (Path(folder) / "version.py").read_text(), re.MULTILINE)
+    return found and found[1]
 
 
 def check_nvcc():
-    """On a GPU the ops are compiled against CUDA: nvcc must be there and of torch's CUDA version."""
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    if torch.version.cuda is None:
-        raise RunError("there is a GPU, but this torch is a CPU build", found=f"torch {torch.__version__}",
+    """Refuse an nvcc that cannot build for this torch. Returns what is there, in words."""
+    wanted = torch_cuda()
+    if wanted is None:
+        raise RunError("there is a GPU, but this torch is a CPU build", found=f"torch {metadata.version('torch')}",
                        fix="rm -r .venv; make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130", code=DOES_NOT_FIT)
-    nvcc = Path(CUDA_HOME or "/usr/local/cuda") / "bin" / "nvcc"
-    if not nvcc.is_file():
-        raise RunError("nvcc is missing, and DeepSpeed's ops are compiled with it", found=f"CUDA_HOME={CUDA_HOME}",
-                       needed=f"the CUDA {torch.version.cuda} toolkit, as torch was built with",
-                       fix="install cuda-toolkit, or export CUDA_HOME=/path/to/cuda", code=DOES_NOT_FIT)
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")  # as torch looks for it
+    path = Path(home) / "bin" / "nvcc" if home else Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    if not path.is_file():
+        raise RunError("nvcc is missing, and DeepSpeed's ops are compiled with it", found=f"none at {path}",
+                       needed=f"the CUDA {wanted} toolkit, as torch was built with",
+                       fix=f"apt-get install cuda-toolkit-{wanted.replace('.', '-')}, or export CUDA_HOME=/path/to/cuda",
+                       code=DOES_NOT_FIT)
+    text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     found = text.split("release ")[1].split(",")[0] if "release " in text else "unknown"
-    if found.split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise RunError("nvcc and torch are of different CUDA versions", found=f"nvcc {found}", needed=f"CUDA {torch.version.cuda}",
+    if found.split(".")[0] != wanted.split(".")[0]:
+        raise RunError("nvcc and torch are of different CUDA versions", found=f"nvcc {found}", needed=f"CUDA {wanted}",
                        fix="export CUDA_HOME to the matching toolkit, or make setup TORCH_INDEX=… with torch built for "
                        f"CUDA {found}", code=DOES_NOT_FIT)
+    return f"{found} at {path}, torch is built for {wanted}"
+
+
+def check_architectures():
+    """Refuse GPU architectures that DeepSpeed's builder cannot read."""
     arch = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if any(not part.strip().removesuffix("+PTX").replace(".", "").isdigit() for part in arch.replace(";", " ").split()):
+    parts = arch.replace(";", " ").split()
+    if any(not part.removesuffix("+PTX").replace(".", "").isdigit() for part in parts):
         raise RunError("TORCH_CUDA_ARCH_LIST holds an architecture that DeepSpeed cannot read", found=arch,
-                       needed="numbers such as 8.0;9.0", fix="export TORCH_CUDA_ARCH_LIST=9.0", code=DOES_NOT_FIT)
+                       needed="numbers such as 8.0;9.0",
+                       fix=f"export TORCH_CUDA_ARCH_LIST='{';'.join(re.sub('[a-z]+$', '', part) for part in parts)}'",
+                       code=DOES_NOT_FIT)
+    return f"TORCH_CUDA_ARCH_LIST={arch}" if arch else "those of this machine's GPUs"
 
 
 def needed(config, ranks_here, gpu):

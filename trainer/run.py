@@ -1,6 +1,7 @@
 """One run from flags to exported model: what `launch/train.py` calls."""
 import json
 import os
+import resource
 import sys
 import traceback
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from data import DataError, storage
 
-from . import __version__, embedded, hardware, offload, ops, resume, rows, swap
+from . import __version__, auto, embedded, hardware, offload, ops, resume, rows, swap
 from .args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
 from .config import (
     check_agreement,
@@ -75,6 +76,8 @@ def leave(code):
 
 def prepare(settings):
     """All that can be refused without torch: (DeepSpeed configuration, its path, data, precision, on a GPU, reason)."""
+    if settings.deepspeed == auto.AUTO:
+        auto.choose(settings)
     given = settings.deepspeed
     path, config = ("--deepspeed", given) if isinstance(given, dict) else (find_config(given), None)
     config = check_config(read_config(path) if config is None else config, path)
@@ -196,6 +199,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
 
     from . import attention, checkpoint, linear
     from . import model as models
+    from .held import Held
     from .loop import OffloadTrainer
     from .recompute import AUTO, KeptLayers
     from .signals import SAVE, STOP, Stopper, dump_stacks_on_signal
@@ -292,6 +296,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             rows.write_rejected(directory / "rejected.jsonl", tokens.refused)
             say(f"refused rows: {directory / 'rejected.jsonl'}")
         _print_settings(settings)
+    held = Held(directory, settings, config, model_config, precision, gpu, (world_size, ranks_here), tokens.train.lengths)
     set_seed(settings.seed)
     tracker = telemetry = space = saves = None
     try:
@@ -345,8 +350,10 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         if settings.export:
             trainer._beat("export")
             _export(trainer, tokenizer, directory, settings, name, [s.shown for s in data.train])
+        peaks = sum(checkpoint.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)[:ranks_here])
         if is_main_process():
             heartbeat(directory, trainer.state.global_step, "done")
+            held.compare(trainer.state.log_history, peaks, space.size() if space else 0)
             _closing_words(trainer, directory, settings)
     except torch.OutOfMemoryError as error:
         raise RunError("the GPU is out of memory", found=" ".join(str(error).split())[:200], code=FAILED,
@@ -426,8 +433,6 @@ def _export(trainer, tokenizer, directory, settings, name, sources):
 
 
 def _closing_words(trainer, directory, settings):
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     measured = _evaluations(trainer)
     print(f"\ndone: {trainer.state.global_step} updates, peak RAM {peak:.2f} GiB (rank 0)")

@@ -138,6 +138,10 @@ class SwapSpace:
                            needed=f"{size * ranks_here / 1e9:.2f} GB ({ranks_here} rank(s) of {size / 1e9:.2f} GB)",
                            fix="--nvme_path on a larger disk, or --deepspeed ds_z3_offload.json", code=DOES_NOT_FIT) from None
 
+    def size(self):
+        """Bytes of the swap files of all ranks on this machine."""
+        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file() and not p.name.startswith("reserve-"))
+
     def prepare(self, path, size):
         """Give a swap file its blocks before it is written for the first time. RunError where the disk is full."""
         if self.files.get(path, 0) >= size:

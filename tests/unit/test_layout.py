@@ -9,14 +9,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(p for d in ("launch", "trainer", "data") for p in (ROOT / d).rglob("*.py"))
 # Layers inside trainer: a module imports its own layer and those before it.
-LAYERS = [{"errors", "ds_schema", "args", "config"}, {"hardware", "ops", "embedded", "names", "resume", "swap"},
+LAYERS = [{"errors", "ds_schema", "args", "config"},
+          {"hardware", "ops", "embedded", "names", "resume", "swap", "shapes", "plan", "box", "plan_command", "doctor", "auto"},
           {"offload", "host_step"},
           {"linear", "recompute", "attention", "rows", "model", "loss", "telemetry", "tracking", "export", "merge", "card",
            "zero_state", "checkpoint", "signals"},
-          {"loop", "run", "data_check", "supervise", "bench", "yardstick"}]
+          {"loop", "run", "held", "data_check", "supervise", "bench", "bench_box", "yardstick"}]
 TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run",
               "trainer.ops", "trainer.embedded", "trainer.rows", "trainer.names", "trainer.resume", "trainer.swap",
-              "trainer.supervise",
+              "trainer.supervise", "trainer.plan", "trainer.shapes", "trainer.box", "trainer.plan_command", "trainer.doctor",
+              "trainer.auto",
               "data.formats", "data.records", "data.source",
               "data.storage", "data.template", "data.tokenize", "data.pack", "data.validate"]
 

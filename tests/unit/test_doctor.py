@@ -1,0 +1,201 @@
+"""The doctor's checks, each with the fault that it is for; GPUs by a stand-in for NVML."""
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PYNVML = '''
+"""Two GPUs behind a slow link, by the names that NVML has."""
+import os
+from types import SimpleNamespace as S
+GIB = 2**30
+NVML_NVLINK_DEVICE_TYPE_SWITCH = 2
+class NVMLError(Exception): pass
+def nvmlInit(): pass
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): return 2
+def nvmlDeviceGetHandleByIndex(i): return i
+def nvmlDeviceGetName(h): return "NVIDIA Test 24GB"
+def nvmlDeviceGetMemoryInfo(h): return S(total=24 * GIB, used=(10 if h else 0) * GIB, free=14 * GIB)
+def nvmlSystemGetDriverVersion(): return "535.1"
+def nvmlSystemGetCudaDriverVersion(): return 12020
+def nvmlDeviceGetMaxPcieLinkGeneration(h): return 4
+def nvmlDeviceGetCurrPcieLinkWidth(h): return 4
+def nvmlDeviceGetMaxPcieLinkWidth(h): return 16
+def nvmlDeviceGetPciInfo(h): return S(busId=f"0000:0{h}:00.0")
+def nvmlDeviceGetNvLinkState(h, link): raise NVMLError()
+'''
+
+
+def doctor(*flags, env=None, limits=(), code=None):
+    """{name: check} and the whole output."""
+    def limit():
+        for which, value in limits:
+            resource.setrlimit(which, (value, value))
+
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online",
+                   "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    done = subprocess.run([sys.executable, "launch/doctor.py", "--json", *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+                          env=environment, preexec_fn=limit if limits else None)
+    assert "Traceback" not in done.stderr, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == (3 if any(c["status"] == "failure" for c in checks.values()) else 0)
+    for check in checks.values():
+        assert check["status"] in ("ok", "warning", "failure") and check["found"], check
+        assert check["status"] == "ok" or check["fix"], check
+    return checks, done.stdout + done.stderr
+
+
+def test_this_machine(tmp_path):
+    began = time.perf_counter()
+    checks, _ = doctor("--nvme_path", tmp_path)
+    assert time.perf_counter() - began < 20
+    assert checks["packages"]["status"] == checks["compiler"]["status"] == checks["python"]["status"] == "ok"
+    assert checks["nvme"]["found"].startswith(str(tmp_path)) and checks["gpu"]["status"] == "warning"
+
+
+def test_architectures():
+    checks, _ = doctor(env={"TORCH_CUDA_ARCH_LIST": "8.0;9.0a"})
+    assert checks["architectures"]["status"] == "failure" and checks["architectures"]["fix"].endswith("'8.0;9.0'")
+
+
+def test_stale_lock(tmp_path):
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "lock").touch()
+    checks, _ = doctor(env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert checks["op builds"]["status"] == "failure" and checks["op builds"]["fix"] == f"rm {tmp_path}/cpu_adam/lock"
+    (tmp_path / "cpu_adam" / "lock").unlink()
+    checks, _ = doctor("--nvme", "--nvme_path", tmp_path, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert checks["op builds"]["status"] == "warning" and "cpu_adam, async_io" in checks["op builds"]["found"]
+
+
+def test_no_compiler(tmp_path):
+    checks, _ = doctor(env={"PATH": str(tmp_path)})
+    assert checks["compiler"]["status"] == "failure" and checks["compiler"]["fix"] == "apt-get install g++"
+
+
+def test_disks(tmp_path):
+    checks, _ = doctor("--nvme", "--nvme_path", "/dev/shm/swap")
+    assert checks["nvme"]["status"] == "failure" and "tmpfs" in checks["nvme"]["found"]
+    checks, _ = doctor("--nvme_path", "/proc/nowhere", "--io")
+    assert checks["nvme"]["status"] == "warning" and checks["nvme speed"]["status"] == "warning"
+    checks, _ = doctor("--nvme_path", tmp_path, "--io")
+    assert "GB/s written" in checks["nvme speed"]["found"] and not list(tmp_path.iterdir())
+
+
+def test_limits():
+    checks, _ = doctor(limits=[(resource.RLIMIT_NOFILE, 256)])
+    assert checks["open files"]["status"] == "warning" and "ulimit -n" in checks["open files"]["fix"]
+
+
+@pytest.fixture
+def server():
+    """A server whose answers the test chooses: .status, .date; .asked: [(path, authorization)]."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            one.asked.append((self.path, self.headers.get("Authorization")))
+            time.sleep(one.delay)
+            self.send_response_only(one.status)
+            if one.date:
+                self.send_header("Date", one.date)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    one = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    one.status, one.date, one.asked, one.delay = 200, None, [], 0
+    one.address = f"http://127.0.0.1:{one.server_port}"
+    threading.Thread(target=one.serve_forever, daemon=True).start()
+    yield one
+    one.shutdown()
+
+
+@pytest.mark.parametrize("status, found, words", [(200, "ok", "can be read"), (401, "failure", "gated"), (403, "failure", "gated"),
+                                                  (404, "failure", "has no")])
+def test_gated_model(server, status, found, words):
+    server.status = status
+    checks, output = doctor("--model", "meta-llama/Meta-Llama-3-8B", env={"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_secret",
+                                                                          "WANDB_API_KEY": "wandb_secret",
+                                                                          "WANDB_BASE_URL": server.address})
+    assert checks["hub"]["status"] == found and words in checks["hub"]["found"]
+    assert ("/meta-llama/Meta-Llama-3-8B/resolve/main/config.json", "Bearer hf_secret") in server.asked
+    assert "secret" not in output and checks["wandb"]["status"] == "ok"
+
+
+def test_clock(server):
+    server.date = "Mon, 01 Jan 2024 00:00:00 GMT"
+    checks, _ = doctor(env={"HF_ENDPOINT": server.address})
+    assert checks["clock"]["status"] == "failure" and checks["clock"]["fix"] == "timedatectl set-ntp true"
+
+
+def test_servers_that_do_not_answer(server):
+    server.delay = 60
+    began = time.perf_counter()
+    checks, _ = doctor(env={"HF_ENDPOINT": server.address, "WANDB_BASE_URL": server.address})
+    assert time.perf_counter() - began < 20 and checks["hub"]["status"] == checks["wandb"]["status"] == "warning"
+
+
+def test_gpus(tmp_path):
+    (tmp_path / "pynvml.py").write_text(PYNVML)
+    environment = {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1"}
+    checks, _ = doctor(env=environment)
+    assert checks["gpu"]["found"] == "2 x NVIDIA Test 24GB, 24.0 GiB"
+    assert checks["gpu processes"]["found"] == "GPU 1: 10.0 GiB" and checks["gpu processes"]["status"] == "warning"
+    assert checks["pcie"]["status"] == "warning" and "x4 of x16" in checks["pcie"]["found"] and "8 GB/s" in checks["pcie"]["found"]
+    assert checks["gpu links"]["status"] == "warning" and "PCIe" in checks["gpu links"]["found"]
+    import torch
+
+    if torch.version.cuda is None:  # the CPU build of torch that the tests have cannot drive them
+        assert checks["nvcc"]["status"] == "failure" and "CPU build" in checks["nvcc"]["found"]
+
+
+def test_driver_too_old(tmp_path, monkeypatch):
+    """CUDA 12.2's driver beside a torch for CUDA 13."""
+    from trainer import doctor as module
+
+    (tmp_path / "pynvml.py").write_text(PYNVML)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setattr(module.ops, "torch_cuda", lambda: "13.0")
+    options = type("Options", (), {"gpus": 2})
+    found = module.driver(options)
+    assert found.status == "failure" and "cu122" in found.fix
+    monkeypatch.setattr(module.ops, "torch_cuda", lambda: "12.8")
+    assert module.driver(options).status == "ok"
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+
+def test_bench_io(tmp_path):
+    """The block that it writes has DeepSpeed's own key names, and the plan takes the figures."""
+    from trainer import ds_schema
+
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "ZERO_OFFLOAD_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "launch/bench.py", "io", tmp_path / "disk", "--bytes", "16MB", "--seconds", "20", "--out",
+                           tmp_path / "io.json"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "io.json").read_text())
+    assert found["aio"].keys() <= ds_schema.CONFIG["aio"].keys() and found["aio"]["intra_op_parallelism"] >= 1
+    best = json.loads((cache / "box.json").read_text())
+    assert best["nvme_read"] == pytest.approx(found["read_gbps"] * 1e9) and len(found["rows"]) > 1
+    assert not list((tmp_path / "disk").iterdir())
+    plan = subprocess.run([sys.executable, "launch/plan.py", "--gpus", "0", "--json"], cwd=ROOT, capture_output=True, text=True,
+                          env=environment)
+    assert json.loads(plan.stdout)["box"]["nvme_read"] == best["nvme_read"]
+
+
+@pytest.mark.parametrize("flags, words", [(["/dev/shm/x"], "tmpfs"), ([".", "--bytes", "lots"], "is not a size"),
+                                          ([".", "--bytes", "900TB"], "too small")])
+def test_bench_io_refuses(flags, words):
+    done = subprocess.run([sys.executable, "launch/bench.py", "io", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (2, 3) and words in done.stderr and "Traceback" not in done.stderr
+    assert not list(Path(ROOT).glob(".bench-io*"))

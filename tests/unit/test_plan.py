@@ -1,0 +1,237 @@
+"""The plan's formulas against numbers worked out by hand, against the models themselves, and the command as a user types it."""
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from trainer import box, config, plan, shapes
+
+GIB = 2**30
+H100 = box.given({"gpus": "1", "gpu_memory": "80GiB", "ram": "125GiB", "nvme": "64GB", "nvme_read": "1.35GB/s",
+                  "nvme_write": "1.4GB/s", "pcie": "54.6GB/s", "gpu_tflops": "790", "ram_rate": "86GB/s"})
+
+
+def run(*arguments):
+    done = subprocess.run([sys.executable, "launch/plan.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, parameters", [
+    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824), ("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496),
+    ("llama-2-7b", 6_738_415_616), ("llama-2-13b", 13_015_864_320), ("mistral-7b", 7_248_023_552), ("qwen2.5-0.5b", 494_032_768),
+    ("qwen2.5-7b", 7_615_616_512), ("qwen2.5-14b", 14_770_033_664), ("qwen2.5-32b", 32_763_876_352), ("qwen2.5-72b", 72_706_203_648),
+    ("llama-3.1-405b", 405_853_388_800), ("smollm2-135m", 134_515_008)])
+def test_published_counts(name, parameters):
+    """The number of parameters that each model's card or safetensors index gives."""
+    assert shapes.built_in(name).parameters == parameters
+
+
+FAMILIES = [("Llama", {}), ("Llama", {"attention_bias": True}), ("Mistral", {"head_dim": 32}), ("Qwen2", {}),
+            ("Qwen2", {"tie_word_embeddings": True}), ("Qwen3", {"head_dim": 48})]
+
+
+@pytest.mark.parametrize("family, changes", FAMILIES)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_shapes_of_real_models(tmp_path, family, changes, method):
+    """What the configuration says is what the model has: all that the "auto" values are made from."""
+    import torch
+    import transformers
+
+    from trainer import model as models
+    from trainer.args import Settings
+
+    made = getattr(transformers, f"{family}Config")(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
+                                                    num_attention_heads=4, num_key_value_heads=2, **changes)
+    made.architectures = [f"{family}ForCausalLM"]
+    made.save_pretrained(tmp_path)
+    found = shapes.find(str(tmp_path))
+    settings = Settings({"trust_remote_code": False, "method": method, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0,
+                         "lora_target_modules": "all-linear"}, {})
+    with torch.device("meta"):
+        skeleton = models.skeleton(made, settings)
+    assert found.parameters == sum(p.numel() for n, p in skeleton.named_parameters() if "lora_" not in n)
+    assert found.shapes("bf16", method, 8) == models.shapes_of(skeleton, "bf16")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+def test_full_offload_by_hand():
+    """Llama-3-8B, full, CPU offload, one GPU: 2 bytes a parameter and 2 a gradient, 12 of master weights and moments in RAM."""
+    job = plan.Job(shapes.built_in("llama-3-8b"))
+    found = plan.evaluate(job, H100, "ds_z3_offload", 8)
+    n = 8_030_261_248
+    assert found["host"]["parameters"] == 2 * n and found["host"]["gradients"] == 2 * n and found["host"]["optimizer"] == 12 * n
+    # Four layers' worth at most are gathered: three layers of 218,112,000 and the embedding of 525,336,576, in bf16.
+    assert found["gpu"]["gathered layers"] == 2 * (3 * 218_112_000 + 525_336_576)
+    assert found["gpu"]["inputs of layers"] == 32 * 8 * 2048 * 4096 * 2
+    assert not found["fits"] and found["short"].keys() == {"RAM"}
+    held = sum(found["host"].values())
+    assert held == pytest.approx(18 * n + plan.BASE_RAM) and found["short"]["RAM"] == pytest.approx(held - 0.97 * 125 * GIB)
+
+
+def test_lora_by_hand():
+    """Rank 16 on all seven matrices of Llama-3-8B: 16 (4096+4096 + 2 (4096+1024) + 4096+4096 + 3 (4096+14336)) a layer."""
+    model = shapes.built_in("llama-3-8b")
+    a_layer = 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert sum(model.adapters(16).values()) == a_layer and model.shapes("bf16", "lora", 16).trainable == 32 * a_layer == 41_943_040
+    assert sum(model.adapters(16, "q_proj,v_proj").values()) == 16 * (8192 + 5120)
+    found = plan.evaluate(plan.Job(model, "lora"), H100, "ds_z3_offload", 6)
+    assert found["host"]["parameters"] == 2 * (8_030_261_248 + 41_943_040) and found["host"]["optimizer"] == 12 * 41_943_040
+
+
+def test_activations_measured():
+    """2.75 GiB for 32,768 tokens of Llama-3.2-3B, as KeptLayers measured it on an H100."""
+    one, inputs = plan.activations(shapes.built_in("llama-3.2-3b"), 32768, 2)
+    assert round(one / GIB, 2) == 2.75 and inputs == 32768 * 3072 * 2
+
+
+def test_gpu_only_by_hand():
+    """Everything on the GPU: 16 bytes a parameter of a 1.2B model."""
+    found = plan.evaluate(plan.Job(shapes.built_in("llama-3.2-1b")), H100, "ds_z3", 1)
+    n = 1_235_814_400
+    assert found["gpu"]["parameters"] + found["gpu"]["optimizer"] + found["gpu"]["gradients"] == 16 * n
+    assert "gathered layers" not in found["gpu"]
+
+
+def test_nvme_by_hand():
+    job = plan.Job(shapes.built_in("llama-3.2-3b"))
+    found = plan.evaluate(job, H100, "ds_z3_nvme_optimizer", 16)
+    assert found["nvme"] == {"optimizer": 16 * 3_212_749_824}
+    # 12 buffers of a sub-group that closed at 1e8 elements and has at most the embedding more, in fp32
+    assert found["host"]["NVMe buffers"] == 12 * (100_000_000 + 128256 * 3072) * 4
+    assert found["time"]["io"] == pytest.approx(16 * 3_212_749_824 / 0.78 / 1.35e9)
+
+
+def test_more_gpus_share():
+    model, machine = shapes.built_in("llama-3.2-3b"), box.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB"})
+    one, four = (plan.evaluate(plan.Job(model), b, "ds_z3_offload", 1) for b in (H100, machine))
+    assert four["host"]["optimizer"] == one["host"]["optimizer"]  # of the machine, not of a rank
+    two_machines = box.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB", "nodes": "2"})
+    assert plan.evaluate(plan.Job(model), two_machines, "ds_z3_offload", 1)["host"]["optimizer"] == one["host"]["optimizer"] / 2
+
+
+def test_deepspeeds_own_accounting():
+    """DeepSpeed's estimate for the CPU, without its safety factor: 18 bytes a parameter, the plan's 16 and the parameters twice."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    model = shapes.built_in("llama-3-8b")
+    cpu, _, _ = estimate_zero3_model_states_mem_needs(model.parameters, model.embedding, 1, 1, True, True, False, 1.0)
+    host = plan.evaluate(plan.Job(model), H100, "ds_z3_offload", 1)["host"]
+    assert sum(v for k, v in host.items() if k != "processes") == pytest.approx(cpu, rel=1e-6)
+
+
+# -- measured runs -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("model, method, micro, step_s, kept, gpu_gib, host_gib", [
+    ("8b", "lora", 6, 0.920, 32, 58.7, 19.4), ("8b", "lora", 8, 1.27, 29, 72.9, 20.1), ("8b", "lora", 12, 1.87, 18, 73.3, 19.6),
+    ("8b", "lora", 16, 2.61, 12, 70.9, 19.4), ("3b", "full", 16, 2.449, 23, 75.5, 65.2)])
+def test_runs_on_an_h100(model, method, micro, step_s, kept, gpu_gib, host_gib):
+    """docs/benchmarks.md, 2026-11-24. Peaks within 10 %, the time of an update within 20 %."""
+    shape = shapes.built_in({"8b": "llama-3-8b", "3b": "llama-3.2-3b"}[model])
+    shape.tied = False
+    found = plan.evaluate(plan.Job(shape, method), H100, "ds_z3_offload", micro)
+    assert found["step_s"] == pytest.approx(step_s, rel=0.2)
+    assert sum(found["gpu"].values()) / GIB == pytest.approx(gpu_gib, rel=0.1)
+    assert sum(found["host"].values()) / GIB == pytest.approx(host_gib, rel=0.1)
+    assert abs(found["kept_layers"] - kept) <= 4
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+BOX = ("--gpus", 2, "--gpu_memory", "80GB", "--ram", "270GB", "--nvme", "2TB", "--nvme_read", "6GB/s", "--nvme_write", "4GB/s",
+       "--pcie", "50GB/s", "--gpu_tflops", 700)
+
+
+def test_json_and_time():
+    began = time.perf_counter()
+    done = run("--model", "llama-3-70b", "--method", "lora", *BOX, "--tokens_per_step", 131072, "--json")
+    assert time.perf_counter() - began < 1.5 and done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    best = found["recommended"]
+    assert best["config"] == "ds_z3_offload.json"
+    assert best["per_device_train_batch_size"] * best["gradient_accumulation_steps"] * 2 * 2048 == pytest.approx(131072, rel=0.2)
+    assert [m["name"] for m in found["modes"]] == list(plan.MODES)
+    for mode in found["modes"]:
+        assert {"fits", "gpu_bytes", "host_bytes", "nvme_bytes", "step_s", "tokens_per_s_per_gpu", "shortfall_bytes"} <= mode.keys()
+        assert mode["fits"] == (mode["shortfall_bytes"] == 0)
+
+
+def test_does_not_fit():
+    done = run("--model", "llama-3-70b", "--gpus", 1, "--gpu_memory", "24GB", "--ram", "64GB")
+    assert done.returncode == 3 and "does not fit; the least that would mend it" in done.stdout
+    assert "GB of RAM short" in done.stdout and "TB" not in done.stderr
+    found = json.loads(run("--model", "llama-3-70b", "--gpus", 1, "--gpu_memory", "24GB", "--ram", "64GB", "--json").stdout)
+    assert found["recommended"] is None and found["remedy"] and not any(m["fits"] for m in found["modes"])
+
+
+def test_the_remedy_mends():
+    """What it names is enough."""
+    tight = {"gpus": "1", "gpu_memory": "24GB", "ram": "64GB"}
+    for model, method, flags in (("llama-3-8b", "full", tight), ("llama-3-70b", "lora", tight),
+                                 ("llama-3-8b", "lora", {**tight, "ram": "128GB", "gpu_memory": "4GB"})):
+        words = plan.remedy(plan.Job(shapes.built_in(model), method), box.given(flags))
+        assert words, (model, method)
+        more = {}
+        if "GB of RAM" in words:
+            more = {"ram": words.split()[0] + "GB"}
+        elif "NVMe" in words:
+            more = {"nvme": words.split()[0] + "GB"}
+        elif "GPUs of" in words:
+            more = {"gpu_memory": words.split()[2] + "GB"}
+        job = plan.Job(shapes.built_in(model), "lora" if "--method lora" in words else method,
+                       activation_offload="--activation_offload" in words,
+                       max_length=int(words.split("--max_length ")[1].split()[0]) if "--max_length" in words else 2048)
+        assert plan.compare(job, box.given({**flags, **more}))[0]["fits"], words
+
+
+def test_written_files_are_taken(tmp_path):
+    """The JSON keeps its comments, has numbers in the place of "auto", and passes the check that a run makes."""
+    done = run("--model", "llama-3-8b", *BOX, "--write", tmp_path / "made", "--plot", tmp_path / "plan.png")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "made").glob("*.json")
+    text = path.read_text()
+    assert "//" in text and '"reduce_bucket_size": 500000000' in text
+    content = config.check_config(config.read_config(path), path)
+    assert content["zero_optimization"]["stage3_prefetch_bucket_size"] == 218_112_000
+    from trainer.args import resolve
+
+    settings = resolve(["--config", str(tmp_path / "made" / "recipe.yaml"), "--model_name_or_path", "x/y"])
+    assert settings.deepspeed == str(path) and settings.per_device_train_batch_size >= 1 and settings.method == "full"
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model", "llama-3-7b"], "did you mean"), (["--model", "nothing/here"], "no model"), (["--model", "./nowhere"], "nothing at"),
+    (["--gpu_memory", "80", "--ram", "1TB"], "--gpu_memory is not a size"), (["--gpu_memory", "80GB"], "--ram is missing"),
+    (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50GB"], "--pcie is not a rate"),
+    (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50"], "--pcie is not a rate"),
+    (["--gpu_memory=-80GB", "--ram", "1TB"], "--gpu_memory is not a size"),
+    (["--gpus", "0", "--gpu_memory", "80GB", "--ram", "1TB"], "without GPUs"),
+    (["--gpus", "1.5", "--gpu_memory", "80GB", "--ram", "1TB"], "whole numbers"),
+    (["--gpus", "many", "--ram", "1TB"], "not a number"), (["--gpsu", "1"], "unrecognized"),
+    (["--max_length", "0"], "--max_length"), (["--method", "qlora"], "full | lora"), (["--lora_r", "0"], "--lora_r"),
+    (["--precision", "fp8"], "bf16 | fp16 | fp32"), (["--tokens_per_step", "5"], "less than one row"),
+    (["--lora_target_modules", "q_porj"], "did you mean q_proj"), (["--gpu_tflops", "nan", "--gpu_memory", "80GB", "--ram", "1TB"],
+                                                                   "not a number"),
+    (["--nodes", "0", "--gpu_memory", "80GB", "--ram", "1TB"], "machines"), (["--gpus", "99"], "fewer GPUs")])
+def test_bad_input(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2 and words in done.stderr, (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{", "not readable"), ("[]", "not readable"), ("{}", "does not know"),
+    (json.dumps({"architectures": ["BertForMaskedLM"], "model_type": "bert"}), "not a causal language model"),
+    (json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}), "hidden_size"),
+    (json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 1, "num_hidden_layers": 0, "num_attention_heads": 4,
+                 "vocab_size": 5}), "impossible size"),
+    (json.dumps({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}), "family"),
+    (json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 0,
+                 "vocab_size": 5}), "lacks")])
+def test_bad_configuration(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    for name in (tmp_path, tmp_path / "config.json"):
+        done = run("--model", name)
+        assert done.returncode == 2 and words in done.stderr, done.stderr

@@ -1,0 +1,74 @@
+"""`--deepspeed auto`: train with what the plan chooses for this model on this machine. Imports no torch."""
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from . import box, hardware, plan, shapes, swap
+from .errors import DOES_NOT_FIT, RunError, say, table
+
+AUTO = "auto"
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def model_of(name):
+    """The shapes of a model by directory, hub name, or None for the embedded default."""
+    if name is None:
+        return shapes.built_in("smollm2-135m")
+    if Path(name).is_dir():
+        return shapes.find(name)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return shapes.from_dict(json.loads(Path(hf_hub_download(name, "config.json")).read_text()), name, f"{name}/config.json")
+    except RunError:
+        raise
+    except Exception as error:  # a dozen kinds, by network, right and name
+        raise RunError(f"--deepspeed auto needs the shapes of {name}", found=" ".join(str(error).split())[:200],
+                       needed="its config.json: network, and for a gated model HF_TOKEN; or a local directory",
+                       fix="--deepspeed ds_z3_offload.json") from None
+
+
+def machine(settings, gpu):
+    """This machine as a plan.Box, by what does not change from one rank or moment to the next."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    found = box.probe(settings.nvme_path, here if gpu else 0, measure=False)
+    found.nodes = max(1, int(os.environ.get("WORLD_SIZE") or here) // here)
+    try:
+        swap.check_directory(settings.nvme_path)
+    except RunError:
+        found.nvme = 0
+    return found
+
+
+def choose(settings):
+    """Write the configuration, and the micro-batch and accumulation that make as many rows an update as was asked, into the settings.
+    RunError with exit code 3 where nothing fits."""
+    gpu = hardware.uses_gpu(settings)
+    job = plan.job_of(settings, model_of(settings.model_name_or_path), settings.precision if settings.precision != "auto" else
+                      "bf16" if gpu or hardware.cpu_has_bf16() else "fp32", gpu)
+    here, rows = machine(settings, gpu), None
+    if any(settings.given(key) for key in _BATCH):
+        rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    found = []
+    for mode in plan.MODES:
+        sizes = [rows // n for n in range(1, rows + 1) if rows % n == 0] if rows else plan.MICRO_BATCHES
+        ways = [plan.evaluate(replace(job, tokens_per_step=(rows or micro) * job.max_length * here.ranks), here, mode, micro)
+                for micro in sizes]
+        limit = hardware.memlock_limit()
+        for way in ways:
+            if limit is not None and way["locked"] > limit:
+                way["fits"], way["short"]["locked memory"] = False, way["locked"] - limit
+        found.append(max(ways, key=lambda w: (w["fits"], w["tokens_per_s"] if w["fits"] else -sum(w["short"].values()))))
+    found = plan.ordered(found)
+    best = found[0]
+    if not best["fits"]:
+        raise RunError("no configuration fits this machine", found="; ".join(f"{f['name']}: {plan.why_not(f, best)}" for f in found),
+                       needed=plan.remedy(job, here) or "another machine", fix="python launch/plan.py --help", code=DOES_NOT_FIT)
+    rows = [("configuration", "rows x steps", "s an update", "tok/s", "")] + [
+        (f["name"], f"{f['micro_batch']} x {f['accumulation']}", f"{f['step_s']:.3g}", f"{f['tokens_per_s']:,.0f}",
+         "chosen" if f is best else plan.why_not(f, best)) for f in found]
+    say(f"--deepspeed auto\n{table(rows)}\n")
+    values = {"deepspeed": f"{best['name']}.json", _BATCH[0]: best["micro_batch"], _BATCH[1]: best["accumulation"]}
+    settings.values.update(values)
+    settings.sources.update(dict.fromkeys(values, "plan"))

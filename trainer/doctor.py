@@ -1,0 +1,434 @@
+"""Is this machine ready? One function a check, each gives what was found, what is needed and the command that mends it. No torch.
+
+Run as: python launch/doctor.py [--json] [--io] [--nvme_path DIR] [--model ORG/NAME]        (make doctor)
+"""
+import argparse
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data import storage
+
+from . import hardware, ops, swap
+from .args import RunArguments
+from .errors import DOES_NOT_FIT, DONE, RunError, report, table
+
+OK, WARNING, FAILURE = "ok", "warning", "failure"
+GB, GIB = 1e9, 2**30
+NET_SECONDS = 4  # that a server may take
+GENERATIONS = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.97, 5: 3.94, 6: 7.56}  # GB/s a PCIe lane and direction
+COMPUTE = "fuser -v /dev/nvidia*, or nvidia-smi: stop the process, or choose another GPU with CUDA_VISIBLE_DEVICES"
+
+
+@dataclass
+class Check:
+    """One finding. status: ok, warning (a run would be slower, or lack something) or failure (it would not start or not be right)."""
+
+    name: str
+    status: str
+    found: str
+    needed: str = ""
+    fix: str = ""
+
+
+def _nvml(function, default=None):
+    """What an NVML call gives; `default` where this card or driver does not know it."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return function(pynvml)
+    except Exception:
+        return default
+
+
+# -- programs and packages ---------------------------------------------------------------------------------------------
+def python(options):
+    wanted, here = "3.10 to 3.12", sys.version.split()[0]
+    fits = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    return Check("python", OK if fits else FAILURE, here, wanted, "" if fits else "make setup PYTHON=/path/to/python3.11")
+
+
+def packages(options):
+    missing = []
+    for name in ("torch", "deepspeed", "transformers", "datasets", "peft", "hjson", "accelerate", "safetensors"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Check("packages", FAILURE, f"missing: {', '.join(missing)}", "what setup.py names", "make setup")
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "deepspeed", "transformers")}
+    text = ", ".join(f"{k} {v}" for k, v in versions.items())
+    if versions["deepspeed"].split("+")[0] != "0.19.8":
+        return Check("packages", WARNING, text, "deepspeed 0.19.8: the offload extension steps aside for any other", "make setup")
+    return Check("packages", OK, text)
+
+
+def compiler(options):
+    ops.check_tools(["async_io"] if options.nvme else [], False)
+    version = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+    return Check("compiler", OK, f"g++ {version}, Python's headers{', libaio' if options.nvme else ''}")
+
+
+def nvcc(options):
+    if not options.gpus:
+        return Check("nvcc", OK, "not needed without a GPU")
+    if _built("cpu_adam") and not shutil.which("nvcc") and ops.torch_cuda():
+        return Check("nvcc", OK, "not needed: the ops are built")
+    return Check("nvcc", OK, ops.check_nvcc())
+
+
+def architectures(options):
+    return Check("architectures", OK, ops.check_architectures())
+
+
+def _ops_folder():
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root:
+        return [Path(root)]
+    return list((Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions").glob("py*"))
+
+
+def _built(name):
+    return any((root / name / f"{name}.so").is_file() for root in _ops_folder())
+
+
+def op_builds(options):
+    locks = [str(p) for root in _ops_folder() for p in root.glob("*/lock") if ops._is_stale(p)]
+    if locks:
+        return Check("op builds", FAILURE, f"locks of builds that were killed: {', '.join(locks)}",
+                     "none: torch waits for them for ever", f"rm {' '.join(locks)}")
+    wanted = ["cpu_adam", *(["async_io"] if options.nvme else [])]
+    missing = [n for n in wanted if not _built(n)]
+    if missing:
+        return Check("op builds", WARNING, f"not built yet: {', '.join(missing)}", "built once, about "
+                     f"{sum(ops.SECONDS[n] for n in missing)} s on two slow cores",
+                     "make setup-aio" if options.nvme else "make setup")
+    return Check("op builds", OK, f"{', '.join(wanted)} are built")
+
+
+# -- the GPUs ----------------------------------------------------------------------------------------------------------
+def gpu(options):
+    if options.gpus:
+        _, name, memory = hardware.gpus()
+        return Check("gpu", OK, f"{options.gpus} x {name}, {memory / GIB:.1f} GiB")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    nodes = list(Path("/dev").glob("nvidia[0-9]*"))
+    if nodes and hidden in (None, ""):
+        return Check("gpu", FAILURE, "/dev has NVIDIA devices and the driver's library does not answer", "libnvidia-ml.so, from the "
+                     "driver", "install the driver; in a container: --gpus all (nvidia-container-toolkit)")
+    return Check("gpu", WARNING, "none" + (f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else ""),
+                 "an NVIDIA GPU, or --use_cpu: the run is on the CPU", "in a container: --gpus all")
+
+
+def driver(options):
+    if not options.gpus:
+        return Check("driver", OK, "not needed without a GPU")
+    version = _nvml(lambda n: n.nvmlSystemGetDriverVersion(), "?")
+    most = _nvml(lambda n: n.nvmlSystemGetCudaDriverVersion(), 0)
+    wanted = ops.torch_cuda()
+    have = (most // 1000, most % 1000 // 10)
+    fits = wanted is None or have[0] >= int(wanted.split(".")[0])
+    return Check("driver", OK if fits else FAILURE, f"{version}, up to CUDA {have[0]}.{have[1]}",
+                 f"CUDA {wanted}, as torch is built for",
+                 "" if fits else f"a newer driver, or make setup TORCH_INDEX=https://download.pytorch.org/whl/cu{have[0]}{have[1]}")
+
+
+def gpu_processes(options):
+    used = []
+    for i in range(options.gpus):
+        memory = _nvml(lambda n, i=i: n.nvmlDeviceGetMemoryInfo(hardware.nvml_handle(i)))
+        if memory and memory.used > 1.5 * GIB:
+            used.append(f"GPU {i}: {memory.used / GIB:.1f} GiB")
+    return Check("gpu processes", WARNING if used else OK, "; ".join(used) or "no other process holds GPU memory",
+                 "the GPUs' memory", COMPUTE if used else "")
+
+
+def pcie(options):
+    slow, found = [], []
+    for i in range(options.gpus):
+        now = [_nvml(lambda n, i=i, f=f: getattr(n, f)(hardware.nvml_handle(i))) for f in (
+            "nvmlDeviceGetMaxPcieLinkGeneration", "nvmlDeviceGetCurrPcieLinkWidth", "nvmlDeviceGetMaxPcieLinkWidth")]
+        if None in now:
+            continue
+        found.append(f"gen {now[0]} x{now[1]}: {GENERATIONS.get(now[0], 0) * now[1]:.0f} GB/s")
+        if now[1] < now[2] and now[1] < 16:
+            slow.append(f"GPU {i} x{now[1]} of x{now[2]}")
+    text = ", ".join(dict.fromkeys(found)) or "no GPU tells its link"
+    return Check("pcie", WARNING if slow else OK, "; ".join([text, *slow]), "16 lanes: offload moves all weights twice a micro-batch",
+                 "another slot, or larger micro-batches" if slow else "")
+
+
+def gpu_links(options):
+    if options.gpus < 2:
+        return Check("gpu links", OK, "one GPU" if options.gpus else "no GPU")
+
+    def linked(n, a, b):
+        other = n.nvmlDeviceGetPciInfo(hardware.nvml_handle(b)).busId
+        lanes = 0
+        for link in range(18):
+            try:
+                handle = hardware.nvml_handle(a)
+                if n.nvmlDeviceGetNvLinkState(handle, link) and (
+                        n.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId == other or n.nvmlDeviceGetNvLinkRemoteDeviceType(
+                            handle, link) == n.NVML_NVLINK_DEVICE_TYPE_SWITCH):
+                    lanes += 1
+            except n.NVMLError:
+                break
+        return lanes
+    lanes = [_nvml(lambda n, b=b: linked(n, 0, b), 0) for b in range(1, options.gpus)]
+    if all(lanes):
+        return Check("gpu links", OK, f"NVLink, {min(lanes)} links from GPU 0 to each other")
+    return Check("gpu links", WARNING, "PCIe between the GPUs",
+                 "NVLink: each layer is gathered from all GPUs, over the same PCIe that brings "
+                 "it from RAM, so that a micro-batch has to be about twice as large to hide it",
+                 "a larger --per_device_train_batch_size")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+def ram(options):
+    total, free = hardware.ram(), hardware.free_memory()
+    low = free < 4 * GIB
+    group = "" if total >= 0.99 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") else " (the control group's limit)"
+    return Check("ram", WARNING if low else OK, f"{free / GIB:.1f} GiB free of {total / GIB:.1f}{group}",
+                 "16 bytes a parameter for a full "
+                 "fine-tune, 2 for LoRA: make plan", "free some, or in a container: --memory" if low else "")
+
+
+def locked_memory(options):
+    limit = hardware.memlock_limit()
+    needed = "unlimited: NVMe buffers and pinned memory are locked"
+    if limit is None:
+        return Check("locked memory", OK, "unlimited")
+    small = limit < 2 * GIB
+    return Check("locked memory", (FAILURE if options.nvme else WARNING) if small else OK, f"{limit / GIB:.4g} GiB", needed,
+                 "ulimit -l unlimited (/etc/security/limits.conf); in a container: --ulimit memlock=-1" if small else "")
+
+
+def shared_memory(options):
+    try:
+        size = shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return Check("shared memory", FAILURE, "no /dev/shm", "1 GiB for NCCL, gloo and the data loader",
+                     "--shm-size=8g, or --ipc=host")
+    small = size < GIB
+    needs = options.gpus > 1
+    return Check("shared memory", (FAILURE if needs else WARNING) if small else OK, f"/dev/shm {size / GIB:.2f} GiB", "1 GiB",
+                 "in a container: --shm-size=8g, or --ipc=host; else mount -o remount,size=8G /dev/shm" if small else "")
+
+
+def open_files(options):
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    small = limit != resource.RLIM_INFINITY and limit < 4096
+    text = "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
+    return Check("open files", WARNING if small else OK, text, "4096: one swap file a tensor, sockets, shards",
+                 f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536}; in a container: --ulimit nofile=65536"
+                 if small else "")
+
+
+def aio_requests(options):
+    try:
+        most, taken = (int(Path(f"/proc/sys/fs/aio-{n}").read_text()) for n in ("max-nr", "nr"))
+    except (OSError, ValueError):
+        return Check("aio requests", WARNING if options.nvme else OK, "this kernel does not say", "/proc/sys/fs/aio-max-nr")
+    small = most - taken < 16384
+    return Check("aio requests", (FAILURE if options.nvme else WARNING) if small else OK, f"{most - taken:,} of {most:,} free",
+                 "16,384 for libaio's queues", "sysctl -w fs.aio-max-nr=1048576" if small else "")
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+def nvme(options):
+    path = Path(options.nvme_path)
+    try:
+        swap.check_directory(path)
+    except RunError as error:
+        found = _from_error("nvme", error)
+        found.status = FAILURE if options.nvme else WARNING
+        return found
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    kind, free = storage.filesystem_of(path), shutil.disk_usage(there).free
+    good = kind.startswith(("ext", "xfs"))
+    text = f"{there}: {kind}, O_DIRECT, {free / GB:.0f} GB free"
+    return Check("nvme", OK if good and free > 2e10 else WARNING, text, "a local ext4 or xfs; 16 bytes a trained parameter",
+                 "" if good and free > 2e10 else "--nvme_path DIR on a local NVMe (NVME= with make)")
+
+
+def nvme_speed(options):
+    if not options.io:
+        return Check("nvme speed", OK, "not measured", "", "python launch/doctor.py --io, or python launch/bench.py io")
+    path = Path(options.nvme_path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write, read = direct_rates(path)
+    except OSError as error:
+        return Check("nvme speed", FAILURE if options.nvme else WARNING, f"{path}: {error.strerror}",
+                     "a directory that can be written to",
+                     "--nvme_path DIR")
+    slow = min(write, read) < 1 * GB
+    return Check("nvme speed", WARNING if slow else OK,
+                 f"{write / GB:.2f} GB/s written, {read / GB:.2f} GB/s read (one stream, O_DIRECT)",
+                 "1 GB/s and more: a full fine-tune moves 32 bytes a parameter and update",
+                 "a local NVMe, or make train-zero3 with more RAM" if slow else "")
+
+
+def direct_rates(folder, size=2**29, block=2**24):
+    """(written, read) bytes a second of one file with O_DIRECT, in at most about 8 s."""
+    import mmap
+
+    path = Path(folder) / f".doctor-{os.getpid()}"
+    buffer = mmap.mmap(-1, block)
+    buffer.write(os.urandom(2**20) * (block // 2**20))
+    rates = []
+    try:
+        for flags, move in ((os.O_CREAT | os.O_RDWR, os.pwrite), (os.O_RDONLY, os.preadv)):
+            handle = os.open(path, flags | os.O_DIRECT, 0o600)
+            began, at = time.perf_counter(), 0
+            while at < size and time.perf_counter() - began < 4:
+                at += move(handle, buffer if move is os.pwrite else [buffer], at)
+            if move is os.pwrite:
+                os.fsync(handle)
+                size = at
+            rates.append(at / (time.perf_counter() - began))
+            os.close(handle)
+    finally:
+        path.unlink(missing_ok=True)
+    return rates
+
+
+def run_disk(options):
+    free = shutil.disk_usage(".").free
+    return Check("run disk", WARNING if free < 1e10 else OK, f"{Path.cwd()}: {free / GB:.0f} GB free",
+                 "room for checkpoints: 14 bytes a "
+                 "trained parameter, twice", "--output_dir on a larger disk" if free < 1e10 else "")
+
+
+# -- the world outside -------------------------------------------------------------------------------------------------
+def _ask(url, token=None):
+    """(status or None, Date header or None)."""
+    request = urllib.request.Request(url, method="HEAD", headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=NET_SECONDS) as answer:
+            return answer.status, answer.headers.get("Date")
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get("Date")
+    except (OSError, ValueError):
+        return None, None
+
+
+def wandb(options):
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode in ("disabled", "offline"):
+        return Check("wandb", OK, f"WANDB_MODE={mode}")
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    status, _ = _ask(url)
+    if status is None:
+        return Check("wandb", WARNING, f"{url} cannot be reached",
+                     "network: without it runs are recorded offline, and wandb sync uploads them",
+                     "export WANDB_MODE=offline")
+    return Check("wandb", OK if known else WARNING, f"{url} answers, a key is {'there' if known else 'not there'}", "a key",
+                 "" if known else "wandb login")
+
+
+def hub(options):
+    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
+    if not token:
+        path = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "token"
+        token = path.read_text().strip() if path.is_file() else None
+    have = "a token is there" if token else "no token"
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    name = options.model if options.model and options.model.count("/") == 1 and not Path(options.model).exists() else None
+    status, _ = _ask(f"{url}/{name}/resolve/main/config.json" if name else url, token)
+    if status is None:
+        return Check("hub", WARNING, f"{url} cannot be reached, {have}", "network, or a model in a local directory",
+                     "download the model elsewhere and give its directory: --model_name_or_path DIR")
+    if name and status in (401, 403):
+        return Check("hub", FAILURE, f"{name} is gated and this account may not read it ({have})",
+                     "its licence accepted, and a token",
+                     f"accept it on {url}/{name}, then: hf auth login")
+    if name and status == 404:
+        return Check("hub", FAILURE, f"{url} has no {name} ({have})", "org/model", "hf models ls --search NAME")
+    return Check("hub", OK, f"{url} answers, {have}" + (f", {name} can be read" if name else ""))
+
+
+def clock(options):
+    from email.utils import parsedate_to_datetime
+
+    year = time.gmtime().tm_year
+    for url in (os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "https://pypi.org"):
+        _, date = _ask(url)
+        if date:
+            off = abs(time.time() - parsedate_to_datetime(date).timestamp())
+            return Check("clock", OK if off < 60 else FAILURE, f"{off:.0f} s off {url}",
+                         "less than 60 s: certificates and S3 signatures",
+                         "" if off < 60 else "timedatectl set-ntp true")
+    return Check("clock", OK if 2025 <= year < 2040 else FAILURE, f"the year {year}; no server to compare with", "",
+                 "" if 2025 <= year < 2040 else "timedatectl set-ntp true")
+
+
+QUICK = (python, packages, gpu, driver, locked_memory, shared_memory, aio_requests, ram, gpu_processes)
+CHECKS = (python, packages, compiler, nvcc, architectures, op_builds, gpu, driver, gpu_processes, pcie, gpu_links, ram, locked_memory,
+          shared_memory, open_files, aio_requests, nvme, nvme_speed, run_disk, wandb, hub, clock)
+
+
+def _from_error(name, error):
+    """A RunError as a failure."""
+    what, *rest = str(error).splitlines()
+    parts = dict(line.strip().split(":", 1) for line in rest if ":" in line)
+    found = ": ".join(p for p in (what, parts.get("found", "").strip()) if p)
+    return Check(name, FAILURE, found, parts.get("needed", "").strip(), parts.get("fix", "").strip())
+
+
+def examine(options, checks=CHECKS):
+    """All checks, in order; they run side by side, as some wait for servers."""
+    def one(check):
+        try:
+            return check(options)
+        except RunError as error:
+            return _from_error(check.__name__.replace("_", " "), error)
+        except Exception as error:  # a check that fails must not hide the others
+            return Check(check.__name__.replace("_", " "), WARNING, f"could not be checked: {type(error).__name__}: {error}")
+
+    options.gpus = hardware.gpu_count()
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, checks))
+
+
+def main(argv=None):
+    """Exit code of launch/doctor.py: 3 where a check failed."""
+    parser = argparse.ArgumentParser(prog="doctor.py", description="Is this machine ready to train?")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--io", action="store_true", help="measure the NVMe directory too: half a GB, written and read")
+    parser.add_argument("--nvme", action="store_true", help="what the NVMe configurations need is needed")
+    parser.add_argument("--nvme_path", default=RunArguments.nvme_path, help="the NVMe directory (default: %(default)s)")
+    parser.add_argument("--model", help="a model on the hub that has to be readable: ORG/NAME")
+    options = parser.parse_args(argv)
+    try:
+        found = examine(options)
+    except RunError as error:
+        report(error)
+        return error.code
+    if options.json:
+        print(json.dumps([asdict(check) for check in found], indent=1))
+    else:
+        print(table([("", "check", "found"), *((c.status if c.status != OK else "ok", c.name, c.found) for c in found)], "  "))
+        for check in found:
+            if check.status != OK:
+                print(f"\n{check.status}: {check.name}\n  found:  {check.found}\n  needed: {check.needed}\n  fix:    {check.fix}")
+        count = {s: sum(c.status == s for c in found) for s in (FAILURE, WARNING)}
+        print(f"\n{count[FAILURE]} failure(s), {count[WARNING]} warning(s)")
+    return DOES_NOT_FIT if any(c.status == FAILURE for c in found) else DONE

@@ -1,0 +1,322 @@
+"""What a job needs on every tier and how long it takes, for each configuration: formulas, each beside its source. Imports no torch.
+
+Sizes are bytes, rates bytes or operations a second. Constants were measured (docs/benchmarks.md, docs/planning.md), where it says
+so with what; the others follow from the code that they name. A rank is one GPU, or one CPU process where there is none.
+"""
+import functools
+import math
+from dataclasses import asdict, dataclass, replace
+
+from .config import CONFIGS, locked_bytes, read_config, resolve_auto
+from .shapes import ITEMSIZE, Model
+
+GIB = 2**30
+MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
+MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+SPARE = 0.05  # of the GPU that stays free (recompute.py)
+CONTEXT = 0.9 * GIB  # NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton
+CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
+EFFICIENCY = 0.69  # of the rate of a bf16 8192³ product that a pass reaches: 8B LoRA and 3.6B full, H100
+EFFICIENCY_CPU = 0.6  # of the rate of a large fp32 product by numpy
+BASE_RAM = 2.7 * GIB  # of a GPU rank's process with all libraries
+BASE_RAM_CPU = 0.62 * GIB
+MIXED_DISK = 0.78  # of its one-way rate that a disk gives each way when it reads and writes at once: 1.09 of 1.4 GB/s
+STEP_BYTES = {2: 28, 4: 32}  # by itemsize: of RAM traffic a parameter in the CPU's step (offload/adam.c)
+HBM = 2.5e12  # bytes a second of a GPU's memory that plain kernels reach, H100
+SWAP_BYTES = 16  # read, and written, a parameter and step, with the optimizer on NVMe: weight, two moments, gradient in fp32
+
+
+@dataclass
+class Box:
+    """gpus: of one machine, 0 for none. gpu_memory, pcie, link: of one GPU; pcie each way from RAM, link between GPUs. ram, nvme: of
+    one machine. flops: of one GPU, or of the machine's CPU, operations a second. ram_rate: reads and writes together."""
+
+    gpus: int
+    gpu_memory: float
+    ram: float
+    nvme: float
+    nvme_read: float
+    nvme_write: float
+    pcie: float
+    link: float
+    flops: float
+    ram_rate: float
+    nodes: int = 1
+    name: str = ""
+
+    @property
+    def ranks_here(self):
+        """Of one machine."""
+        return max(self.gpus, 1)
+
+    @property
+    def ranks(self):
+        """Of all machines."""
+        return self.ranks_here * self.nodes
+
+
+@dataclass
+class Job:
+    """The model and how it is trained; the flags of the same names. tokens_per_step: of one update over all ranks, or None."""
+
+    model: Model
+    method: str = "full"
+    lora_r: int = 16
+    lora_target_modules: str = "all-linear"
+    max_length: int = 2048
+    tokens_per_step: int | None = None
+    precision: str = "bf16"
+    activation_offload: bool = False
+    overlap_step: bool = False
+    gradient_checkpointing: bool = True
+    fused_step: bool = True
+    kept_layers: int | None = None  # None: as many as fit a GPU
+    longest: int | None = None  # tokens of the longest row that comes, if that is less than max_length
+    mean: float | None = None  # tokens of a row in the mean, as it lies in its batch, with padding
+
+
+def job_of(settings, model, precision, gpu):
+    """The Job of a run's settings."""
+    kept = str(settings.kept_layers)
+    return Job(model, settings.method, settings.lora_r, settings.lora_target_modules, settings.max_length, None, precision,
+               settings.activation_offload, settings.overlap_step, settings.gradient_checkpointing, settings.fused_step,
+               int(kept) if kept.isdigit() else None if gpu else 0)
+
+
+def prediction(job, box, config, micro_batch, accumulation=1):
+    """What this DeepSpeed configuration, its "auto" resolved or not, does with this micro-batch (rows a rank): a dict of
+
+    gpu, host, nvme: {what: bytes}, of one GPU, one machine, one machine; time: {"compute", "transfer", "optimizer", "io"}: seconds
+    of an update by what they would take alone; step_s: of them together; kept_layers; locked: bytes a rank."""
+    model, ranks, size = job.model, box.ranks, ITEMSIZE[job.precision]
+    shapes = model.shapes(job.precision, job.method, job.lora_r, job.lora_target_modules)
+    config = resolve_auto(config, shapes, ranks, "swap")
+    zero = config["zero_optimization"]
+    where = {t: (zero.get(f"offload_{t}") or {}).get("device", "none") for t in ("param", "optimizer")}
+    adapters = shapes.trainable if job.method == "lora" else 0
+    everything, own = model.parameters + adapters, shapes.trainable / ranks
+    layer, head = shapes.layer * size, model.embedding * size
+    tokens = micro_batch * min(job.longest or job.max_length, job.max_length)
+    gpu, host, nvme = {}, {}, {}
+    device = gpu if box.gpus else host  # on a CPU what would be on the GPU is in RAM
+
+    # -- the GPU -------------------------------------------------------------------------------------------------------
+    if box.gpus:
+        gpu["context"] = CONTEXT + (CONTEXT_MORE if ranks > 1 else 0)
+    if where["param"] == "none":
+        device["parameters"] = everything * size / ranks
+    if where["optimizer"] == "none":
+        device["optimizer"] = 12 * own
+        device["gradients"] = own * size
+    persistent = (adapters if zero["stage3_param_persistence_threshold"] > shapes.largest_trainable else 0) * size
+    gathered = persistent if where["param"] != "none" or ranks > 1 else 0
+    if where["param"] != "none" or ranks > 1:  # on one GPU that holds all, nothing is copied
+        gathered += min(zero["stage3_max_live_parameters"] * size, 3 * layer + head)
+    device["gathered layers"] = gathered
+    bucket = zero["reduce_bucket_size"] * size
+    full = job.method == "full"
+    device["gradients of a layer"] = min(bucket, shapes.largest_trainable * size) + (2 * layer if full else persistent)
+    one, inputs = activations(model, tokens, size)
+    held = 2 * inputs if job.activation_offload and box.gpus else model.layers * inputs
+    loss = loss_bytes(model, tokens, size, full, bool(box.gpus))
+    # The loss is taken before any layer is computed again.
+    device["inputs of layers"] = held
+    device["a layer at work"] = max(one + 3 * tokens * model.intermediate * size, loss)
+    kept = (job.kept_layers or 0) if job.gradient_checkpointing else model.layers
+    if box.gpus and job.kept_layers is None and job.gradient_checkpointing:
+        room = box.gpu_memory * (1 - SPARE) - sum(gpu.values())
+        kept = min(model.layers, max(0, int(room // max(one - inputs, 1))))
+    device["kept activations"] = kept * (one - inputs)
+
+    # -- RAM -----------------------------------------------------------------------------------------------------------
+    here = box.ranks_here / ranks  # of the model that lies on this machine
+    host["processes"] = (BASE_RAM if box.gpus else BASE_RAM_CPU) * box.ranks_here + host.pop("processes", 0)
+    if not box.gpus:
+        for key in list(device):
+            if key != "processes" and key not in ("parameters", "optimizer", "gradients"):
+                host[key] *= box.ranks_here
+            elif key != "processes":
+                host[key] *= here * ranks
+    if where["param"] == "cpu":
+        host["parameters"] = everything * size * here
+    if where["optimizer"] == "cpu":
+        host["optimizer"] = 12 * shapes.trainable * here
+    if where["optimizer"] != "none":
+        host["gradients"] = shapes.trainable * (size + (4 if where["optimizer"] == "cpu" and not job.fused_step else 0)) * here
+    locked = sum(locked_bytes(config, shapes, ranks))
+    host["NVMe buffers"] = locked * box.ranks_here
+    if full and where["param"] == "cpu" and where["optimizer"] == "cpu":
+        host["until the first step: the parameters twice"] = everything * size * here
+    if job.activation_offload and box.gpus:
+        host["inputs of layers"] = (model.layers - kept) * inputs * box.ranks_here
+    host = {k: v for k, v in host.items() if v}
+
+    # -- NVMe ----------------------------------------------------------------------------------------------------------
+    if where["param"] == "nvme":
+        nvme["parameters"] = everything * size * here
+    if where["optimizer"] == "nvme":
+        nvme["optimizer"] = SWAP_BYTES * shapes.trainable * here
+    time = seconds(job, box, where, shapes, micro_batch * (job.mean or job.max_length), kept, accumulation)
+    return {"gpu": {k: v for k, v in gpu.items() if v}, "host": host, "nvme": nvme, "kept_layers": kept, "locked": locked, **time}
+
+
+def activations(model, tokens, size):
+    """(what one decoder layer keeps for its backward pass, its input alone), bytes. Counted from the model and Liger's kernels: input
+    and output of both norms, q, k and v after the rotary embedding, the attention's output, gate, up and their product. Measured:
+    2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this."""
+    numbers = 4 * model.hidden + 2 * model.query + 2 * model.key_value + 3 * model.intermediate
+    return numbers * tokens * size, model.hidden * tokens * size
+
+
+def loss_bytes(model, tokens, size, full, gpu):
+    """Of the chunked loss. GPU: Liger's chunks of T x H / V rows (liger_kernel, fused_linear_cross_entropy.py), logits in the model's
+    type and in fp32. CPU: 256 MiB of fp32 logits, three of them at a time (loss.py). Both: the gradient of the head's input, and of
+    the head in fp32 where it is trained."""
+    rows = tokens / max(1, 2 ** round(math.log2(max(1, model.vocabulary / model.hidden)))) if gpu else \
+        min(tokens, 2**28 / 4 / model.vocabulary)
+    logits = rows * model.vocabulary * ((4 + size) if gpu else 12)
+    return logits + 2 * tokens * model.hidden * size + (model.embedding * 4 if full else 0)
+
+
+def seconds(job, box, where, shapes, tokens, kept, accumulation):
+    """The times of prediction(). A pass over the layers takes what computing or what moving them takes, whichever is longer;
+    embedding and head, which nothing prefetches, are added. Backward: the gradient of the input, and of the weights in a full
+    fine-tune, and once more forward for the layers that keep nothing. The loss makes its gradients in the forward pass."""
+    model, size, full = job.model, shapes.itemsize, job.method == "full"
+    rate = box.flops * (EFFICIENCY if box.gpus else EFFICIENCY_CPU)
+    maps = sum(a * b for a, b in model.matrices.values())
+    forward = model.layers * tokens * 2 * (maps + (job.mean or job.max_length) * model.query) / rate
+    # An adapter reads its matrix's input once more, and reads and writes its output; backward twice that.
+    wide = [(model.matrices[n][1] + 2 * model.matrices[n][0]) * size for n in model.adapters(job.lora_r, job.lora_target_modules)]
+    beside = 0 if full else model.layers * tokens * sum(wide) / (HBM if box.gpus else box.ram_rate)
+    loss = tokens * 2 * model.embedding * (3 if full else 2) / rate
+    again = forward * (1 - kept / model.layers)
+    backward = forward * (2 if full else 1) + 2 * beside + again
+    forward += beside
+    moved = moves = 0.0
+    if box.gpus and where["param"] != "none":
+        moved = model.layers * shapes.layer * size / box.ranks / box.pcie
+        moves = (1 if model.tied else 2) * model.embedding * size / box.ranks / box.pcie
+    if box.ranks > 1 and box.gpus:
+        moved = max(moved, model.layers * shapes.layer * size / box.link)
+        moves += 2 * model.embedding * size / box.link
+    read = 0.0
+    if where["param"] == "nvme":
+        read = model.parameters * size * box.ranks_here / box.ranks / box.nvme_read
+    back = max(moved, shapes.trainable * size / box.ranks / box.pcie if full and box.gpus and where["optimizer"] != "none" else 0)
+    step = io = 0.0
+    own = shapes.trainable / box.ranks
+    if where["optimizer"] == "cpu" or (where["optimizer"] == "nvme") or not box.gpus:
+        step = own * STEP_BYTES[size] * box.ranks_here / box.ram_rate
+    else:
+        step = own * STEP_BYTES[size] / HBM
+    if where["optimizer"] == "nvme":
+        io = own * SWAP_BYTES * box.ranks_here / MIXED_DISK / min(box.nvme_read, box.nvme_write)
+    ahead = max(forward, moved, read) + loss + moves
+    micro = ahead + max(backward, back, read) + moves / 2
+    behind = max(step - ahead, 0) if job.overlap_step and where["optimizer"] == "cpu" and box.ranks == 1 else step
+    return {"time": {"compute": accumulation * (forward + backward + loss), "transfer": accumulation * (moved + back + 1.5 * moves),
+                     "optimizer": step, "io": io + 2 * accumulation * read},
+            "step_s": accumulation * micro + max(behind, io)}
+
+
+@functools.cache
+def _config(mode):
+    return read_config(CONFIGS / f"{mode}.json")
+
+
+def evaluate(job, box, mode, micro_batch=None):
+    """The prediction of `mode` with its best micro-batch, or with the one that is given, as {"name", "fits", "short": {tier: bytes},
+    "micro_batch", "accumulation", "tokens_per_s", …}; where nothing fits, that of one row."""
+    best = None
+    for micro in (micro_batch,) if micro_batch else MICRO_BATCHES:
+        rows = micro * box.ranks * job.max_length
+        if best and job.tokens_per_step and rows > job.tokens_per_step:
+            break
+        accumulation = max(1, round((job.tokens_per_step or rows) / rows))
+        found = prediction(job, box, _config(mode), micro, accumulation)
+        found.update(name=mode, micro_batch=micro, accumulation=accumulation,
+                     tokens_per_s=micro * job.max_length * accumulation / found["step_s"])
+        limits = {"GPU": box.gpu_memory * (1 - SPARE) if box.gpus else 0, "RAM": box.ram * 0.97, "NVMe": box.nvme}
+        used = {"GPU": found["gpu"], "RAM": found["host"], "NVMe": found["nvme"]}
+        found["short"] = {t: sum(used[t].values()) - limits[t] for t in limits if sum(used[t].values()) > limits[t]}
+        found["fits"] = not found["short"]
+        if best is None or (found["fits"] and (not best["fits"] or found["tokens_per_s"] > 1.01 * best["tokens_per_s"])):
+            best = found
+    return best
+
+
+def compare(job, box):
+    """evaluate() of every mode, the recommended one first: of those that fit, the fastest; the simpler where they are alike."""
+    found = [evaluate(job, box, mode) for mode in MODES]
+    return ordered(found)
+
+
+def ordered(found):
+    """Predictions of all modes, the best first: a difference of 2 % in speed counts as none."""
+    return sorted(found, key=lambda f: (not f["fits"], -round(math.log(f["tokens_per_s"]) * 50) if f["fits"]
+                                        else sum(f["short"].values())))
+
+
+def remedy(job, box):
+    """The cheapest change that makes it fit, in words: flags first, then hardware; None where none of them does."""
+    def fits(job, box):
+        return any(evaluate(job, box, mode)["fits"] for mode in MODES)
+
+    length = job.max_length
+    while length > 256:
+        length //= 2
+        if fits(replace(job, max_length=length), box):
+            break
+    tries = [("--activation_offload true", replace(job, activation_offload=True), box),
+             (f"--max_length {length}", replace(job, max_length=length), box),
+             (f"--max_length {length} --activation_offload true", replace(job, max_length=length, activation_offload=True), box)]
+    for factor in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32):
+        tries += [(f"{_round(room):.0f} GB free on a local NVMe (--nvme)", job, replace(
+            box, nvme=_round(room) * 1e9, nvme_read=box.nvme_read or 3e9, nvme_write=box.nvme_write or 2e9))
+            for room in [20 * job.model.parameters * factor / 1e9] if factor == 1 and room * 1e9 > box.nvme]
+        tries += [(f"{box.ram * factor / 1e9:.0f} GB of RAM", job, replace(box, ram=box.ram * factor))] * (factor > 1)
+        if box.gpus:
+            tries += [(f"GPUs of {box.gpu_memory * factor / 1e9:.0f} GB", job, replace(box, gpu_memory=box.gpu_memory * factor))]
+        if job.method == "full" and factor == 4:
+            tries += [("--method lora", replace(job, method="lora"), box)]
+    return next((words for words, j, b in tries if fits(j, b)), None)
+
+
+def _round(gigabytes):
+    return math.ceil(gigabytes / 50) * 50
+
+
+def why_not(other, best):
+    """Why a mode was not recommended, in words."""
+    if other["short"]:
+        return "; ".join(f"{amount / 1e9:,.1f} GB of {tier} short" for tier, amount in other["short"].items())
+    if not best["fits"]:
+        return ""
+    slower = best["tokens_per_s"] / other["tokens_per_s"]
+    most = max(other["time"], key=other["time"].get)
+    return f"{slower:.1f} times slower, most of it {most}" if slower >= 1.05 else f"as fast; {best['name']} is simpler"
+
+
+def as_json(job, box, found):
+    """The plan as issue-stable JSON."""
+    best = found[0]
+    shapes = job.model.shapes(job.precision, job.method, job.lora_r, job.lora_target_modules)
+    zero = resolve_auto(_config(best["name"]), shapes, box.ranks, "swap")["zero_optimization"]
+    keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+            "stage3_max_reuse_distance", "sub_group_size")
+    buffers = {t: {k: zero[t][k] for k in ("buffer_count", "buffer_size") if k in (zero.get(t) or {})}
+               for t in ("offload_param", "offload_optimizer")}
+    recommended = {"config": f"{best['name']}.json", "per_device_train_batch_size": best["micro_batch"],
+                   "gradient_accumulation_steps": best["accumulation"], "max_length": job.max_length,
+                   "kept_layers": best["kept_layers"], **{k: zero[k] for k in keys if k in zero},
+                   **{k: v for k, v in buffers.items() if v}} if best["fits"] else None
+    modes = [{"name": f["name"], "fits": f["fits"], "gpu_bytes": round(sum(f["gpu"].values())),
+              "host_bytes": round(sum(f["host"].values())), "nvme_bytes": round(sum(f["nvme"].values())),
+              "step_s": f["step_s"], "tokens_per_s_per_gpu": f["tokens_per_s"],
+              "shortfall_bytes": round(sum(f["short"].values())), "short": {k: round(v) for k, v in f["short"].items()},
+              "per_device_train_batch_size": f["micro_batch"], "gradient_accumulation_steps": f["accumulation"],
+              "kept_layers": f["kept_layers"], "gpu": f["gpu"], "host": f["host"], "nvme": f["nvme"], "time_s": f["time"]}
+             for f in sorted(found, key=lambda f: MODES.index(f["name"]))]
+    return {"model": {"name": job.model.name, "parameters": job.model.parameters, "trained": shapes.trainable},
+            "box": asdict(box), "recommended": recommended, "modes": modes}
