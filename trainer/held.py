@@ -14,9 +14,9 @@ GIB = 2**30
 
 class Held:
     """The prediction of one run. config: the resolved DeepSpeed configuration; ranks: (all, on this machine); lengths: tokens of each
-    training row."""
+    training row; labelled: share of tokens that are trained."""
 
-    def __init__(self, directory, settings, config, model_config, precision, gpu, ranks, lengths):
+    def __init__(self, directory, settings, config, model_config, precision, gpu, ranks, lengths, labelled):
         self.path, self.found, self.ranks = Path(directory) / "plan.json", None, ranks
         if not is_main_process():
             return
@@ -32,7 +32,7 @@ class Held:
             machine.nodes = ranks[0] // ranks[1]
             if not gpu:  # ranks that share one CPU
                 machine.flops /= ranks[1]
-            job = replace(plan.job_of(settings, model, precision, gpu), longest=longest, mean=mean)
+            job = replace(plan.job_of(settings, model, precision, gpu), longest=longest, mean=mean, labelled=labelled)
             self.found = plan.prediction(job, machine, config, micro, settings.gradient_accumulation_steps)
         except RunError as error:
             say(f"plan: none, {str(error).splitlines()[0]}")

@@ -73,6 +73,7 @@ class Job:
     kept_layers: int | None = None  # None: as many as fit a GPU
     longest: int | None = None  # tokens of the longest row that comes, if that is less than max_length
     mean: float | None = None  # tokens of a row in the mean, as it lies in its batch, with padding
+    labelled: float = 1.0  # share of the tokens over which the loss is taken
 
 
 def job_of(settings, model, precision, gpu):
@@ -116,9 +117,9 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     bucket = zero["reduce_bucket_size"] * size
     full = job.method == "full"
     device["gradients of a layer"] = min(bucket, shapes.largest_trainable * size) + (2 * layer if full else persistent)
-    one, inputs = activations(model, tokens, size)
+    one, inputs = activations(model, tokens, size, bool(box.gpus))
     held = 2 * inputs if job.activation_offload and box.gpus else model.layers * inputs
-    loss = loss_bytes(model, tokens, size, full, bool(box.gpus))
+    loss = loss_bytes(model, tokens * job.labelled, size, full, bool(box.gpus))
     # The loss is taken before any layer is computed again.
     device["inputs of layers"] = held
     device["a layer at work"] = max(one + 3 * tokens * model.intermediate * size, loss)
@@ -145,7 +146,7 @@ def prediction(job, box, config, micro_batch, accumulation=1):
         host["gradients"] = shapes.trainable * (size + (4 if where["optimizer"] == "cpu" and not job.fused_step else 0)) * here
     locked = sum(locked_bytes(config, shapes, ranks))
     host["NVMe buffers"] = locked * box.ranks_here
-    if full and where["param"] == "cpu" and where["optimizer"] == "cpu":
+    if full and box.gpus and where["param"] == "cpu" and where["optimizer"] == "cpu":  # torch's pinned allocator keeps them
         host["until the first step: the parameters twice"] = everything * size * here
     if job.activation_offload and box.gpus:
         host["inputs of layers"] = (model.layers - kept) * inputs * box.ranks_here
@@ -160,11 +161,14 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     return {"gpu": {k: v for k, v in gpu.items() if v}, "host": host, "nvme": nvme, "kept_layers": kept, "locked": locked, **time}
 
 
-def activations(model, tokens, size):
+def activations(model, tokens, size, liger=True):
     """(what one decoder layer keeps for its backward pass, its input alone), bytes. Counted from the model and Liger's kernels: input
     and output of both norms, q, k and v after the rotary embedding, the attention's output, gate, up and their product. Measured:
-    2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this."""
+    2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this. Without Liger's kernels autograd keeps the norms' fp32 input and
+    quotient, q and k before the rotation, and the activation of gate too."""
     numbers = 4 * model.hidden + 2 * model.query + 2 * model.key_value + 3 * model.intermediate
+    if not liger:
+        numbers += 4 * model.hidden + 2 * model.query + 2 * model.key_value + model.intermediate
     return numbers * tokens * size, model.hidden * tokens * size
 
 

@@ -296,7 +296,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
             rows.write_rejected(directory / "rejected.jsonl", tokens.refused)
             say(f"refused rows: {directory / 'rejected.jsonl'}")
         _print_settings(settings)
-    held = Held(directory, settings, config, model_config, precision, gpu, (world_size, ranks_here), tokens.train.lengths)
+    held = Held(directory, settings, config, model_config, precision, gpu, (world_size, ranks_here), tokens.train.lengths,
+                tokens.summary.trained / tokens.summary.tokens)
     set_seed(settings.seed)
     tracker = telemetry = space = saves = None
     try:
