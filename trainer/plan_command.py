@@ -171,23 +171,21 @@ def draw(job, box, found, path):
     modes = sorted(found, key=lambda f: plan.MODES.index(f["name"]))
     names = list(dict.fromkeys(k for t in ("gpu", "host", "nvme") for f in modes for k in f[t]))
     colours = pyplot.get_cmap("tab20")  # one for one thing
-    figure, axes = pyplot.subplots(1, len(tiers), figsize=(4.6 * len(tiers), 5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(tiers), figsize=(5 * len(tiers), 4.5), squeeze=False)
     for axis, (tier, label, room) in zip(axes[0], tiers, strict=True):
         bottom = [0.0] * len(modes)
-        axis.set(title=label, ylabel="GiB")
+        axis.set(title=f"{label}: {room / GIB:,.0f} GiB", ylabel="GiB")
         for what in dict.fromkeys(k for f in modes for k in f[tier]):
             heights = [f[tier].get(what, 0) / GIB for f in modes]
             axis.bar(range(len(modes)), heights, 0.6, bottom, label=what, color=colours(names.index(what)))
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         axis.axhline(room / GIB, color="black", linestyle="--", linewidth=1)
-        axis.text(len(modes) - 0.5, room / GIB, f" {room / GIB:,.0f} GiB there", ha="right", va="bottom", fontsize=8)
         ticks = [f"{f['name']}\n{'fits' if f['fits'] else 'too large'}" for f in modes]
         axis.set_xticks(range(len(modes)), ticks, rotation=20, fontsize=8)
         axis.set_ylim(0, 1.15 * max(*bottom, min(room / GIB, 3 * max(bottom))))
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     figure.suptitle(f"{job.model.name}, {job.method}, rows of {job.max_length} tokens")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main(argv=None):

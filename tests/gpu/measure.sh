@@ -5,23 +5,28 @@ out=$1; shift
 mkdir -p "$out/bench"
 bench() { python3 launch/bench.py train "$@" --work /tmp/bench-work --out "$out/bench"; }
 STOCK="--fused_linear false --fused_step false --fused_loss false --leaf_modules false --kept_layers 0 --use_liger_kernel false"
+OVERLAP="--overlap_step true"
 part() {
   case $1 in
-    8b) bench 8b-lora --timeout 200 ;;
-    8b-tuned) bench 8b-lora --yardstick tuned --only yardstick --timeout 120 ;;
-    8b-features) for flags in "" "--fetch_ahead true"; do
-        bench 8b-lora --micro_batches 6 --yardstick --timeout 110 --flags="$flags"; done ;;
+    box) python3 launch/bench.py box ;;
+    8b) bench 8b-lora --updates 12 --timeout 150 ;;  # ours, the peer's, the best stock one
+    8b-tuned) bench 8b-lora --yardstick tuned --updates 12 --timeout 120 ;;
     8b-profile) PROFILE_AT=8 PROFILE_OUT=$out/8b-lora-after.json BENCH_SCRIPT=tests/gpu/profile_run.py \
-        bench 8b-lora --micro_batches 8 --yardstick --updates 11 --timeout 130 ;;
+        bench 8b-lora --micro_batches 8 --only ours --updates 11 --timeout 130 ;;
     8b-profile-stock) PROFILE_AT=4 PROFILE_OUT=$out/8b-lora-before.json BENCH_SCRIPT=tests/gpu/profile_run.py \
-        bench 8b-lora --micro_batches 8 --yardstick --updates 8 --timeout 150 --flags="$STOCK" ;;
-    8b-sweep) bench 8b-lora --micro_batches 8 12 16 --yardstick --timeout 90 ;;
-    8b-gpu) bench 8b-lora-gpu --yardstick --timeout 100 ;;
-    8b-long) bench 8b-lora-8k 8b-lora-64k --yardstick --timeout 240 ;;
-    3b) bench 3b-full --timeout 170 ;;
-    3b-tuned) bench 3b-full --yardstick tuned --only yardstick --timeout 120 ;;
-    3b-features) for flags in "" "--fetch_ahead true --overlap_step true"; do
-        bench 3b-full --yardstick --timeout 130 --flags="$flags"; done ;;
+        bench 8b-lora --micro_batches 8 --only ours --updates 8 --timeout 150 --flags="$STOCK" ;;
+    8b-gpu) bench 8b-lora-gpu --only ours --updates 12 --timeout 100 ;;
+    8b-8k) bench 8b-lora-8k --only ours --updates 12 --timeout 150 ;;
+    8b-64k) bench 8b-lora-64k --only ours --updates 12 --timeout 260 --flags="--activation_offload true" ;;
+    3b) bench 3b-full --updates 12 --timeout 150 --flags="$OVERLAP" ;;
+    3b-tuned) bench 3b-full --yardstick tuned --updates 12 --timeout 150 --flags="$OVERLAP" ;;
+    3b-plain) bench 3b-full --only ours --updates 12 --timeout 150 ;;
+    3b-gpu) bench 3b-full-gpu --only ours --updates 12 --timeout 120 ;;
+    3b-nvme) bench 3b-full-nvme --only ours --updates 8 --timeout 400 ;;
+    1b) bench 1b-full --only ours --updates 12 --timeout 120 --flags="$OVERLAP" ;;
+    70b) bench 70b-lora --yardstick tuned --updates 12 --timeout 280 ;;
+    70b-layers) bench 70b-layers-full --only ours --updates 12 --timeout 200 --flags="$OVERLAP" ;;
+    8b-full) bench 8b-full --only ours --updates 12 --timeout 240 ;;
     parity) python3 -m pytest -q -p no:cacheprovider tests/gpu/test_features.py ;;
     *) echo "no part $1"; return 2 ;;
   esac
