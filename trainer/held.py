@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import box, plan, shapes
+from .checkpoint import gathered
 from .errors import RunError, is_main_process, say, table
 
 LIMIT = 0.15  # relative error from which a warning is printed
@@ -18,6 +19,10 @@ class Held:
 
     def __init__(self, directory, settings, config, model_config, precision, gpu, ranks, lengths, labelled):
         self.path, self.found, self.ranks = Path(directory) / "plan.json", None, ranks
+        chosen = gathered([settings.deepspeed, settings.per_device_train_batch_size, settings.gradient_accumulation_steps])
+        if any(c != chosen[0] for c in chosen):
+            raise RunError("--deepspeed auto chose differently on the machines of this run", found="; ".join(map(str, chosen)),
+                           needed="machines that are alike", fix="--deepspeed NAME.json and --per_device_train_batch_size N")
         if not is_main_process():
             return
         micro, longest, mean = settings.per_device_train_batch_size, int(lengths.max()), float(lengths.mean())
