@@ -54,7 +54,10 @@ class Held:
         content = {"predicted": self.predicted, "measured": measured, "error": {k: round(v, 4) for k, v in error.items()},
                    "gpu": self.found["gpu"], "host": self.found["host"], "nvme": self.found["nvme"], "time_s": self.found["time"],
                    "kept_layers": self.found["kept_layers"]}
-        self.path.write_text(json.dumps(content, indent=1))
+        try:
+            self.path.write_text(json.dumps(content, indent=1))
+        except OSError as problem:  # a full disk: the run can go on without it
+            print(f"warning: {self.path}: {problem.strerror}", flush=True)
         return error
 
     def compare(self, records, host_bytes, nvme_bytes):
