@@ -4,6 +4,7 @@
 """
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from . import ops, swap
 from .box import remember
 from .errors import FAILED, RunError
+from .hardware import existing
 
 BLOCKS, DEPTHS, THREADS = (2**20, 2**23), (16, 64), (1, 4, 8)
 
@@ -19,13 +21,12 @@ BLOCKS, DEPTHS, THREADS = (2**20, 2**23), (16, 64), (1, 4, 8)
 def io(path, size, seconds, out=None):
     """Sequential O_DIRECT writes and reads of one file of `size` bytes for every setting, within `seconds` in all. Returns
     {"aio": the best block for a DeepSpeed JSON, "read_gbps", "write_gbps", "rows": [...]} and writes it to `out`."""
-    import psutil
     import torch
 
     # The op gives each thread an equal part, and writes less, without a word, where that is no multiple of a page.
     size = max(size // 2**23, 1) * 2**23
     swap.check_directory(path)
-    free = psutil.disk_usage(str(_there(path))).free
+    free = shutil.disk_usage(existing(path)).free
     if size > free:
         raise RunError("the disk is too small for the test", found=f"{free / 1e9:.2f} GB free", needed=f"{size / 1e9:.2f} GB",
                        fix="--bytes 256MB", code=3)
@@ -72,13 +73,6 @@ def io(path, size, seconds, out=None):
         Path(out).write_text(json.dumps(found, indent=1))
     print(f"best, for the DeepSpeed JSON:\n  \"aio\": {json.dumps(found['aio'])}")
     return found
-
-
-def _there(path):
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def box(links=True):

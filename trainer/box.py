@@ -54,11 +54,8 @@ def probe(nvme_path, use_gpus=None, measure=True):
     flops, pcie, link = next((v for k, v in KNOWN.items() if k in name), DEFAULT)
     if not gpus:
         flops = have.get("cpu_flops") or (_cpu_flops() if measure else 1e11)
-    folder = Path(nvme_path).absolute()
-    while not folder.exists():
-        folder = folder.parent
     return Box(gpus=gpus if use_gpus is None else use_gpus, gpu_memory=memory, ram=hardware.ram(),
-               nvme=shutil.disk_usage(folder).free, nvme_read=have.get("nvme_read", DISK[0]),
+               nvme=shutil.disk_usage(hardware.existing(nvme_path)).free, nvme_read=have.get("nvme_read", DISK[0]),
                nvme_write=have.get("nvme_write", DISK[1]), pcie=have.get("pcie", pcie),
                link=have.get("link", link), flops=have.get("flops", flops) if gpus else flops,
                ram_rate=have.get("ram_rate") or (_ram_rate() if measure and not gpus else RAM_RATE), name=name)

@@ -105,7 +105,7 @@ def _built(name):
 
 
 def op_builds(options):
-    locks = [str(p) for root in _ops_folder() for p in root.glob("*/lock") if ops._is_stale(p)]
+    locks = [str(p) for root in _ops_folder() for p in root.glob("*/lock") if ops.is_stale(p)]
     if locks:
         return Check("op builds", FAILURE, f"locks of builds that were killed: {', '.join(locks)}",
                      "none: torch waits for them for ever", f"rm {' '.join(locks)}")
@@ -256,9 +256,7 @@ def nvme(options):
         found = _from_error("nvme", error)
         found.status = FAILURE if options.nvme else WARNING
         return found
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
+    there = hardware.existing(path)
     kind, free = storage.filesystem_of(path), shutil.disk_usage(there).free
     good = kind.startswith(("ext", "xfs"))
     text = f"{there}: {kind}, O_DIRECT, {free / GB:.0f} GB free"
@@ -380,7 +378,6 @@ def clock(options):
                  "" if 2025 <= year < 2040 else "timedatectl set-ntp true")
 
 
-QUICK = (python, packages, gpu, driver, locked_memory, shared_memory, aio_requests, ram, gpu_processes)
 CHECKS = (python, packages, compiler, nvcc, architectures, op_builds, gpu, driver, gpu_processes, pcie, gpu_links, ram, locked_memory,
           shared_memory, open_files, aio_requests, nvme, nvme_speed, run_disk, wandb, hub, clock)
 
@@ -425,7 +422,7 @@ def main(argv=None):
     if options.json:
         print(json.dumps([asdict(check) for check in found], indent=1))
     else:
-        print(table([("", "check", "found"), *((c.status if c.status != OK else "ok", c.name, c.found) for c in found)], "  "))
+        print(table([("", "check", "found"), *((c.status, c.name, c.found) for c in found)], "  "))
         for check in found:
             if check.status != OK:
                 print(f"\n{check.status}: {check.name}\n  found:  {check.found}\n  needed: {check.needed}\n  fix:    {check.fix}")

@@ -40,6 +40,14 @@ def gpus():
     return count, name.decode() if isinstance(name, bytes) else name, min(pynvml.nvmlDeviceGetMemoryInfo(h).total for h in handles)
 
 
+def existing(path):
+    """The path, or the nearest folder above it that is there."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def ram():
     """Bytes of RAM that this process may ever have: the machine's, or its control group's limit."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

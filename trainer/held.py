@@ -18,7 +18,7 @@ class Held:
     training row; labelled: share of tokens that are trained."""
 
     def __init__(self, directory, settings, config, model_config, precision, gpu, ranks, lengths, labelled):
-        self.path, self.found, self.ranks = Path(directory) / "plan.json", None, ranks
+        self.path, self.found = Path(directory) / "plan.json", None
         chosen = gathered([settings.deepspeed, settings.per_device_train_batch_size, settings.gradient_accumulation_steps])
         if any(c != chosen[0] for c in chosen):
             raise RunError("--deepspeed auto chose differently on the machines of this run", found="; ".join(map(str, chosen)),

@@ -111,7 +111,7 @@ def needed(config, ranks_here, gpu):
 def ensure(names):
     """Build what a run lacks, so that the user sees what takes a minute, and a build that was killed holds up nobody for ever."""
     directories = [_directory(_builder(name)) for name in names]
-    if any(_is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
+    if any(is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
         build(names)
 
 
@@ -128,7 +128,7 @@ def _directory(builder):
     return Path(_get_build_directory(builder.name, verbose=False))
 
 
-def _is_stale(lock):
+def is_stale(lock):
     """True where the file by which torch locks a build is there and nobody has it open: torch would wait for it for ever."""
     if not lock.exists():
         return False
@@ -185,7 +185,7 @@ def build(names):
 def _build_one(name):
     builder = _builder(name)
     lock = _directory(builder) / "lock"
-    if _is_stale(lock):
+    if is_stale(lock):
         lock.unlink(missing_ok=True)
     done = threading.Event()
     started = time.time()

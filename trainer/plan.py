@@ -131,13 +131,8 @@ def prediction(job, box, config, micro_batch, accumulation=1):
 
     # -- RAM -----------------------------------------------------------------------------------------------------------
     here = box.ranks_here / ranks  # of the model that lies on this machine
-    host["processes"] = (BASE_RAM if box.gpus else BASE_RAM_CPU) * box.ranks_here + host.pop("processes", 0)
-    if not box.gpus:
-        for key in list(device):
-            if key != "processes" and key not in ("parameters", "optimizer", "gradients"):
-                host[key] *= box.ranks_here
-            elif key != "processes":
-                host[key] *= here * ranks
+    host = {key: value * box.ranks_here for key, value in host.items()}  # on a CPU: what each rank would have on its GPU
+    host["processes"] = (BASE_RAM if box.gpus else BASE_RAM_CPU) * box.ranks_here
     if where["param"] == "cpu":
         host["parameters"] = everything * size * here
     if where["optimizer"] == "cpu":
@@ -208,12 +203,9 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     if where["param"] == "nvme":
         read = model.parameters * size * box.ranks_here / box.ranks / box.nvme_read
     back = max(moved, shapes.trainable * size / box.ranks / box.pcie if full and box.gpus and where["optimizer"] != "none" else 0)
-    step = io = 0.0
-    own = shapes.trainable / box.ranks
-    if where["optimizer"] == "cpu" or (where["optimizer"] == "nvme") or not box.gpus:
-        step = own * STEP_BYTES[size] * box.ranks_here / box.ram_rate
-    else:
-        step = own * STEP_BYTES[size] / HBM
+    own, io = shapes.trainable / box.ranks, 0.0
+    on_gpu = box.gpus and where["optimizer"] == "none"
+    step = own * STEP_BYTES[size] / (HBM if on_gpu else box.ram_rate / box.ranks_here)
     if where["optimizer"] == "nvme":
         io = own * SWAP_BYTES * box.ranks_here / MIXED_DISK / min(box.nvme_read, box.nvme_write)
     ahead = max(forward, moved, read) + loss + moves

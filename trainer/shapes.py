@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from .args import check_model
 from .config import Shapes
 from .errors import RunError, did_you_mean
 
@@ -137,9 +138,7 @@ def find(name):
     """A model by directory, config.json or built-in name."""
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise RunError(f"{path} is not a model directory", needed="config.json",
-                           found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty directory")
+        check_model(name)
         model = from_config(path / "config.json")
         stored = stored_parameters(path)
         if stored and abs(stored - model.parameters) > 0.01 * model.parameters:

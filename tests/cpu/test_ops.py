@@ -10,10 +10,10 @@ FLAGS = ["--max_steps", 1, "--eval_strategy", "no", "--eval_on_start", "false", 
 
 def test_held_or_left_behind(tmp_path):
     lock = tmp_path / "lock"
-    assert not ops._is_stale(lock)
+    assert not ops.is_stale(lock)
     with open(lock, "x"):
-        assert not ops._is_stale(lock)
-    assert ops._is_stale(lock)
+        assert not ops.is_stale(lock)
+    assert ops.is_stale(lock)
 
 
 def test_a_run_goes_on(trains, tmp_path):

@@ -86,7 +86,7 @@ def install(zero, overlap=False):
 
 class _HostStep:
     def __init__(self, zero, adam, overlap):
-        self.zero, self.adam, self.overlap = zero, adam, overlap
+        self.zero, self.adam = zero, adam
         self.bits = BITS[zero.grad_partitions_flat_buffer.dtype]
         self.table = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         self.reassign_plain, self.post_step_plain = zero._reassign_or_swap_out_partitioned_parameters, zero._post_step
