@@ -57,7 +57,7 @@ class RunArguments:
     activation_offload: bool = _flag(False, "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU")
     bind_cores: bool | None = _flag(None, "give each rank CPU cores of its own, near its GPU; none: where GPU ranks share a machine")
     fused_step: bool = _flag(True, "gradients go to the host once, and the CPU's optimizer step is one pass over RAM")
-    overlap_step: bool = _flag(False, "with fused_step, one rank: the CPU steps beside the next forward pass (not measured yet)")
+    overlap_step: bool | None = _flag(None, "with fused_step: the CPU steps beside the next forward pass; none: on a GPU")
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")
     fetch_ahead: bool = _flag(True, "on a GPU, with leaf_modules and parameters in RAM: the host does not wait for a layer's copy")
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")

@@ -67,7 +67,7 @@ class Job:
     tokens_per_step: int | None = None
     precision: str = "bf16"
     activation_offload: bool = False
-    overlap_step: bool = False
+    overlap_step: bool | None = None  # None: on a GPU
     gradient_checkpointing: bool = True
     fused_step: bool = True
     kept_layers: int | None = None  # None: as many as fit a GPU
@@ -210,7 +210,8 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
         io = own * SWAP_BYTES * box.ranks_here / MIXED_DISK / min(box.nvme_read, box.nvme_write)
     ahead = max(forward, moved, read) + loss + moves
     micro = ahead + max(backward, back, read) + moves / 2
-    behind = max(step - ahead, 0) if job.overlap_step and where["optimizer"] == "cpu" and box.ranks == 1 else step
+    overlaps = where["optimizer"] == "cpu" and (box.gpus > 0 if job.overlap_step is None else job.overlap_step)
+    behind = max(step - ahead, 0) if overlaps else step
     return {"time": {"compute": accumulation * (forward + backward + loss), "transfer": accumulation * (moved + back + 1.5 * moves),
                      "optimizer": step, "io": io + 2 * accumulation * read},
             "step_s": accumulation * micro + max(behind, io)}

@@ -340,7 +340,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
                                  fused_loss=settings.fused_loss, max_nonfinite_steps=settings.max_nonfinite_steps,
                                  checkpointer=saves, stopper=stopper, resume=found and (found, manifest), space=space,
                                  kept=kept, liger=liger, fused_step=settings.fused_step,
-                                 overlap_step=settings.overlap_step,
+                                 overlap_step=gpu if settings.overlap_step is None else settings.overlap_step,
                                  offloaded=layers if settings.activation_offload and settings.gradient_checkpointing else ())
         trainer.train(resume_from_checkpoint=found and str(found))
         if stopper.reason and trainer.state.global_step < trainer.state.max_steps:

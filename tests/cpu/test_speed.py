@@ -39,7 +39,10 @@ plain = run._start_processes
 
 def start(*args):
     ranks = plain(*args)
-    from trainer.offload import host_step
+    from trainer.offload import gather, host_step
+    gather.install()
+    handle = gather._Gathered
+    gather._Gathered = lambda params, work: print("gathered", len(params)) or handle(params, work)
     run_plain = host_step.run
 
     def slowly(adam, updates, bits, threads):
@@ -55,15 +58,20 @@ run.leave(run.main())
 """
 
 
-def test_step_beside_the_forward_pass(trains, tmp_path):
-    """Bit-equal: every parameter waits for its own update, in training, evaluation, checkpoints and export."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
+    """Bit-equal: every parameter waits for its own update, in training, evaluation, checkpoints and export; on two ranks also with the
+    gathering that GPUs have."""
     from safetensors.torch import load_file
 
-    flags = [*FLAGS[:8], "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 6, "--save_total_limit", 5]
+    flags = [*FLAGS[:8], "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 6, "--save_total_limit", 5,
+             "--leaf_modules", "true"]
     script = tmp_path / "slow.py"  # an update takes longer than the forward pass needs to reach its parameters
     script.write_text(SLOW.format(root=str(ROOT)))
-    runs = [trains("false", *flags, launcher=False), trains("true", *flags, "--overlap_step", "true", launcher=False, script=script)]
+    runs = [trains("false", *flags, ranks=ranks, launcher=ranks > 1),
+            trains("true", *flags, "--overlap_step", "true", ranks=ranks, launcher=ranks > 1, script=script)]
     assert "in one pass, beside the next forward pass" in runs[1].output and "in one pass, beside" not in runs[0].output
+    assert ("gathered 9" in runs[1].output) == (ranks > 1)  # a decoder layer
     assert runs[0].losses == runs[1].losses and len(runs[0].losses) == 12
     assert [e["eval_loss"] for e in runs[0].evaluations] == [e["eval_loss"] for e in runs[1].evaluations]
     for step in (6, 12):
@@ -74,8 +82,9 @@ def test_step_beside_the_forward_pass(trains, tmp_path):
     assert all((exports[0][name] == exports[1][name]).all() for name in exports[0])
 
 
-def test_two_ranks(trains):
-    flags = [*FLAGS[:2], "--max_steps", 12, *FLAGS[6:], "--gradient_accumulation_steps", 1]
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_ranks(trains, method):
+    flags = [*FLAGS[:2], "--max_steps", 12, *FLAGS[6:], "--gradient_accumulation_steps", 1, *(LORA if method == "lora" else [])]
     own = ["--leaf_modules", "true", "--kept_layers", "1"]
     two = trains("two", *flags, *own, "--per_device_train_batch_size", 2, "--bind_cores", "true", ranks=2)
     assert "each rank has cores of its own" in two.output

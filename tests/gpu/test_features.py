@@ -23,24 +23,28 @@ CASES = {
             "--kept_layers", "1", "--activation_offload", "true", "--use_liger_kernel", "true", "--fused_loss", "true"]}
 
 
-@pytest.mark.parametrize("method, names", [("full", list(CASES)), ("lora", ["linear", "step", "all"])])
-def test_losses(tiny_model, rows_file, tmp_path, capsys, method, names):
+@pytest.mark.parametrize("ranks, method, names", [(1, "full", list(CASES)), (1, "lora", ["linear", "step", "all"]),
+                                                  (2, "full", ["ahead", "overlap", "all"]), (2, "lora", ["all"])])
+def test_losses(tiny_model, rows_file, tmp_path, capsys, ranks, method, names):
     from conftest import train
+
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
 
     def losses(name):
         flags = [*STOCK, *CASES.get(name, []), "--precision", "fp32" if name == "fp32" else "bf16"]
         run = train(tmp_path / name, "--model_name_or_path", tiny_model, "--dataset", rows_file[0], *FLAGS, "--method", method,
-                    *flags, launcher=False, env={"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "2"})
+                    *flags, ranks=ranks, launcher=ranks > 1, env={"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "2"})
         assert run.code == 0, run.output[-6000:]
         assert ("wait in RAM" in run.output) == ("--activation_offload" in CASES.get(name, []))
         return torch.tensor(run.losses)
 
-    with ThreadPoolExecutor(6) as pool:  # a tiny model leaves the GPU idle
+    with ThreadPoolExecutor(6 if ranks == 1 else 1) as pool:  # a tiny model leaves the GPU idle; the launcher has one port
         found = dict(zip(["fp32", "stock", *names], pool.map(losses, ["fp32", "stock", *names]), strict=True))
     exact = found.pop("fp32")
     stock = (found.pop("stock") - exact).abs().max()
     rows = {name: (own - exact).abs().max() for name, own in found.items()}
     with capsys.disabled():
-        print(f"\n{method}: largest distance of 20 losses from fp32: stock bf16 {stock:.4f}; "
+        print(f"\n{ranks} GPU(s), {method}: largest distance of 20 losses from fp32: stock bf16 {stock:.4f}; "
               + ", ".join(f"{name} {distance:.4f}" for name, distance in rows.items()), flush=True)
     assert len(exact) == 20 and all(distance <= 2 * stock for distance in rows.values()), (stock, rows)

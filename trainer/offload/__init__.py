@@ -14,8 +14,10 @@ def apply(fetch_ahead=False):
 
     if deepspeed.__version__.split("+")[0] != SUPPORTED:
         return []
+    from . import gather
+
     mends = [_prefetch_each_parameter_once, _make_room_for_what_is_needed, _copy_out_of_swap_buffers]
-    for mend in mends + [_let_the_host_run_ahead] * fetch_ahead:
+    for mend in mends + [_let_the_host_run_ahead, gather.install] * fetch_ahead:
         if mend not in _mended:
             _mended[mend] = mend()
     return list(_mended.values())

@@ -67,14 +67,12 @@ def install(zero, overlap=False):
     if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
         return "DeepSpeed's own, this C compiler does not know fp16"
     flats = zero.fp16_partitioned_groups_flat
-    overlap = overlap and dist.get_world_size() == 1 and all(f is not None and f.device.type == "cpu" for f in flats)
+    overlap = overlap and all(f is not None and f.device.type == "cpu" for f in flats)
     state = zero.host_step = _HostStep(zero, adam, overlap)
     if overlap:
         stepping[:] = [state]
     names = ["partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
-             "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"]
-    if dist.get_world_size() == 1:  # with more ranks the parameters that stay have to be gathered anew
-        names += ["_partition_all_parameters", "_post_step"]
+             "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters", "_partition_all_parameters", "_post_step"]
     for name in names:
         setattr(zero, name, getattr(state, name.lstrip("_")))
     for flat in zero.fp32_partitioned_groups_flat:
@@ -223,23 +221,32 @@ class _HostStep:
 
     @torch.no_grad()
     def post_step(self, timer_names):
-        """After it: what stayed gets its new values, neighbours in one copy."""
+        """After it: what stayed gets its new values, neighbours in one copy and one gathering."""
         stayed = [p for p in self.zero.persistent_parameters if p.requires_grad and p.ds_status == ZeroParamStatus.AVAILABLE]
         self.post_step_plain(timer_names)
-        for held, params in _runs([(p.ds_tensor.data, p) for p in stayed]):
-            new = held.to(params[0].device, non_blocking=True).split([p.ds_numel for p in params])
-            torch._foreach_copy_([p.data.view(-1) for p in params], list(new))
+        group, ranks = self.zero.dp_process_group, dist.get_world_size(self.zero.dp_process_group)
+        runs = _runs([(p.ds_tensor.data, p) for p in stayed])
+        for held, params in sorted(runs, key=lambda run: run[1][0].ds_id):  # addresses, and so their order, differ between ranks
+            new = held.to(params[0].device, non_blocking=True).view(1, -1)
+            if ranks > 1:
+                own, new = new, new.new_empty(ranks, held.numel())
+                dist.all_gather_into_tensor(new, own, group)
+            parts = new.split([p.ds_tensor.numel() for p in params], dim=1)  # of each parameter: (ranks, elements of a rank)
+            pairs = [(to, part) for p, of in zip(params, parts, strict=True)
+                     for to, part in zip(p.data.view(-1).split(of.shape[1]), of)]
+            torch._foreach_copy_([to for to, _ in pairs], [part[:len(to)] for to, part in pairs])
 
 
 def _runs(pairs):
-    """(host tensor, tensor) pairs → (host tensor, [tensors]), where small neighbours in one host buffer became one."""
+    """(host tensor, what belongs to it) pairs → (host tensor, [what belongs to it]), where small neighbours in one host buffer became
+    one."""
     found, end = [], None
     for host, other in sorted(pairs, key=lambda p: p[0].data_ptr()):
         place = host.untyped_storage().data_ptr(), host.data_ptr()
         if end == place and host.numel() < SMALL:
-            found[-1][1].append(other)
+            found[-1][1] += host.numel()
+            found[-1][2].append(other)
         else:
-            found.append((host, [other]))
+            found.append([host, host.numel(), [other]])
         end = (place[0], place[1] + host.numel() * host.element_size()) if host.numel() < SMALL else None
-    return [(host if len(own) == 1 else host.as_strided((sum(t.numel() for t in own),), (1,), host.storage_offset()), own)
-            for host, own in found]
+    return [(host if len(own) == 1 else host.as_strided((size,), (1,), host.storage_offset()), own) for host, size, own in found]
