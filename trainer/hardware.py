@@ -1,5 +1,6 @@
 """What the machine has. Imports no torch."""
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from .errors import RunError
 
 # MB; larger blocks are neither rounded up nor kept when they are freed. Equal, or torch may write past a block (pytorch#192722).
 EXACT_PINNED = "pinned_max_round_threshold_mb:16,pinned_max_cached_size_mb:16"
+EXPANDABLE = "expandable_segments:True"
 CAP_IPC_LOCK = 1 << 14  # linux/capability.h: with it, mlock has no limit
 
 
@@ -134,11 +136,24 @@ def set_allocators(torch):
     size: torch rounds up to a power of two, 12 % of a Llama's weights. What the user has set stays as it is."""
     if "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ:
         return
-    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE
     try:
-        torch._C._accelerator_setAllocatorSettings(f"{os.environ['PYTORCH_ALLOC_CONF']},{EXACT_PINNED}")
+        torch._C._accelerator_setAllocatorSettings(f"{EXPANDABLE},{EXACT_PINNED}")
     except (AttributeError, RuntimeError, ValueError):  # an older torch, which does not know these keys
         pass
+
+
+def pins_exactly():
+    """Whether set_allocators has its way: the user set nothing, and the torch that is installed knows EXACT_PINNED, as 2.13 does and
+    2.11 does not. True where none is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = re.match(r"(\d+)\.(\d+)", version("torch"))
+    except PackageNotFoundError:
+        return True
+    own = "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and os.environ.get("PYTORCH_ALLOC_CONF", EXPANDABLE) == EXPANDABLE
+    return own and (found is None or (int(found[1]), int(found[2])) >= (2, 13))
 
 
 def _cpus(path):

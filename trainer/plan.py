@@ -17,9 +17,15 @@ SPARE = 0.05  # of the GPU that stays free (recompute.py)
 CONTEXT = 0.9 * GIB  # NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton
 CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
 EFFICIENCY = 0.69  # of the rate of a bf16 8192³ product that a pass reaches: 8B LoRA and 3.6B full, H100
-EFFICIENCY_CPU = 0.6  # of the rate of a large fp32 product by numpy
-BASE_RAM = 2.7 * GIB  # of a GPU rank's process with all libraries
-BASE_RAM_CPU = 0.62 * GIB
+EFFICIENCY_CPU = 0.7  # of the rate of a large fp32 product by numpy: 135M and tiny Llamas, two cores
+HOOKS = 0.37e-3  # seconds of Python that ZeRO-3's hooks take a module and pass on a CPU; on a GPU they go on beside it. As above.
+MODULES = {"full": 13, "lora": 41}  # of a Llama's layer: 7 maps, attention, MLP, activation, norms, itself; with PEFT a map is five
+SWAPPED = 2**20  # bytes of a rank's part from which DeepSpeed puts a tensor on NVMe (swap_tensor/utils.py, MIN_AIO_BYTES)
+BASE_RAM = 2.5 * GIB  # of a GPU rank's process with all libraries
+BASE_RAM_CPU = 0.75 * GIB  # and the pieces that its heap keeps
+# On a CPU, of all layers' activations, kept or made again: what glibc's heap holds beside them (mallinfo2 shows as much free as used), as
+# sizes change from one batch to the next and the adapters' small results lie in between. From the runs of docs/planning.md.
+HEAP = {"full": 0.3, "lora": 0.65}
 MIXED_DISK = 0.78  # of its one-way rate that a disk gives each way when it reads and writes at once: 1.09 of 1.4 GB/s
 STEP_BYTES = {2: 28, 4: 32}  # by itemsize: of RAM traffic a parameter in the CPU's step (offload/adam.c)
 HBM = 2.5e12  # bytes a second of a GPU's memory that plain kernels reach, H100
@@ -29,7 +35,8 @@ SWAP_BYTES = 16  # read, and written, a parameter and step, with the optimizer o
 @dataclass
 class Box:
     """gpus: of one machine, 0 for none. gpu_memory, pcie, link: of one GPU; pcie each way from RAM, link between GPUs. ram, nvme: of
-    one machine. flops: of one GPU, or of the machine's CPU, operations a second. ram_rate: reads and writes together."""
+    one machine. flops: of one GPU, or of the machine's CPU, operations a second. ram_rate: reads and writes together.
+    exact_pinning: pinned RAM is not rounded up (hardware.set_allocators)."""
 
     gpus: int
     gpu_memory: float
@@ -43,6 +50,7 @@ class Box:
     ram_rate: float
     nodes: int = 1
     name: str = ""
+    exact_pinning: bool = True
 
     @property
     def ranks_here(self):
@@ -101,6 +109,8 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     gpu, host, nvme = {}, {}, {}
     device = gpu if box.gpus else host  # on a CPU what would be on the GPU is in RAM
 
+    full = job.method == "full"
+
     # -- the GPU -------------------------------------------------------------------------------------------------------
     if box.gpus:
         gpu["context"] = CONTEXT + (CONTEXT_MORE if ranks > 1 else 0)
@@ -110,14 +120,14 @@ def prediction(job, box, config, micro_batch, accumulation=1):
         device["optimizer"] = 12 * own
         device["gradients"] = own * size
     persistent = (adapters if zero["stage3_param_persistence_threshold"] > shapes.largest_trainable else 0) * size
-    gathered = persistent if where["param"] != "none" or ranks > 1 else 0
-    if where["param"] != "none" or ranks > 1:  # on one GPU that holds all, nothing is copied
-        gathered += min(zero["stage3_max_live_parameters"] * size, 3 * layer + head)
+    gathered = 0
+    # Where one GPU holds all, or one CPU process has them in RAM, nothing is copied.
+    if ranks > 1 or where["param"] == "nvme" or (where["param"] == "cpu" and box.gpus):
+        gathered = persistent + min(zero["stage3_max_live_parameters"] * size, 3 * layer + head)
     device["gathered layers"] = gathered
     bucket = zero["reduce_bucket_size"] * size
-    full = job.method == "full"
     device["gradients of a layer"] = min(bucket, shapes.largest_trainable * size) + (2 * layer if full else persistent)
-    one, inputs = activations(model, tokens, size, bool(box.gpus))
+    one, inputs = activations(model, tokens, size, bool(box.gpus), full)
     held = 2 * inputs if job.activation_offload and box.gpus else model.layers * inputs
     loss = loss_bytes(model, tokens * job.labelled, size, full, bool(box.gpus))
     # The loss is taken before any layer is computed again.
@@ -128,6 +138,8 @@ def prediction(job, box, config, micro_batch, accumulation=1):
         room = box.gpu_memory * (1 - SPARE) - sum(gpu.values())
         kept = min(model.layers, max(0, int(room // max(one - inputs, 1))))
     device["kept activations"] = kept * (one - inputs)
+    if not box.gpus:
+        host["heap"] = HEAP[job.method] * model.layers * one
 
     # -- RAM -----------------------------------------------------------------------------------------------------------
     here = box.ranks_here / ranks  # of the model that lies on this machine
@@ -135,6 +147,8 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     host["processes"] = (BASE_RAM if box.gpus else BASE_RAM_CPU) * box.ranks_here
     if where["param"] == "cpu":
         host["parameters"] = everything * size * here
+        if not full and box.gpus and not box.exact_pinning:
+            host["pinned rounding"] = pinned_rounding(model, ranks, size) * box.ranks_here
     if where["optimizer"] == "cpu":
         host["optimizer"] = 12 * shapes.trainable * here
     if where["optimizer"] != "none":
@@ -149,22 +163,32 @@ def prediction(job, box, config, micro_batch, accumulation=1):
 
     # -- NVMe ----------------------------------------------------------------------------------------------------------
     if where["param"] == "nvme":
-        nvme["parameters"] = everything * size * here
-    if where["optimizer"] == "nvme":
+        # A tied head is written once before it is tied, and its file stays.
+        parts = [a * b for a, b in model.matrices.values()] * model.layers + [model.embedding] * 2
+        nvme["parameters"] = sum(n * size for n in parts if n * size / ranks >= SWAPPED) * here
+    if where["optimizer"] == "nvme" and min(zero["sub_group_size"], own) * 4 >= SWAPPED:
         nvme["optimizer"] = SWAP_BYTES * shapes.trainable * here
     time = seconds(job, box, where, shapes, micro_batch * (job.mean or job.max_length), kept, accumulation)
     return {"gpu": {k: v for k, v in gpu.items() if v}, "host": host, "nvme": nvme, "kept_layers": kept, "locked": locked, **time}
 
 
-def activations(model, tokens, size, liger=True):
+def activations(model, tokens, size, liger=True, full=True):
     """(what one decoder layer keeps for its backward pass, its input alone), bytes. Counted from the model and Liger's kernels: input
     and output of both norms, q, k and v after the rotary embedding, the attention's output, gate, up and their product. Measured:
-    2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this. Without Liger's kernels autograd keeps the norms' fp32 input and
-    quotient, q and k before the rotation, and the activation of gate too."""
+    2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this. Without Liger's kernels autograd keeps the activation of gate too,
+    and the quotients of both norms where their weights are trained."""
     numbers = 4 * model.hidden + 2 * model.query + 2 * model.key_value + 3 * model.intermediate
     if not liger:
-        numbers += 4 * model.hidden + 2 * model.query + 2 * model.key_value + model.intermediate
+        numbers += model.intermediate + 2 * model.hidden * full
     return numbers * tokens * size, model.hidden * tokens * size
+
+
+def pinned_rounding(model, ranks, size):
+    """Of one rank, with frozen parameters, whose parts are pinned one by one: torch's allocator takes the next power of two for each
+    (CachingHostAllocator). The trained ones lie in one buffer of their own."""
+    parts = [a * b for a, b in model.matrices.values()] * model.layers + [model.embedding] * (1 if model.tied else 2)
+    parts = [-(-n // ranks) * size for n in parts]
+    return sum(2 ** math.ceil(math.log2(n)) - n for n in parts)
 
 
 def loss_bytes(model, tokens, size, full, gpu):
@@ -178,8 +202,8 @@ def loss_bytes(model, tokens, size, full, gpu):
 
 
 def seconds(job, box, where, shapes, tokens, kept, accumulation):
-    """The times of prediction(). A pass over the layers takes what computing or what moving them takes, whichever is longer;
-    embedding and head, which nothing prefetches, are added. Backward: the gradient of the input, and of the weights in a full
+    """The times of prediction(). A pass over the layers takes what computing or what moving them takes, whichever is longer, and the
+    first of an update not less than the CPU's step beside it; embedding and head, which nothing prefetches, and the loss are added. Backward: the gradient of the input, and of the weights in a full
     fine-tune, and once more forward for the layers that keep nothing. The loss makes its gradients in the forward pass."""
     model, size, full = job.model, shapes.itemsize, job.method == "full"
     rate = box.flops * (EFFICIENCY if box.gpus else EFFICIENCY_CPU)
@@ -192,6 +216,9 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     again = forward * (1 - kept / model.layers)
     backward = forward * (2 if full else 1) + 2 * beside + again
     forward += beside
+    if not box.gpus:
+        hooks = model.layers * MODULES[job.method] * HOOKS
+        forward, backward = forward + hooks, backward + hooks * (1 + job.gradient_checkpointing)
     moved = moves = 0.0
     if box.gpus and where["param"] != "none":
         moved = model.layers * shapes.layer * size / box.ranks / box.pcie
@@ -208,8 +235,8 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     step = own * STEP_BYTES[size] / (HBM if on_gpu else box.ram_rate / box.ranks_here)
     if where["optimizer"] == "nvme":
         io = own * SWAP_BYTES * box.ranks_here / MIXED_DISK / min(box.nvme_read, box.nvme_write)
-    ahead = max(forward, moved, read) + loss + moves
-    micro = ahead + max(backward, back, read) + moves / 2
+    ahead = max(forward, moved, read)
+    micro = ahead + loss + moves + max(backward, back, read) + moves / 2
     overlaps = where["optimizer"] == "cpu" and (box.gpus > 0 if job.overlap_step is None else job.overlap_step)
     behind = max(step - ahead, 0) if overlaps else step
     return {"time": {"compute": accumulation * (forward + backward + loss), "transfer": accumulation * (moved + back + 1.5 * moves),
