@@ -21,7 +21,7 @@ from data import storage
 
 from . import hardware, ops, swap
 from .args import RunArguments
-from .errors import DOES_NOT_FIT, DONE, RunError, report, table
+from .errors import DOES_NOT_FIT, DONE, RunError, report, say, table
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 GB, GIB = 1e9, 2**30
@@ -380,6 +380,8 @@ def clock(options):
 
 CHECKS = (python, packages, compiler, nvcc, architectures, op_builds, gpu, driver, gpu_processes, pcie, gpu_links, ram, locked_memory,
           shared_memory, open_files, aio_requests, nvme, nvme_speed, run_disk, wandb, hub, clock)
+# Before every run: what takes no time, and what the run does not look at itself, more exactly, once it knows the model.
+QUICK = (driver, gpu_processes, pcie, gpu_links, ram, shared_memory, open_files, aio_requests)
 
 
 def _from_error(name, error):
@@ -400,9 +402,21 @@ def examine(options, checks=CHECKS):
         except Exception as error:  # a check that fails must not hide the others
             return Check(check.__name__.replace("_", " "), WARNING, f"could not be checked: {type(error).__name__}: {error}")
 
-    options.gpus = hardware.gpu_count()
+    if not hasattr(options, "gpus"):
+        options.gpus = hardware.gpu_count()
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(one, checks))
+
+
+def quick(gpu, nvme):
+    """QUICK before a run on a GPU or not, with NVMe or not: warnings are printed, a failure is a RunError with exit code 3."""
+    found = examine(argparse.Namespace(nvme=nvme, **({} if gpu else {"gpus": 0})), QUICK)
+    for check in found:
+        if check.status == FAILURE:
+            raise RunError(f"this machine is not ready: {check.name}", found=check.found, needed=check.needed, fix=check.fix,
+                           code=DOES_NOT_FIT)
+        if check.status == WARNING:
+            say(f"warning: {check.name}: {check.found}; needed: {check.needed}; fix: {check.fix}")
 
 
 def main(argv=None):

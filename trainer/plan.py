@@ -23,8 +23,8 @@ MODULES = {"full": 13, "lora": 41}  # of a Llama's layer: 7 maps, attention, MLP
 SWAPPED = 2**20  # bytes of a rank's part from which DeepSpeed puts a tensor on NVMe (swap_tensor/utils.py, MIN_AIO_BYTES)
 BASE_RAM = 2.5 * GIB  # of a GPU rank's process with all libraries
 BASE_RAM_CPU = 0.75 * GIB  # and the pieces that its heap keeps
-# On a CPU, of all layers' activations, kept or made again: what glibc's heap holds beside them (mallinfo2 shows as much free as used), as
-# sizes change from one batch to the next and the adapters' small results lie in between. From the runs of docs/planning.md.
+# On a CPU, of all layers' activations, kept or made again: what glibc's heap holds beside them (mallinfo2 shows as much free as used),
+# as sizes change from one batch to the next and the adapters' small results lie in between. From the runs of docs/planning.md.
 HEAP = {"full": 0.3, "lora": 0.65}
 MIXED_DISK = 0.78  # of its one-way rate that a disk gives each way when it reads and writes at once: 1.09 of 1.4 GB/s
 STEP_BYTES = {2: 28, 4: 32}  # by itemsize: of RAM traffic a parameter in the CPU's step (offload/adam.c)
@@ -175,8 +175,8 @@ def prediction(job, box, config, micro_batch, accumulation=1):
 def activations(model, tokens, size, liger=True, full=True):
     """(what one decoder layer keeps for its backward pass, its input alone), bytes. Counted from the model and Liger's kernels: input
     and output of both norms, q, k and v after the rotary embedding, the attention's output, gate, up and their product. Measured:
-    2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this. Without Liger's kernels autograd keeps the activation of gate too,
-    and the quotients of both norms where their weights are trained."""
+    2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this. Without Liger's kernels autograd keeps the activation of gate
+    too, and the quotients of both norms where their weights are trained."""
     numbers = 4 * model.hidden + 2 * model.query + 2 * model.key_value + 3 * model.intermediate
     if not liger:
         numbers += model.intermediate + 2 * model.hidden * full
@@ -203,8 +203,8 @@ def loss_bytes(model, tokens, size, full, gpu):
 
 def seconds(job, box, where, shapes, tokens, kept, accumulation):
     """The times of prediction(). A pass over the layers takes what computing or what moving them takes, whichever is longer, and the
-    first of an update not less than the CPU's step beside it; embedding and head, which nothing prefetches, and the loss are added. Backward: the gradient of the input, and of the weights in a full
-    fine-tune, and once more forward for the layers that keep nothing. The loss makes its gradients in the forward pass."""
+    first of an update not less than the CPU's step beside it; embedding and head, which nothing prefetches, and the loss are added.
+    Backward: the gradient of the input, and of the weights in a full fine-tune, and once more forward for the layers that keep nothing. The loss makes its gradients in the forward pass."""
     model, size, full = job.model, shapes.itemsize, job.method == "full"
     rate = box.flops * (EFFICIENCY if box.gpus else EFFICIENCY_CPU)
     maps = sum(a * b for a, b in model.matrices.values())

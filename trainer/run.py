@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import DataError, storage
 
-from . import __version__, auto, embedded, hardware, offload, ops, resume, rows, swap
+from . import __version__, auto, doctor, embedded, hardware, offload, ops, resume, rows, swap
 from .args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
 from .config import (
     check_agreement,
@@ -99,6 +99,7 @@ def prepare(settings):
     check_resume(settings)
     if uses_nvme(config):
         swap.check_directory(settings.nvme_path)
+    doctor.quick(gpu, uses_nvme(config))
     return config, path, rows.plan(settings, rows.progress("looking at rows")), precision, gpu, reason
 
 

@@ -60,8 +60,8 @@ run.leave(run.main())
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
-    """Bit-equal: every parameter waits for its own update, in training, evaluation, checkpoints and export; on two ranks also with the
-    gathering that GPUs have."""
+    """Bit-equal: every parameter waits for its own update, in training, evaluation, checkpoints and export; on two ranks also with
+    the gathering that GPUs have."""
     from safetensors.torch import load_file
 
     flags = [*FLAGS[:8], "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 6, "--save_total_limit", 5,

@@ -174,6 +174,30 @@ def test_driver_too_old(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
 
 
+def test_before_every_run(tmp_path, monkeypatch, capsys):
+    """A limit is a warning in the run's output; a driver that is too old ends it with exit code 3, before torch is imported."""
+    from trainer import doctor as module
+    from trainer.errors import RunError
+
+    done = subprocess.run([sys.executable, "launch/train.py", "--dataset", tmp_path / "missing.jsonl", "--use_cpu"], cwd=ROOT,
+                          text=True, capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
+    assert done.returncode == 2 and "warning: open files: 256; needed: 4096" in done.stdout and "ulimit -n" in done.stdout
+    (tmp_path / "pynvml.py").write_text(PYNVML)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(module.ops, "torch_cuda", lambda: "13.0")
+    with pytest.raises(RunError, match="not ready: driver") as error:
+        module.quick(True, False)
+    assert error.value.code == 3 and "cu122" in str(error.value)
+    module.quick(False, False)
+    monkeypatch.setattr(module.ops, "torch_cuda", lambda: "12.8")
+    capsys.readouterr()
+    module.quick(True, False)
+    assert "warning: gpu processes: GPU 1: 10.0 GiB" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+
 def test_bench_io(tmp_path):
     """The block that it writes has DeepSpeed's own key names, and the plan takes the figures."""
     from trainer import ds_schema

@@ -127,8 +127,10 @@ def test_deepspeeds_own_accounting():
 
 # -- measured runs -----------------------------------------------------------------------------------------------------
 RUNS = [  # docs/benchmarks.md, calls d, e and f of 2026-11-25, and the 24th for 12 and 16 rows of 8B
-    ("llama-3-8b", "lora", "ds_z3_offload", 6, 0.893, 32, 58.8, 19.5), ("llama-3-8b", "lora", "ds_z3_offload", 8, 1.24, 29, 74.1, 20.0),
-    ("llama-3-8b", "lora", "ds_z3_offload", 12, 1.87, 18, 73.3, 19.6), ("llama-3-8b", "lora", "ds_z3_offload", 16, 2.61, 12, 70.9, 19.4),
+    ("llama-3-8b", "lora", "ds_z3_offload", 6, 0.893, 32, 58.8, 19.5),
+    ("llama-3-8b", "lora", "ds_z3_offload", 8, 1.24, 29, 74.1, 20.0),
+    ("llama-3-8b", "lora", "ds_z3_offload", 12, 1.87, 18, 73.3, 19.6),
+    ("llama-3-8b", "lora", "ds_z3_offload", 16, 2.61, 12, 70.9, 19.4),
     ("llama-3-8b", "lora", "ds_z3", 6, 0.891, 32, 69.2, 2.37), ("llama-3.2-3b", "full", "ds_z3_offload", 16, 1.736, 23, 73.6, 65.2),
     ("llama-3.2-1b", "full", "ds_z3_offload", 16, 0.706, 16, 44.0, 27.2)]
 

@@ -1,7 +1,7 @@
 """The way of partitioned parameters in RAM to several GPUs, for DeepSpeed 0.19.8.
 
 The stock engine copies each parameter's part to the GPU while the host stands still, joins the parts, gathers them from all ranks and
-copies each parameter out of the whole, all in one stream, one after the other. Here the parts are copied in a stream of their own, each
+copies each parameter out of the whole, in one stream, one after the other. Here the parts are copied in a stream of their own, each
 to its place in the parameter, where it is gathered: nothing waits but the gathering for its own layer's copy, and nothing is copied
 twice. (runtime/zero/partition_parameters.py: all_gather_coalesced)
 """
@@ -39,7 +39,8 @@ def _gather(init, stock, params, safe_mode=False, quantize=False):
             or init.use_all_reduce_for_fetch_params):
         return stock(params, safe_mode=safe_mode, quantize=quantize)
     init._ensure_availability_of_partitioned_params(params)
-    group, ranks, rank = init.get_partition_dp_group(params[0]), init._partition_world_size(params[0]), init._partition_rank(params[0])
+    group, ranks = init.get_partition_dp_group(params[0]), init._partition_world_size(params[0])
+    rank = init._partition_rank(params[0])
     device, copies, own = torch.device(get_accelerator().current_device_name()), _copies(), []
     # What is made in this stream is first used in it, so a copy need not wait for any other; free_param holds memory back until the
     # compute stream is done with it, and that waits for the gathering.
