@@ -23,7 +23,7 @@ MODULES = {"full": 13, "lora": 41}  # of a Llama's layer: 7 maps, attention, MLP
 SWAPPED = 2**20  # bytes of a rank's part from which DeepSpeed puts a tensor on NVMe (swap_tensor/utils.py, MIN_AIO_BYTES)
 BASE_RAM = 2.5 * GIB  # of a GPU rank's process with all libraries
 BASE_RAM_CPU = 0.75 * GIB  # and the pieces that its heap keeps
-# On a CPU, of all layers' activations, kept or made again: what glibc's heap holds beside them (mallinfo2 shows as much free as used),
+# On a CPU, of all layers' activations, kept or made again: what glibc's heap holds beside them (mallinfo2: as much free as used),
 # as sizes change from one batch to the next and the adapters' small results lie in between. From the runs of docs/planning.md.
 HEAP = {"full": 0.3, "lora": 0.65}
 MIXED_DISK = 0.78  # of its one-way rate that a disk gives each way when it reads and writes at once: 1.09 of 1.4 GB/s
@@ -204,7 +204,8 @@ def loss_bytes(model, tokens, size, full, gpu):
 def seconds(job, box, where, shapes, tokens, kept, accumulation):
     """The times of prediction(). A pass over the layers takes what computing or what moving them takes, whichever is longer, and the
     first of an update not less than the CPU's step beside it; embedding and head, which nothing prefetches, and the loss are added.
-    Backward: the gradient of the input, and of the weights in a full fine-tune, and once more forward for the layers that keep nothing. The loss makes its gradients in the forward pass."""
+    Backward: the gradient of the input, and of the weights in a full fine-tune, and once more forward for the layers that keep nothing.
+    The loss makes its gradients in the forward pass."""
     model, size, full = job.model, shapes.itemsize, job.method == "full"
     rate = box.flops * (EFFICIENCY if box.gpus else EFFICIENCY_CPU)
     maps = sum(a * b for a, b in model.matrices.values())
