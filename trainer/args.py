@@ -60,6 +60,7 @@ class RunArguments:
     overlap_step: bool | None = _flag(None, "with fused_step: the CPU steps beside the next forward pass; none: on a GPU")
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")
     fetch_ahead: bool = _flag(True, "on a GPU, with leaf_modules and parameters in RAM: the host does not wait for a layer's copy")
+    calibrate: bool | None = _flag(None, "with --deepspeed auto: try out the micro-batch in short runs; none: on GPUs of one machine")
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
     grace_seconds: int = _flag(30, "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then")
     max_nonfinite_steps: int = _flag(1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient")

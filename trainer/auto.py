@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from . import box, hardware, plan, shapes, swap
+from . import box, calibrate, hardware, plan, shapes, swap
 from .errors import DOES_NOT_FIT, RunError, say, table
 
 AUTO = "auto"
@@ -50,11 +50,12 @@ def choose(settings):
     here, rows = machine(settings, gpu), None
     if any(settings.given(key) for key in _BATCH):
         rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    found = []
+    found, tried = [], {}
     for mode in plan.MODES:
         sizes = [rows // n for n in range(1, rows + 1) if rows % n == 0] if rows else plan.MICRO_BATCHES
         ways = [plan.evaluate(replace(job, tokens_per_step=(rows or micro) * job.max_length * here.ranks), here, mode, micro)
                 for micro in sizes]
+        tried[mode] = ways
         limit = hardware.memlock_limit()
         for way in ways:
             if limit is not None and way["locked"] > limit:
@@ -69,6 +70,12 @@ def choose(settings):
         (f["name"], f"{f['micro_batch']} x {f['accumulation']}", f"{f['step_s']:.3g}", f"{f['tokens_per_s']:,.0f}",
          "chosen" if f is best else plan.why_not(f, best)) for f in found]
     say(f"--deepspeed auto\n{table(rows)}\n")
+    calibrated = settings.calibrate
+    if calibrated if calibrated is not None else gpu and here.nodes == 1:
+        if here.nodes > 1:
+            raise RunError("--calibrate true is for one machine", found=f"{here.nodes} machines", fix="leave --calibrate out")
+        ways = sorted(tried[best["name"]], key=lambda way: way["micro_batch"])
+        best = calibrate.fastest(settings, best["name"], ways, best, here.ranks)
     values = {"deepspeed": f"{best['name']}.json", _BATCH[0]: best["micro_batch"], _BATCH[1]: best["accumulation"]}
     settings.values.update(values)
     settings.sources.update(dict.fromkeys(values, "plan"))

@@ -131,6 +131,14 @@ def memlock_limit():
     return soft
 
 
+def die_with_parent():
+    """In a child before exec: the kernel kills it when its parent ends."""
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def set_allocators(torch):
     """On the GPU segments that grow: the gaps between blocks of all sizes cost gigabytes otherwise. In pinned RAM blocks of their own
     size: torch rounds up to a power of two, 12 % of a Llama's weights. What the user has set stays as it is."""

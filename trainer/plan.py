@@ -204,8 +204,8 @@ def loss_bytes(model, tokens, size, full, gpu):
 def seconds(job, box, where, shapes, tokens, kept, accumulation):
     """The times of prediction(). A pass over the layers takes what computing or what moving them takes, whichever is longer, and the
     first of an update not less than the CPU's step beside it; embedding and head, which nothing prefetches, and the loss are added.
-    Backward: the gradient of the input, and of the weights in a full fine-tune, and once more forward for the layers that keep nothing.
-    The loss makes its gradients in the forward pass."""
+    Backward: the gradient of the input, and of the weights in a full fine-tune, and once more forward for the layers that keep
+    nothing. The loss makes its gradients in the forward pass."""
     model, size, full = job.model, shapes.itemsize, job.method == "full"
     rate = box.flops * (EFFICIENCY if box.gpus else EFFICIENCY_CPU)
     maps = sum(a * b for a, b in model.matrices.values())

@@ -2,7 +2,6 @@
 
 The `deepspeed` launcher signals one rank at a time, thirty seconds apart, and leaves its ranks alive when it is killed itself.
 """
-import ctypes
 import json
 import os
 import signal
@@ -35,7 +34,6 @@ POLL = 0.2  # seconds
 STOPPED_LIMIT = 20  # seconds that a rank may be stopped (SIGSTOP, a debugger)
 LIMITS = {"load": 14400, "train": 1800, "eval": 7200, "save": 7200, "export": 14400, "done": 600, "stopped": 600}
 SLACK = 20  # a step that takes so many times the longest one before it hangs
-_PR_SET_PDEATHSIG = 1
 
 
 def split(argv):
@@ -147,10 +145,6 @@ def status():
     return DONE
 
 
-def _die_with_parent():
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _oom_kills():
     """Processes that the kernel killed for want of memory since it started."""
     for line in Path("/proc/vmstat").read_text().splitlines():
@@ -221,7 +215,7 @@ class Supervisor:
             environment = {**os.environ, **{k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}}
             # A session of its own: Ctrl-C comes through us, once, to all. And no rank outlives us.
             self.processes.append(subprocess.Popen([sys.executable, "-u", self.script, *flags], env=environment,
-                                                   start_new_session=True, preexec_fn=_die_with_parent))
+                                                   start_new_session=True, preexec_fn=hardware.die_with_parent))
 
     def _pass_on(self, number, frame):
         self.asked += 1

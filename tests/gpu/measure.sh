@@ -5,7 +5,6 @@ out=$1; shift
 mkdir -p "$out/bench"
 bench() { python3 launch/bench.py train "$@" --work /tmp/bench-work --out "$out/bench"; }
 STOCK="--fused_linear false --fused_step false --fused_loss false --leaf_modules false --kept_layers 0 --use_liger_kernel false"
-OVERLAP="--overlap_step true"
 part() {
   case $1 in
     box) python3 launch/bench.py box ;;
@@ -18,15 +17,19 @@ part() {
     8b-gpu) bench 8b-lora-gpu --only ours --updates 12 --timeout 100 ;;
     8b-8k) bench 8b-lora-8k --only ours --updates 12 --timeout 150 ;;
     8b-64k) bench 8b-lora-64k --only ours --updates 12 --timeout 260 --flags="--activation_offload true" ;;
-    3b) bench 3b-full --updates 12 --timeout 150 --flags="$OVERLAP" ;;
-    3b-tuned) bench 3b-full --yardstick tuned --updates 12 --timeout 150 --flags="$OVERLAP" ;;
-    3b-plain) bench 3b-full --only ours --updates 12 --timeout 150 ;;
+    3b) bench 3b-full --updates 12 --timeout 150 ;;
+    3b-tuned) bench 3b-full --yardstick tuned --updates 12 --timeout 150 ;;
+    3b-plain) bench 3b-full --only ours --updates 12 --timeout 150 --flags="--overlap_step false" ;;
     3b-gpu) bench 3b-full-gpu --only ours --updates 12 --timeout 120 ;;
     3b-nvme) bench 3b-full-nvme --only ours --updates 8 --timeout 400 ;;
-    1b) bench 1b-full --only ours --updates 12 --timeout 120 --flags="$OVERLAP" ;;
-    70b) bench 70b-lora --yardstick tuned --updates 12 --timeout 280 ;;
-    70b-layers) bench 70b-layers-full --only ours --updates 12 --timeout 200 --flags="$OVERLAP" ;;
+    1b) bench 1b-full --only ours --updates 12 --timeout 120 ;;
+    70b) bench 70b-lora --only ours --micro_batches 4 16 --updates 11 --timeout 300 ;;
+    70b-tuned) bench 70b-lora --yardstick tuned --only yardstick --updates 10 --timeout 280 ;;
+    70b-layers) bench 70b-layers-full --only ours --updates 12 --timeout 200 ;;
     8b-full) bench 8b-full --only ours --updates 12 --timeout 240 ;;
+    auto) deepspeed --num_gpus 1 launch/train.py --deepspeed auto --model_name_or_path /tmp/bench-work/8b-32 --random_weights --method lora \
+        --dataset /tmp/bench-work/rows-2048.jsonl --validation_split 0 --per_device_train_batch_size 12 --max_steps 10 --export false \
+        --save_strategy no --output_dir "/tmp/bench-work/auto-$RANDOM" --report_to none ;;  # after a part that has made the inputs
     parity) python3 -m pytest -q -p no:cacheprovider tests/gpu/test_features.py ;;
     *) echo "no part $1"; return 2 ;;
   esac

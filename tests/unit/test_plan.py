@@ -4,11 +4,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from trainer import box, config, plan, shapes
+from trainer import box, calibrate, config, plan, shapes
+from trainer.errors import RunError
 
 GIB = 2**30
 H100 = box.given({"gpus": "1", "gpu_memory": "80GiB", "ram": "125GiB", "nvme": "64GB", "nvme_read": "1.35GB/s",
@@ -161,6 +163,43 @@ def test_the_step_beside_the_forward_pass():
     beside, after = (plan.evaluate(replace(job, overlap_step=o), machine, "ds_z3_offload", 4) for o in (None, False))
     assert after["time"] == beside["time"] and after["time"]["optimizer"] == pytest.approx(8_030_261_248 * 28 / 86e9)
     assert 0 < after["step_s"] - beside["step_s"] <= after["time"]["optimizer"]
+
+
+# -- the calibration ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rates, start, best, tried", [
+    ([1, 2, 3, 4, 5, 6], 1, 4, [1, 2, 3, 4]),  # upwards as long as it gains, four at most
+    ([1, 2, 3, None, None], 1, 2, [1, 2, 3]),  # to the edge
+    ([1, 4, 3, 2], 2, 1, [2, 3, 1, 0]),  # downwards where upwards is no gain
+    ([1, 2, 3, 2], 2, 2, [2, 3, 1]),
+    ([5, 4, None, None, None, None, None], 5, 1, [5, 4, 3, 2, 1]),  # more than four, until one fits
+    ([None, None], 1, None, [1, 0])])
+def test_search(rates, start, best, tried):
+    seen = []
+    found = calibrate.search(len(rates), start, lambda i: (seen.append(i), rates[i])[1])
+    assert seen == tried and (found[0] if found else None) == best
+
+
+@pytest.mark.parametrize("output, code, rate", [("", 0, 30.0), ("error: the GPU is out of memory", 1, None),
+                                                ("error: no model", 2, "no model")])
+def test_trial(tmp_path, monkeypatch, output, code, rate):
+    """What a trial makes of a run's end: its rate, that it does not fit, or what else was wrong."""
+    from trainer.args import resolve
+
+    def run(command, stdout, **_):
+        stdout.write(output)
+        where = Path(command[command.index("--output_dir") + 1])
+        where.mkdir()
+        (where / "metrics.jsonl").write_text("".join(json.dumps({"loss": 1, "tokens_per_s_per_gpu": i}) + "\n" for i in (
+            1, 1, 1, 1, 1, 20, 30, 40)))
+        return type("Done", (), {"returncode": code})
+
+    monkeypatch.setattr(calibrate.subprocess, "run", run)
+    settings, way = resolve(["--deepspeed", "auto", "--lora_r", "8"]), {"micro_batch": 2, "accumulation": 1}
+    if isinstance(rate, str):
+        with pytest.raises(RunError, match=rate):
+            calibrate._trial(settings, "ds_z3", way, 1, tmp_path)
+    else:
+        assert calibrate._trial(settings, "ds_z3", way, 1, tmp_path) == rate
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
