@@ -142,7 +142,7 @@ def _keep(key, answer):
 
 
 def _answer(key):
-    """What is kept of it; None where nothing is, or where nothing ran some time ago: another process may have held the memory then."""
+    """What is kept of it; None where nothing is, or where nothing ran then: another process may have held the memory."""
     found = _kept().get(key)
     return found if found and (found["index"] is not None or found["time"] > BEGUN - 60) else None
 
