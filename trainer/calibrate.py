@@ -40,7 +40,8 @@ def fastest(settings, mode, ways, planned, ranks):
         raise RunError("no micro-batch that was tried runs", found=f"{mode}, down to {ways[0]['micro_batch']} row(s)",
                        needed="a smaller model or shorter rows", fix="--activation_offload true, or --max_length", code=DOES_NOT_FIT)
     way = ways[answer["index"]]
-    say(f"calibrated: {way['micro_batch']} rows, {answer['rate']:,.0f} tok/s a rank (kept in {_path()})")
+    if answer["rate"]:
+        say(f"calibrated: {way['micro_batch']} rows, {answer['rate']:,.0f} tok/s a rank (kept in {_path()})")
     return way
 
 
@@ -144,7 +145,7 @@ def _keep(key, answer):
 def _answer(key):
     """What is kept of it; None where nothing is, or where nothing ran then: another process may have held the memory."""
     found = _kept().get(key)
-    return found if found and (found["index"] is not None or found["time"] > BEGUN - 60) else None
+    return found if found and (found["rate"] or found["time"] > BEGUN - 60) else None
 
 
 def _wait_for(key):
