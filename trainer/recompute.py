@@ -11,18 +11,20 @@ from .errors import RunError
 
 SPARE = 0.05  # of the GPU's memory that is left free: the allocator's gaps, and what libraries allocate by themselves
 MEASURED = 4  # the update whose memory decides
+WATCHED = 3  # updates after it in which the allocator must not have to give memory back and ask again
 AUTO = "auto"
 
 
 class KeptLayers:
     """Sets `gradient_checkpointing` of the decoder layers. wanted: how many keep theirs, or "auto": one from the second update on, it
-    is measured in the fourth, and from then on as many as fit. (ZeRO records the order of layers anew in between, and fetches none
-    ahead while it does.) largest: tokens of the largest micro-batch that can come; quadratic: memory grows with their square."""
+    is measured in the fourth, and from then on as many as fit; an eighth fewer where the allocator then runs short. (ZeRO records the
+    order of layers anew in between, and fetches none ahead while it does.) largest: tokens of the largest micro-batch that can come;
+    quadratic: memory grows with their square."""
 
     def __init__(self, layers, wanted, largest, quadratic, say):
         self.layers = [m for m in layers if getattr(m, "gradient_checkpointing", None) is not None]
         self.wanted, self.largest, self.quadratic, self.say = wanted, largest, quadratic, say
-        self.update, self.kept, self.bytes = 0, 0, 0
+        self.update, self.kept, self.bytes, self.retries = 0, 0, 0, 0
         if wanted != AUTO and wanted > len(self.layers):
             raise RunError("--kept_layers is more than there are", found=wanted, needed=f"at most {len(self.layers)}, or auto")
 
@@ -56,7 +58,11 @@ class KeptLayers:
 
     def end(self, tokens):
         """After each update. tokens: of its largest micro-batch, padding included."""
-        if self.update != MEASURED or self.wanted != AUTO or not self.layers:
+        if self.wanted != AUTO or not self.layers:
+            return
+        if MEASURED < self.update <= MEASURED + WATCHED:
+            self._watch()
+        if self.update != MEASURED:
             return
         self.layers[-1].forward = self.plain
         free, total = torch.cuda.mem_get_info()
@@ -65,11 +71,20 @@ class KeptLayers:
         held = stats["active_bytes.all.current"]
         peak = held + (stats["active_bytes.all.peak"] - held) * scale
         more = int((limit - peak) / max(self.bytes * scale, 1))
+        self.retries = stats["num_alloc_retries"]
         fits = torch.tensor(min(max(1 + more, 0), len(self.layers)), device="cuda")
         torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)  # ZeRO-3 wants one order of layers on all ranks
         self._keep(int(fits))
         self.say(f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
                  f"({self.bytes * scale / 2**30:.2f} GiB each), the others are recomputed")
+
+    def _watch(self):
+        retries = torch.tensor(torch.cuda.memory_stats()["num_alloc_retries"] - self.retries, device="cuda")
+        torch.distributed.all_reduce(retries, torch.distributed.ReduceOp.MAX)
+        if int(retries) and self.kept:
+            self._keep(self.kept - -(-self.kept // 8))
+            self.say(f"activations: the allocator ran short {int(retries)} times, so {self.kept} layers keep theirs")
+        self.retries = torch.cuda.memory_stats()["num_alloc_retries"]
 
 
 def offload_inputs(layers, say):

@@ -1,4 +1,4 @@
-"""Inputs of recomputed layers that wait in RAM."""
+"""Which layers keep their activations, and inputs of recomputed layers that wait in RAM."""
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -40,3 +40,29 @@ def test_inputs_come_back(monkeypatch):
             assert torch.equal(a, b)
     assert moved == list(range(1, 16)) and back == [5, 4, 3, 2, 1, 10, 9, 8, 7, 6, 15, 14, 13, 12, 11]
     assert len(said) == 1 and "wait in RAM" in said[0]
+
+
+def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(monkeypatch):
+    """A GPU of 100 bytes of which 40 are held and 60 were at the peak; a layer keeps 4: (95 - 60) / 4 = 8 more than the one."""
+    stats = {"active_bytes.all.current": 40, "active_bytes.all.peak": 60, "num_alloc_retries": 5}
+    made = torch.tensor
+    for name, value in {"memory_stats": lambda: stats, "mem_get_info": lambda: (20, 100), "memory_reserved": lambda: 80,
+                        "memory_allocated": iter([1000, 1004]).__next__, "reset_peak_memory_stats": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: made(value))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    layers, said = [Layer() for _ in range(20)], []
+    for layer in layers:
+        layer.gradient_checkpointing = True
+    kept = recompute.KeptLayers(layers, "auto", 10, False, said.append)
+    counts = []
+    for update, retries in enumerate([5, 5, 5, 5, 5, 7, 8, 9], 1):
+        kept.begin()
+        if update == recompute.MEASURED:
+            layers[-1](torch.ones(1, 16))
+        stats["num_alloc_retries"] = retries
+        kept.end(10)
+        counts.append(sum(not layer.gradient_checkpointing for layer in layers))
+    assert counts == [0, 1, 1, 9, 9, 7, 6, 6]  # an eighth, rounded up, each time; and no longer than WATCHED updates
+    assert not layers[-1].gradient_checkpointing and layers[0].gradient_checkpointing
+    assert len(said) == 3 and "9 of 20" in said[0] and "ran short 2 times, so 7" in said[1]
