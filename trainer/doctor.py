@@ -76,6 +76,8 @@ def packages(options):
 
 
 def compiler(options):
+    if not shutil.which("g++") and all(map(_built, _wanted(options))):
+        return Check("compiler", OK, "not needed: the ops are built")
     ops.check_tools(["async_io"] if options.nvme else [], False)
     version = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
     return Check("compiler", OK, f"g++ {version}, Python's headers{', libaio' if options.nvme else ''}")
@@ -94,14 +96,17 @@ def architectures(options):
 
 
 def _ops_folder():
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if root:
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return [Path(root)]
     return list((Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions").glob("py*"))
 
 
+def _wanted(options):
+    return ["cpu_adam", *(["async_io"] if options.nvme else [])]
+
+
 def _built(name):
-    return any((root / name / f"{name}.so").is_file() for root in _ops_folder())
+    return ops.installed(name, hardware.gpu_count() > 0) or any((root / name / f"{name}.so").is_file() for root in _ops_folder())
 
 
 def op_builds(options):
@@ -109,7 +114,7 @@ def op_builds(options):
     if locks:
         return Check("op builds", FAILURE, f"locks of builds that were killed: {', '.join(locks)}",
                      "none: torch waits for them for ever", f"rm {' '.join(locks)}")
-    wanted = ["cpu_adam", *(["async_io"] if options.nvme else [])]
+    wanted = _wanted(options)
     missing = [n for n in wanted if not _built(n)]
     if missing:
         return Check("op builds", WARNING, f"not built yet: {', '.join(missing)}", "built once, about "
@@ -231,8 +236,8 @@ def shared_memory(options):
 def open_files(options):
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     small = limit != resource.RLIM_INFINITY and limit < 4096
-    text = "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
-    return Check("open files", WARNING if small else OK, text, "4096: one swap file a tensor, sockets, shards",
+    return Check("open files", WARNING if small else OK, "unlimited" if limit == resource.RLIM_INFINITY else str(limit),
+                 "4096: one swap file a tensor, sockets, shards",
                  f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536}; in a container: --ulimit nofile=65536"
                  if small else "")
 

@@ -110,9 +110,22 @@ def needed(config, ranks_here, gpu):
 
 def ensure(names):
     """Build what a run lacks, so that the user sees what takes a minute, and a build that was killed holds up nobody for ever."""
+    gpu = gpu_count() > 0
+    names = [name for name in names if not installed(name, gpu)]
     directories = [_directory(_builder(name)) for name in names]
     if any(is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
         build(names)
+
+
+def installed(name, gpu):
+    """Whether the op came compiled with DeepSpeed's package, as in the container image, for a GPU or for none. Imports no torch."""
+    try:
+        path, scope = metadata.distribution("deepspeed").locate_file("deepspeed/git_version_info_installed.py"), {}
+        exec(Path(path).read_text(), scope)  # assignments that DeepSpeed's setup.py wrote
+    except (metadata.PackageNotFoundError, OSError):
+        return False
+    there = scope["installed_ops"]
+    return bool(there.get(name) or there.get(f"deepspeed_{name}")) and scope["accelerator_name"] == ("cuda" if gpu else "cpu")
 
 
 def _builder(name):
@@ -171,14 +184,17 @@ def build(names):
         names = [n for n in names if n not in CPU_RANKS_ONLY]
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    check_tools(names, gpu)
+    missing = [n for n in names if not installed(n, gpu)]
+    if not missing:
+        return
+    check_tools(missing, gpu)
     root = cache_directory()
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".zero-offload-trainer.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in names:
+        for name in missing:
             _build_one(name)
-    if "cpu_adam" in names:
+    if "cpu_adam" in missing:
         adam()
 
 

@@ -78,8 +78,12 @@ def test_stale_lock(tmp_path):
 
 
 def test_no_compiler(tmp_path):
-    checks, _ = doctor(env={"PATH": str(tmp_path)})
+    bare = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    checks, _ = doctor(env=bare)
     assert checks["compiler"]["status"] == "failure" and checks["compiler"]["fix"] == "apt-get install g++"
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+    assert doctor(env=bare)[0]["compiler"]["found"] == "not needed: the ops are built"
 
 
 def test_disks(tmp_path):
