@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from . import ops, swap
-from .box import remember
+from . import hardware, ops, swap
+from .box import disk_of, remember
 from .errors import FAILED, RunError
 from .hardware import existing
 
@@ -23,6 +23,13 @@ def io(path, size, seconds, out=None):
     {"aio": the best block for a DeepSpeed JSON, "read_gbps", "write_gbps", "rows": [...]} and writes it to `out`."""
     import torch
 
+    if not (isinstance(seconds, (int, float)) and 1 <= seconds <= 3600):
+        raise RunError("--seconds is not a time that can be", found=seconds, needed="1 to 3600")
+    if not 64e6 <= size <= hardware.free_memory() / 3:  # a buffer of the size, page-locked, and its copies
+        raise RunError("--bytes is not a size for this test", found=f"{size / 1e9:.2f} GB",
+                       needed=f"64MB to {hardware.free_memory() / 3e9:.1f}GB, a third of the free RAM", fix="--bytes 1GB")
+    if out and not Path(out).absolute().parent.is_dir():
+        raise RunError("--out cannot be written", found=f"no directory {Path(out).absolute().parent}")
     # The op gives each thread an equal part, and writes less, without a word, where that is no multiple of a page.
     size = max(size // 2**23, 1) * 2**23
     swap.check_directory(path)
@@ -56,7 +63,7 @@ def io(path, size, seconds, out=None):
             handle.free_cpu_locked_tensor(buffer)
             if wrong or file.stat().st_size != size:
                 raise RunError("the disk gave back something else than was written", found=f"{wrong} of {size // 4096} pages",
-                               fix="another --nvme_path", code=FAILED)
+                               fix="another disk", code=FAILED)
             rows.append({"block_size": block, "queue_depth": depth, "intra_op_parallelism": threads, "write_gbps": rates[0] / 1e9,
                          "read_gbps": rates[1] / 1e9})
             print(f"  block {block >> 20} MiB, depth {depth}, {threads} thread(s): {rates[0] / 1e9:.2f} GB/s written, "
@@ -68,10 +75,11 @@ def io(path, size, seconds, out=None):
     aio = {k: best[k] for k in ("block_size", "queue_depth", "intra_op_parallelism")}
     found = {"aio": {**aio, "single_submit": False, "overlap_events": True}, "read_gbps": best["read_gbps"],
              "write_gbps": best["write_gbps"], "path": str(folder.absolute()), "bytes": size, "rows": rows}
-    remember({"nvme_read": best["read_gbps"] * 1e9, "nvme_write": best["write_gbps"] * 1e9})
+    remember({"nvme_disk": disk_of(path), "nvme_read": best["read_gbps"] * 1e9, "nvme_write": best["write_gbps"] * 1e9})
     if out:
         Path(out).write_text(json.dumps(found, indent=1))
-    print(f"best, for the DeepSpeed JSON:\n  \"aio\": {json.dumps(found['aio'])}")
+    print(f"best: {best['write_gbps']:.2f} GB/s written, {best['read_gbps']:.2f} read; for the DeepSpeed JSON:\n"
+          f"  \"aio\": {json.dumps(found['aio'])}")
     return found
 
 

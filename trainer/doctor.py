@@ -3,6 +3,7 @@
 Run as: python launch/doctor.py [--json] [--io] [--nvme_path DIR] [--model ORG/NAME]        (make doctor)
 """
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -10,11 +11,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from data import storage
@@ -22,23 +21,12 @@ from data import storage
 from . import hardware, ops, swap
 from .args import RunArguments
 from .errors import DOES_NOT_FIT, DONE, RunError, report, say, table
+from .servers import FAILURE, OK, WARNING, Check, clock, hub, wandb
 
-OK, WARNING, FAILURE = "ok", "warning", "failure"
 GB, GIB = 1e9, 2**30
-NET_SECONDS = 4  # that a server may take
+SECONDS = 17  # that all checks together may take
 GENERATIONS = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.97, 5: 3.94, 6: 7.56}  # GB/s a PCIe lane and direction
 COMPUTE = "fuser -v /dev/nvidia*, or nvidia-smi: stop the process, or choose another GPU with CUDA_VISIBLE_DEVICES"
-
-
-@dataclass
-class Check:
-    """One finding. status: ok, warning (a run would be slower, or lack something) or failure (it would not start or not be right)."""
-
-    name: str
-    status: str
-    found: str
-    needed: str = ""
-    fix: str = ""
 
 
 def _nvml(function, default=None):
@@ -221,6 +209,21 @@ def locked_memory(options):
                  "ulimit -l unlimited (/etc/security/limits.conf); in a container: --ulimit memlock=-1" if small else "")
 
 
+def pinned_memory(options):
+    """By locking pages, as pinning does; what CUDA would say, torch has to ask."""
+    import mmap
+
+    size = 2**28
+    area = mmap.mmap(-1, size)
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.mlock(ctypes.byref(ctypes.c_char.from_buffer(area)), ctypes.c_size_t(size))
+    if failed:
+        return Check("pinned memory", FAILURE if options.nvme else WARNING,
+                     f"256 MiB cannot be locked: {os.strerror(ctypes.get_errno())}",
+                     "memory that can be locked", "ulimit -l unlimited; in a container: --ulimit memlock=-1")
+    return Check("pinned memory", OK, "256 MiB could be locked")
+
+
 def shared_memory(options):
     try:
         size = shutil.disk_usage("/dev/shm").total
@@ -238,8 +241,8 @@ def open_files(options):
     small = limit != resource.RLIM_INFINITY and limit < 4096
     return Check("open files", WARNING if small else OK, "unlimited" if limit == resource.RLIM_INFINITY else str(limit),
                  "4096: one swap file a tensor, sockets, shards",
-                 f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536}; in a container: --ulimit nofile=65536"
-                 if small else "")
+                 "" if not small else f"ulimit -n {hard if hard > 0 else 65536}" if not 0 <= hard < 4096 else
+                 "in a container: --ulimit nofile=65536; else a nofile line in /etc/security/limits.conf")
 
 
 def aio_requests(options):
@@ -256,7 +259,7 @@ def aio_requests(options):
 def nvme(options):
     path = Path(options.nvme_path)
     try:
-        swap.check_directory(path)
+        swap.check_place(path) if not path.is_dir() else swap.check_directory(path)
     except RunError as error:
         found = _from_error("nvme", error)
         found.status = FAILURE if options.nvme else WARNING
@@ -264,7 +267,7 @@ def nvme(options):
     there = hardware.existing(path)
     kind, free = storage.filesystem_of(path), shutil.disk_usage(there).free
     good = kind.startswith(("ext", "xfs"))
-    text = f"{there}: {kind}, O_DIRECT, {free / GB:.0f} GB free"
+    text = f"{there}: {kind}, {'O_DIRECT' if path.is_dir() else f'{path} is not there yet'}, {free / GB:.0f} GB free"
     return Check("nvme", OK if good and free > 2e10 else WARNING, text, "a local ext4 or xfs; 16 bytes a trained parameter",
                  "" if good and free > 2e10 else "--nvme_path DIR on a local NVMe (NVME= with make)")
 
@@ -318,73 +321,8 @@ def run_disk(options):
                  "trained parameter, twice", "--output_dir on a larger disk" if free < 1e10 else "")
 
 
-# -- the world outside -------------------------------------------------------------------------------------------------
-def _ask(url, token=None):
-    """(status or None, Date header or None)."""
-    request = urllib.request.Request(url, method="HEAD", headers={"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        with urllib.request.urlopen(request, timeout=NET_SECONDS) as answer:
-            return answer.status, answer.headers.get("Date")
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers.get("Date")
-    except (OSError, ValueError):
-        return None, None
-
-
-def wandb(options):
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode in ("disabled", "offline"):
-        return Check("wandb", OK, f"WANDB_MODE={mode}")
-    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    status, _ = _ask(url)
-    if status is None:
-        return Check("wandb", WARNING, f"{url} cannot be reached",
-                     "network: without it runs are recorded offline, and wandb sync uploads them",
-                     "export WANDB_MODE=offline")
-    return Check("wandb", OK if known else WARNING, f"{url} answers, a key is {'there' if known else 'not there'}", "a key",
-                 "" if known else "wandb login")
-
-
-def hub(options):
-    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
-    if not token:
-        path = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "token"
-        token = path.read_text().strip() if path.is_file() else None
-    have = "a token is there" if token else "no token"
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    name = options.model if options.model and options.model.count("/") == 1 and not Path(options.model).exists() else None
-    status, _ = _ask(f"{url}/{name}/resolve/main/config.json" if name else url, token)
-    if status is None:
-        return Check("hub", WARNING, f"{url} cannot be reached, {have}", "network, or a model in a local directory",
-                     "download the model elsewhere and give its directory: --model_name_or_path DIR")
-    if name and status in (401, 403):
-        return Check("hub", FAILURE, f"{name} is gated and this account may not read it ({have})",
-                     "its licence accepted, and a token",
-                     f"accept it on {url}/{name}, then: hf auth login")
-    if name and status == 404:
-        return Check("hub", FAILURE, f"{url} has no {name} ({have})", "org/model", "hf models ls --search NAME")
-    return Check("hub", OK, f"{url} answers, {have}" + (f", {name} can be read" if name else ""))
-
-
-def clock(options):
-    from email.utils import parsedate_to_datetime
-
-    year = time.gmtime().tm_year
-    for url in (os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "https://pypi.org"):
-        _, date = _ask(url)
-        if date:
-            off = abs(time.time() - parsedate_to_datetime(date).timestamp())
-            return Check("clock", OK if off < 60 else FAILURE, f"{off:.0f} s off {url}",
-                         "less than 60 s: certificates and S3 signatures",
-                         "" if off < 60 else "timedatectl set-ntp true")
-    return Check("clock", OK if 2025 <= year < 2040 else FAILURE, f"the year {year}; no server to compare with", "",
-                 "" if 2025 <= year < 2040 else "timedatectl set-ntp true")
-
-
 CHECKS = (python, packages, compiler, nvcc, architectures, op_builds, gpu, driver, gpu_processes, pcie, gpu_links, ram, locked_memory,
-          shared_memory, open_files, aio_requests, nvme, nvme_speed, run_disk, wandb, hub, clock)
+          pinned_memory, shared_memory, open_files, aio_requests, nvme, nvme_speed, run_disk, wandb, hub, clock)
 # Before every run: what takes no time, and what the run does not look at itself, more exactly, once it knows the model.
 QUICK = (driver, gpu_processes, pcie, gpu_links, ram, shared_memory, open_files, aio_requests)
 
@@ -405,12 +343,20 @@ def examine(options, checks=CHECKS):
         except RunError as error:
             return _from_error(check.__name__.replace("_", " "), error)
         except Exception as error:  # a check that fails must not hide the others
-            return Check(check.__name__.replace("_", " "), WARNING, f"could not be checked: {type(error).__name__}: {error}")
+            return Check(check.__name__.replace("_", " "), WARNING, f"could not be checked: {type(error).__name__}: {error}",
+                         "an answer", "python launch/doctor.py once more")
 
     if not hasattr(options, "gpus"):
         options.gpus = hardware.gpu_count()
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(one, checks))
+    found, threads = {}, []
+    for check in checks:  # in threads that end with the process: a hung mount or a slow server holds up nobody
+        threads.append(threading.Thread(target=lambda check=check: found.update({check: one(check)}), daemon=True))
+        threads[-1].start()
+    until = time.monotonic() + SECONDS
+    for thread in threads:
+        thread.join(max(0, until - time.monotonic()))
+    return [found.get(check) or Check(check.__name__.replace("_", " "), WARNING, f"no answer in {SECONDS} s", "an answer",
+                                      "look at what it asks: a server, a mount") for check in checks]
 
 
 def quick(gpu, nvme):

@@ -50,15 +50,29 @@ def existing(path):
     return path
 
 
+def _control_groups():
+    """(limit, bytes in use) of the memory control groups that this process is in and that have a limit, both versions of them."""
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        lines = []
+    for root, kind, names in (("/sys/fs/cgroup", "", ("memory.max", "memory.current", "inactive_file")),
+                              ("/sys/fs/cgroup/memory", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
+                                                                   "total_inactive_file"))):
+        inside = next((line[2] for line in lines if len(line) == 3 and line[1] == kind), "/")
+        folders = {Path(root), *(Path(root + str(p)) for p in (Path(inside), *Path(inside).parents))}
+        for folder in folders:
+            try:
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+            yield limit, max(0, used - int(stat.get(names[2], 0)))  # the kernel gives idle file pages back
+
+
 def ram():
-    """Bytes of RAM that this process may ever have: the machine's, or its control group's limit."""
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            sizes.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # the other version, or "max"
-            pass
-    return min(sizes)
+    """Bytes of RAM that this process may ever have: the machine's, or the smallest limit of its control groups."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit, _ in _control_groups())])
 
 
 def nvml_handle(index):
@@ -113,11 +127,10 @@ def uses_gpu(settings):
 
 
 def free_memory():
-    """Bytes of RAM that can still be taken: MemAvailable."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Bytes of RAM that can still be taken: MemAvailable, and what the control groups' limits leave."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return min([free, *(max(0, limit - used) for limit, used in _control_groups())])
 
 
 def memlock_limit():

@@ -91,10 +91,11 @@ def check_architectures():
     """Refuse GPU architectures that DeepSpeed's builder cannot read."""
     arch = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     parts = arch.replace(";", " ").split()
-    if any(not part.removesuffix("+PTX").replace(".", "").isdigit() for part in parts):
+    if any(not re.fullmatch(r"[1-9][0-9]?\.[0-9](\+PTX)?", part) for part in parts):
+        mended = [m[0] for part in re.split("[;, ]+", arch) if (m := re.match(r"[1-9][0-9]?\.[0-9]", part))]
         raise RunError("TORCH_CUDA_ARCH_LIST holds an architecture that DeepSpeed cannot read", found=arch,
                        needed="numbers such as 8.0;9.0",
-                       fix=f"export TORCH_CUDA_ARCH_LIST='{';'.join(re.sub('[a-z]+$', '', part) for part in parts)}'",
+                       fix=f"export TORCH_CUDA_ARCH_LIST='{';'.join(mended)}'" if mended else "unset TORCH_CUDA_ARCH_LIST",
                        code=DOES_NOT_FIT)
     return f"TORCH_CUDA_ARCH_LIST={arch}" if arch else "those of this machine's GPUs"
 

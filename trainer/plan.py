@@ -5,7 +5,7 @@ so with what; the others follow from the code that they name. A rank is one GPU,
 """
 import functools
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from .config import CONFIGS, locked_bytes, read_config, resolve_auto
 from .shapes import ITEMSIZE, Model
@@ -18,6 +18,7 @@ CONTEXT = 0.9 * GIB  # NVML's memory of a process before it has a tensor: CUDA, 
 CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
 EFFICIENCY = 0.69  # of the rate of a bf16 8192³ product that a pass reaches: 8B LoRA and 3.6B full, H100
 EFFICIENCY_CPU = 0.7  # of the rate of a large fp32 product by numpy: 135M and tiny Llamas, two cores
+FP32 = 1 / 15  # of the bf16 rate: fp32 products without TF32, 67 of 990 TFLOP/s (NVIDIA's H100 data sheet)
 HOOKS = 0.37e-3  # seconds of Python that ZeRO-3's hooks take a module and pass on a CPU; on a GPU they go on beside it. As above.
 MODULES = {"full": 13, "lora": 41}  # of a Llama's layer: 7 maps, attention, MLP, activation, norms, itself; with PEFT a map is five
 SWAPPED = 2**20  # bytes of a rank's part from which DeepSpeed puts a tensor on NVMe (swap_tensor/utils.py, MIN_AIO_BYTES)
@@ -36,7 +37,8 @@ SWAP_BYTES = 16  # read, and written, a parameter and step, with the optimizer o
 class Box:
     """gpus: of one machine, 0 for none. gpu_memory, pcie, link: of one GPU; pcie each way from RAM, link between GPUs. ram, nvme: of
     one machine. flops: of one GPU, or of the machine's CPU, operations a second. ram_rate: reads and writes together.
-    exact_pinning: pinned RAM is not rounded up (hardware.set_allocators)."""
+    exact_pinning: pinned RAM is not rounded up (hardware.set_allocators). network: between machines, of one.
+    notes: what was assumed."""
 
     gpus: int
     gpu_memory: float
@@ -51,6 +53,8 @@ class Box:
     nodes: int = 1
     name: str = ""
     exact_pinning: bool = True
+    network: float = 25e9
+    notes: list = field(default_factory=list)
 
     @property
     def ranks_here(self):
@@ -132,7 +136,7 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     loss = loss_bytes(model, tokens * job.labelled, size, full, bool(box.gpus))
     # The loss is taken before any layer is computed again.
     device["inputs of layers"] = held
-    device["a layer at work"] = max(one + 3 * tokens * model.intermediate * size, loss)
+    device["a layer at work, or the logits"] = max(one + 3 * tokens * model.intermediate * size, loss)
     kept = (job.kept_layers or 0) if job.gradient_checkpointing else model.layers
     if box.gpus and job.kept_layers is None and job.gradient_checkpointing:
         room = box.gpu_memory * (1 - SPARE) - sum(gpu.values())
@@ -169,7 +173,8 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     if where["optimizer"] == "nvme" and min(zero["sub_group_size"], own) * 4 >= SWAPPED:
         nvme["optimizer"] = SWAP_BYTES * shapes.trainable * here
     time = seconds(job, box, where, shapes, micro_batch * (job.mean or job.max_length), kept, accumulation)
-    return {"gpu": {k: v for k, v in gpu.items() if v}, "host": host, "nvme": nvme, "kept_layers": kept, "locked": locked, **time}
+    return {"gpu": {k: v for k, v in gpu.items() if v}, "host": host, "nvme": nvme, "kept_layers": kept, "locked": locked,
+            "written": written_bytes(where, size) * shapes.trainable * here, **time}
 
 
 def activations(model, tokens, size, liger=True, full=True):
@@ -191,6 +196,11 @@ def pinned_rounding(model, ranks, size):
     return sum(2 ** math.ceil(math.log2(n)) - n for n in parts)
 
 
+def written_bytes(where, size):
+    """To NVMe a trained parameter and update; the parameters too, where they lie there (stage3.py, _partitioned_params_swap_out)."""
+    return (SWAP_BYTES + size * (where["param"] == "nvme")) * (where["optimizer"] == "nvme")
+
+
 def loss_bytes(model, tokens, size, full, gpu):
     """Of the chunked loss. GPU: Liger's chunks of T x H / V rows (liger_kernel, fused_linear_cross_entropy.py), logits in the model's
     type and in fp32. CPU: 256 MiB of fp32 logits, three of them at a time (loss.py). Both: the gradient of the head's input, and of
@@ -207,7 +217,7 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     Backward: the gradient of the input, and of the weights in a full fine-tune, and once more forward for the layers that keep
     nothing. The loss makes its gradients in the forward pass."""
     model, size, full = job.model, shapes.itemsize, job.method == "full"
-    rate = box.flops * (EFFICIENCY if box.gpus else EFFICIENCY_CPU)
+    rate = box.flops * (EFFICIENCY * (FP32 if size == 4 else 1) if box.gpus else EFFICIENCY_CPU)
     maps = sum(a * b for a, b in model.matrices.values())
     forward = model.layers * tokens * 2 * (maps + (job.mean or job.max_length) * model.query) / rate
     # An adapter reads its matrix's input once more, and reads and writes its output; backward twice that.
@@ -227,6 +237,9 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     if box.ranks > 1 and box.gpus:
         moved = max(moved, model.layers * shapes.layer * size / box.link)
         moves += 2 * model.embedding * size / box.link
+    if box.nodes > 1:  # what lies on the other machines comes in once
+        moved = max(moved, model.layers * shapes.layer * size * (1 - 1 / box.nodes) / box.network)
+        moves += 2 * model.embedding * size * (1 - 1 / box.nodes) / box.network
     read = 0.0
     if where["param"] == "nvme":
         read = model.parameters * size * box.ranks_here / box.ranks / box.nvme_read
@@ -235,7 +248,7 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     on_gpu = box.gpus and where["optimizer"] == "none"
     step = own * STEP_BYTES[size] / (HBM if on_gpu else box.ram_rate / box.ranks_here)
     if where["optimizer"] == "nvme":
-        io = own * SWAP_BYTES * box.ranks_here / MIXED_DISK / min(box.nvme_read, box.nvme_write)
+        io = own * box.ranks_here / MIXED_DISK * max(SWAP_BYTES / box.nvme_read, written_bytes(where, size) / box.nvme_write)
     ahead = max(forward, moved, read)
     micro = ahead + loss + moves + max(backward, back, read) + moves / 2
     overlaps = where["optimizer"] == "cpu" and (box.gpus > 0 if job.overlap_step is None else job.overlap_step)
@@ -253,12 +266,9 @@ def _config(mode):
 def evaluate(job, box, mode, micro_batch=None):
     """The prediction of `mode` with its best micro-batch, or with the one that is given, as {"name", "fits", "short": {tier: bytes},
     "micro_batch", "accumulation", "tokens_per_s", …}; where nothing fits, that of one row."""
-    best = None
-    for micro in (micro_batch,) if micro_batch else MICRO_BATCHES:
-        rows = micro * box.ranks * job.max_length
-        if best and job.tokens_per_step and rows > job.tokens_per_step:
-            break
-        accumulation = max(1, round((job.tokens_per_step or rows) / rows))
+    best, rows = None, rows_of(job, box)
+    for micro in (micro_batch,) if micro_batch else [n for n in range(1, 129) if rows % n == 0] if rows else MICRO_BATCHES:
+        accumulation = max(1, rows // micro) if rows else 1
         found = prediction(job, box, _config(mode), micro, accumulation)
         found.update(name=mode, micro_batch=micro, accumulation=accumulation,
                      tokens_per_s=micro * job.max_length * accumulation / found["step_s"])
@@ -271,45 +281,75 @@ def evaluate(job, box, mode, micro_batch=None):
     return best
 
 
+def rows_of(job, box):
+    """Rows of an update a rank for the tokens that are asked for, the nearest whole number; None where none are."""
+    return job.tokens_per_step and max(1, round(job.tokens_per_step / (job.max_length * box.ranks)))
+
+
 def compare(job, box):
     """evaluate() of every mode, the recommended one first: of those that fit, the fastest; the simpler where they are alike."""
     found = [evaluate(job, box, mode) for mode in MODES]
     return ordered(found)
 
 
+def _rank(found):
+    """Larger is better: whether it fits, and its speed, where a difference of 2 % counts as none."""
+    return (True, round(math.log(found["tokens_per_s"]) * 50)) if found["fits"] else (False, -sum(found["short"].values()))
+
+
 def ordered(found):
-    """Predictions of all modes, the best first: a difference of 2 % in speed counts as none."""
-    return sorted(found, key=lambda f: (not f["fits"], -round(math.log(f["tokens_per_s"]) * 50) if f["fits"]
-                                        else sum(f["short"].values())))
+    """Predictions of all modes, the best first."""
+    return sorted(found, key=_rank, reverse=True)
 
 
 def remedy(job, box):
-    """The cheapest change that makes it fit, in words: flags first, then hardware; None where none of them does."""
+    """The least that would make it fit, up to three ways, the cheapest first, in words; None where nothing does. A size is the
+    smallest that fits, to 2 %."""
     def fits(job, box):
         return any(evaluate(job, box, mode)["fits"] for mode in MODES)
 
-    length = job.max_length
-    while length > 256:
-        length //= 2
-        if fits(replace(job, max_length=length), box):
+    def least(low, most, change):
+        if not fits(job, change(most)):
+            return None
+        while most > 1.02 * low:
+            middle = (low + most) / 2
+            low, most = (low, middle) if fits(job, change(middle)) else (middle, most)
+        return most
+
+    def disk(box, size):
+        return replace(box, nvme=size, nvme_read=box.nvme_read or 3e9, nvme_write=box.nvme_write or 2e9)
+
+    ways = []
+    if fits(replace(job, activation_offload=True), box):
+        ways.append("--activation_offload true")
+    lengths = [n for n in (job.max_length >> i for i in range(1, 12)) if n >= 256]
+    short = next(((n, more) for n in lengths for more in (False, True) if fits(replace(
+        job, max_length=n, tokens_per_step=None, activation_offload=more or job.activation_offload), box)), None)
+    if size := least(max(box.nvme, 1e9), max(30 * job.model.parameters, 2 * box.nvme), lambda size: disk(box, size)):
+        ways.append(f"{_round(size)} GB free on a local NVMe (--nvme)")
+    if size := least(box.ram, 64 * max(box.ram, 64e9), lambda size: replace(box, ram=size)):
+        ways.append(f"{_round(size)} GB of RAM")
+    if short:
+        ways.append(f"--max_length {short[0]}" + " --activation_offload true" * (short[1] and not job.activation_offload))
+    if job.method == "full" and fits(replace(job, method="lora"), box):
+        ways.append("--method lora")
+    if box.gpus and (size := least(box.gpu_memory, 16 * box.gpu_memory, lambda size: replace(box, gpu_memory=size))):
+        ways.append(f"GPUs of {_round(size, 8)} GB")
+    if not ways:
+        large = disk(box, max(30 * job.model.parameters, box.nvme))
+        if size := least(box.ram, 64 * max(box.ram, 64e9), lambda size: replace(large, ram=size)):
+            box = replace(box, ram=_round(size) * 1e9)
+            room = least(max(box.nvme, 1e9), large.nvme, lambda size: disk(box, size))
+            ways.append(f"{_round(size)} GB of RAM and {_round(room or large.nvme)} GB free on a local NVMe")
+    for count in (2, 4, 8, 16, 32) if box.gpus and not ways else ():
+        if fits(replace(job, tokens_per_step=None), replace(box, nodes=count)):
+            ways.append(f"{count} such machines")
             break
-    tries = [("--activation_offload true", replace(job, activation_offload=True), box),
-             (f"--max_length {length}", replace(job, max_length=length), box),
-             (f"--max_length {length} --activation_offload true", replace(job, max_length=length, activation_offload=True), box)]
-    for factor in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32):
-        tries += [(f"{_round(room):.0f} GB free on a local NVMe (--nvme)", job, replace(
-            box, nvme=_round(room) * 1e9, nvme_read=box.nvme_read or 3e9, nvme_write=box.nvme_write or 2e9))
-            for room in [20 * job.model.parameters * factor / 1e9] if factor == 1 and room * 1e9 > box.nvme]
-        tries += [(f"{box.ram * factor / 1e9:.0f} GB of RAM", job, replace(box, ram=box.ram * factor))] * (factor > 1)
-        if box.gpus:
-            tries += [(f"GPUs of {box.gpu_memory * factor / 1e9:.0f} GB", job, replace(box, gpu_memory=box.gpu_memory * factor))]
-        if job.method == "full" and factor == 4:
-            tries += [("--method lora", replace(job, method="lora"), box)]
-    return next((words for words, j, b in tries if fits(j, b)), None)
+    return "; or ".join(ways[:3]) or None
 
 
-def _round(gigabytes):
-    return math.ceil(gigabytes / 50) * 50
+def _round(size, to=5):
+    return math.ceil(size / 1e9 / to) * to
 
 
 def why_not(other, best):
@@ -318,9 +358,14 @@ def why_not(other, best):
         return "; ".join(f"{amount / 1e9:,.1f} GB of {tier} short" for tier, amount in other["short"].items())
     if not best["fits"]:
         return ""
+    if _rank(other) == _rank(best):
+        return f"as fast; {best['name']} is simpler"
     slower = best["tokens_per_s"] / other["tokens_per_s"]
-    most = max(other["time"], key=other["time"].get)
-    return f"{slower:.1f} times slower, most of it {most}" if slower >= 1.05 else f"as fast; {best['name']} is simpler"
+    tokens = [f["micro_batch"] * f["accumulation"] for f in (other, best)]
+    more = {k: other["time"][k] / tokens[0] - best["time"][k] / tokens[1] for k in other["time"]}
+    most = max(more, key=more.get)
+    words = f"{slower:.1f} times slower" if slower >= 1.1 else f"{slower - 1:.0%} slower"
+    return words + (f", by its {most}" if more[most] > 0 else "")
 
 
 def as_json(job, box, found):
@@ -341,7 +386,9 @@ def as_json(job, box, found):
               "step_s": f["step_s"], "tokens_per_s_per_gpu": f["tokens_per_s"],
               "shortfall_bytes": round(sum(f["short"].values())), "short": {k: round(v) for k, v in f["short"].items()},
               "per_device_train_batch_size": f["micro_batch"], "gradient_accumulation_steps": f["accumulation"],
-              "kept_layers": f["kept_layers"], "gpu": f["gpu"], "host": f["host"], "nvme": f["nvme"], "time_s": f["time"]}
+              "tokens_per_step": f["micro_batch"] * f["accumulation"] * box.ranks * job.max_length,
+             "nvme_written_bytes_per_step": round(f["written"]), "kept_layers": f["kept_layers"], "gpu": f["gpu"], "host": f["host"],
+             "nvme": f["nvme"], "time_s": f["time"]}
              for f in sorted(found, key=lambda f: MODES.index(f["name"]))]
     return {"model": {"name": job.model.name, "parameters": job.model.parameters, "trained": shapes.trainable},
             "box": asdict(box), "recommended": recommended, "modes": modes}

@@ -2,6 +2,7 @@
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import yaml
@@ -10,18 +11,21 @@ from . import box as boxes
 from . import plan, shapes
 from .args import RunArguments
 from .config import CONFIGS
-from .errors import BAD_INPUT, DOES_NOT_FIT, DONE, RunError, report, table
+from .errors import BAD_INPUT, DOES_NOT_FIT, DONE, RunError, did_you_mean, report, table
 
 GIB = 2**30
 MACHINE = {"gpu_memory": "memory of one GPU: 80GB", "ram": "of one machine: 1TB", "nvme": "free on a local NVMe: 4TB, 0 for none",
            "nvme_read": "12GB/s", "nvme_write": "6GB/s", "pcie": "RAM to one GPU, each way: 50GB/s",
            "gpu_link": "GPU to GPU: 300GB/s (default: as --pcie)", "gpu_tflops": "dense bf16 products of one GPU: 700",
-           "ram_rate": "RAM traffic of the CPU's step: 90GB/s", "nodes": "machines"}
+           "ram_rate": "RAM traffic of the CPU's step: 90GB/s", "nodes": "machines",
+           "network": "between machines, of one of them: 25GB/s"}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise RunError(f"command line: {message}", fix="python launch/plan.py --help lists the flags")
+        word = re.search(r"unrecognized arguments: --(\S+)", message)
+        near = did_you_mean(word[1], [a.dest for a in self._actions]) if word else ""
+        raise RunError(f"command line: {message}{near}", fix="python launch/plan.py --help lists the flags")
 
 
 def _parser():
@@ -55,7 +59,7 @@ def _whole(text, name, least=1):
     except ValueError:
         value = -1.0
     if value != value or not least <= value < 1e18 or value != int(value):
-        raise RunError(f"--{name} is not a number", found=text, needed=f"a whole number of at least {least}")
+        raise RunError(f"--{name} is not a number that can be", found=text, needed=f"a whole number of at least {least}")
     return int(value)
 
 
@@ -67,18 +71,26 @@ def _choice(value, name, choices):
 
 def job_and_box(options):
     """(plan.Job, plan.Box) of the command line."""
+    for name, value in vars(options).items():
+        if isinstance(value, str) and not value.strip():
+            raise RunError(f"--{name} is empty", fix=f"leave --{name} out, or give a value")
     machine = {name: getattr(options, name) for name in ("gpus", *MACHINE)}
-    if any(machine[name] is not None for name in MACHINE if name not in ("nodes",)):
-        box = boxes.given(machine)
-    else:
-        box = boxes.probe(options.nvme_path, None if options.gpus is None else _whole(options.gpus, "gpus", 0))
-        box.nodes = _whole(options.nodes or 1, "nodes")
+    asked = {name for name in machine if machine[name] is not None}
+    here = None
+    if "gpu_memory" not in asked and not (machine["gpus"] == "0" and "ram" in asked):
+        # Another machine is told by its memory; without that it is this one, with what is given in the place of what is found.
+        here = boxes.probe(options.nvme_path, None if options.gpus is None else _whole(options.gpus, "gpus", 0))
+    box = boxes.given(machine, here) if asked - {"gpus"} or not here else here
     precision = options.precision or ("bf16" if box.gpus else "fp32")
     job = plan.Job(shapes.find(options.model), _choice(options.method, "method", ("full", "lora")), _whole(options.lora_r, "lora_r"),
                    options.lora_target_modules, _whole(options.max_length, "max_length", 2),
                    options.tokens_per_step and _whole(options.tokens_per_step, "tokens_per_step"),
                    _choice(precision, "precision", tuple(shapes.ITEMSIZE)),
-                   _choice(options.activation_offload, "activation_offload", ("true", "false")) == "true")
+                   _choice(options.activation_offload.lower(), "activation_offload", ("true", "false")) == "true")
+    if precision == "fp16" and not box.gpus:
+        raise RunError("--precision fp16 needs a GPU", found="no GPUs", fix="--precision fp32")
+    if options.plot and options.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise RunError("--plot is not a picture's name", found=options.plot, needed="FILE.png, .pdf or .svg")
     if job.tokens_per_step and job.tokens_per_step < job.max_length * box.ranks:
         raise RunError("--tokens_per_step is less than one row a GPU", found=job.tokens_per_step,
                        needed=f"at least {job.max_length * box.ranks} ({box.ranks} x --max_length {job.max_length})")
@@ -99,7 +111,10 @@ def text(job, box, found, dataset_tokens=None):
              f"tokens, {job.precision}",
              f"machine: {where}{several}; RAM {box.ram / 1e9:,.0f} GB, NVMe "
              f"{box.nvme / 1e9:,.0f} GB free; {box.flops / 1e12:,.4g} TFLOP/s"
-             + (f", {box.pcie / 1e9:.0f} GB/s to a GPU" if box.gpus else "") + f", {box.ram_rate / 1e9:.0f} GB/s of RAM"]
+             + (f", {box.pcie / 1e9:.0f} GB/s to a GPU" if box.gpus else "") + f", {box.ram_rate / 1e9:.0f} GB/s of RAM",
+             *(f"note: {note}" for note in box.notes)]
+    if job.tokens_per_step and job.tokens_per_step != (tokens := plan.rows_of(job, box) * box.ranks * job.max_length):
+        lines.append(f"note: an update is whole rows on every GPU: {tokens:,} tokens in place of {job.tokens_per_step:,}")
     head = ["configuration", "fits", "rows x steps", "GPU GiB", "RAM GiB", "NVMe GB", "s an update", "compute", "transfer",
             "optimizer", "I/O", "tok/s a GPU", *(["hours"] if dataset_tokens else []), ""]
     rows = [head]
@@ -110,16 +125,17 @@ def text(job, box, found, dataset_tokens=None):
                      f"{one['step_s']:.3g}", *(f"{one['time'][k]:.3g}" for k in ("compute", "transfer", "optimizer", "io")),
                      f"{one['tokens_per_s']:,.0f}", *hours,
                      "recommended" if one is best and one["fits"] else plan.why_not(one, best)])
-    lines += ["", table(rows), ""]
-    for tier, label in (("gpu", "GPU"), ("host", "RAM"), ("nvme", "NVMe")):
-        if best[tier]:
-            lines.append(f"{label} of {best['name']}: " + ", ".join(f"{k} {_size(v)}" for k, v in best[tier].items()) + " GiB")
-    if best["nvme"].get("optimizer"):
-        written = plan.SWAP_BYTES * trained / box.nodes
-        lines.append(f"NVMe is written {written / 1e9:,.0f} GB an update: 1 PB of its life in {1e15 / written:,.0f} updates")
+    lines += ["", table(rows), "", "The four times would be taken alone; an update overlaps them. What lies where, GiB:"]
+    for one in found:
+        lines += [f"  {one['name']}: {label}: " + ", ".join(f"{k} {_size(v)}" for k, v in one[tier].items())
+                  for tier, label in (("gpu", "GPU"), ("host", "RAM"), ("nvme", "NVMe")) if one[tier]]
+    lines.append("")
+    if best["written"]:
+        lines.append(f"NVMe is written {best['written'] / 1e9:,.0f} GB an update: 1 PB of its life in "
+                     f"{1e15 / best['written']:,.0f} updates")
     if not best["fits"]:
         mend = plan.remedy(job, box)
-        lines.append(f"\ndoes not fit; the least that would mend it: {mend or 'none of the changes that the plan knows'}")
+        lines.append(f"does not fit; the least that would mend it: {mend or 'none of the changes that the plan knows'}")
     else:
         shown = plan.as_json(job, box, found)["recommended"]
         lines.append("settings: " + ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in shown.items()))
@@ -148,8 +164,11 @@ def write(folder, options, job, box, found):
         recipe.update(lora_r=job.lora_r, lora_target_modules=job.lora_target_modules)
     if job.activation_offload:
         recipe["activation_offload"] = True
-    if Path(options.model).is_dir():
-        recipe["model_name_or_path"] = str(Path(options.model).absolute())
+    path = Path(options.model)
+    if path.exists():
+        recipe["model_name_or_path"] = str((path if path.is_dir() else path.parent).absolute())
+    elif job.model.name != "smollm2-135m":  # which is the embedded model
+        recipe["model_name_or_path"] = shapes.HUB[job.model.name]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / chosen["config"]
     recipe["deepspeed"] = str(target.absolute())
@@ -197,6 +216,9 @@ def main(argv=None):
         tokens = options.dataset_tokens and _whole(options.dataset_tokens, "dataset_tokens")
         if options.json:
             shown = plan.as_json(job, box, found)
+            if tokens:
+                for mode in shown["modes"]:
+                    mode["hours"] = tokens / (mode["tokens_per_s_per_gpu"] * box.ranks) / 3600
             if not found[0]["fits"]:
                 shown["remedy"] = plan.remedy(job, box)
             print(json.dumps(shown, indent=1))
@@ -205,7 +227,7 @@ def main(argv=None):
         if options.plot:
             draw(job, box, found, options.plot)
         if options.write and found[0]["fits"]:
-            print(*write(options.write, options, job, box, found), sep="\n")
+            print(*write(options.write, options, job, box, found), sep="\n", file=sys.stderr if options.json else sys.stdout)
         return DONE if found[0]["fits"] else DOES_NOT_FIT
     except RunError as error:
         report(error)

@@ -19,6 +19,7 @@ import psutil
 from data import storage
 
 from .errors import DOES_NOT_FIT, FAILED, RunError
+from .hardware import existing
 
 MARKER = "zero-offload-swap.json"  # in every swap directory of ours, locked while its run lives
 _REFUSED = ("tmpfs", "ramfs", *storage.NETWORK_FILESYSTEMS)
@@ -36,11 +37,7 @@ os.fsync(handle)
 def check_directory(path):
     """Refuse a directory that cannot hold swap files: read-only, in memory, on a network, without O_DIRECT, or hanging."""
     path = Path(path)
-    needed = "a writable directory on a local ext4 or xfs filesystem (O_DIRECT; not tmpfs, not a network disk)"
-    fix = "--nvme_path DIR, or NVME=DIR with make"
-    kind = storage.filesystem_of(path)
-    if kind.startswith(_REFUSED):
-        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=f"it is on {kind}", needed=needed, fix=fix)
+    needed, fix = check_place(path)
     probe, wrong = path / f".probe-{os.getpid()}", None
     try:
         # In another process, which is not waited for: a hung mount must not hang the check.
@@ -54,6 +51,21 @@ def check_directory(path):
         wrong = wrong or error.strerror
     if wrong:
         raise RunError(f"the NVMe directory {path} cannot hold swap files", found=wrong, needed=needed, fix=fix)
+
+
+def check_place(path):
+    """The part of it that looks only: a kind of disk that cannot hold them, or a file. Returns what is needed, and the mend."""
+    path = Path(path)
+    needed = "a writable directory on a local ext4 or xfs filesystem (O_DIRECT; not tmpfs, not a network disk)"
+    fix = "--nvme_path DIR, or NVME=DIR with make"
+    kind = storage.filesystem_of(path)
+    if kind.startswith(_REFUSED):
+        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=f"it is on {kind}", needed=needed, fix=fix)
+    there = existing(path)
+    if not there.is_dir():
+        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=f"{there} is not a directory", needed=needed,
+                       fix=fix)
+    return needed, fix
 
 
 def _locked(path):

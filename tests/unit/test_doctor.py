@@ -39,7 +39,7 @@ def doctor(*flags, env=None, limits=(), code=None):
     """{name: check} and the whole output."""
     def limit():
         for which, value in limits:
-            resource.setrlimit(which, (value, value))
+            resource.setrlimit(which, value)
 
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online",
                    "CUDA_VISIBLE_DEVICES": "", **(env or {})}
@@ -62,9 +62,11 @@ def test_this_machine(tmp_path):
     assert checks["nvme"]["found"].startswith(str(tmp_path)) and checks["gpu"]["status"] == "warning"
 
 
-def test_architectures():
-    checks, _ = doctor(env={"TORCH_CUDA_ARCH_LIST": "8.0;9.0a"})
-    assert checks["architectures"]["status"] == "failure" and checks["architectures"]["fix"].endswith("'8.0;9.0'")
+@pytest.mark.parametrize("value, fix", [("8.0;9.0a", "'8.0;9.0'"), ("9.0a,8.6", "'9.0;8.6'"), ("8.6 9.0+PTX;Hopper", "'8.6;9.0'"),
+                                        ("Hopper", "unset TORCH_CUDA_ARCH_LIST"), ("90", "unset TORCH_CUDA_ARCH_LIST")])
+def test_architectures(value, fix):
+    checks, _ = doctor(env={"TORCH_CUDA_ARCH_LIST": value})
+    assert checks["architectures"]["status"] == "failure" and checks["architectures"]["fix"].endswith(fix)
 
 
 def test_stale_lock(tmp_path):
@@ -95,9 +97,12 @@ def test_disks(tmp_path):
     assert "GB/s written" in checks["nvme speed"]["found"] and not list(tmp_path.iterdir())
 
 
-def test_limits():
-    checks, _ = doctor(limits=[(resource.RLIMIT_NOFILE, 256)])
-    assert checks["open files"]["status"] == "warning" and "ulimit -n" in checks["open files"]["fix"]
+def test_limits(tmp_path):
+    for limits, fix in (((256, 256), "limits.conf"), ((256, 8192), "ulimit -n 8192")):
+        checks, _ = doctor(limits=[(resource.RLIMIT_NOFILE, limits)])
+        assert checks["open files"]["status"] == "warning" and fix in checks["open files"]["fix"]
+    checks, _ = doctor("--nvme_path", tmp_path / "not" / "there", "--nvme")
+    assert "not there yet" in checks["nvme"]["found"] and not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -108,6 +113,8 @@ def server():
             one.asked.append((self.path, self.headers.get("Authorization")))
             time.sleep(one.delay)
             self.send_response_only(one.status)
+            if one.location:
+                self.send_header("Location", one.location)
             if one.date:
                 self.send_header("Date", one.date)
             self.end_headers()
@@ -116,7 +123,7 @@ def server():
             pass
 
     one = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    one.status, one.date, one.asked, one.delay = 200, None, [], 0
+    one.status, one.date, one.asked, one.delay, one.location = 200, None, [], 0, None
     one.address = f"http://127.0.0.1:{one.server_port}"
     threading.Thread(target=one.serve_forever, daemon=True).start()
     yield one
@@ -133,6 +140,22 @@ def test_gated_model(server, status, found, words):
     assert checks["hub"]["status"] == found and words in checks["hub"]["found"]
     assert ("/meta-llama/Meta-Llama-3-8B/resolve/main/config.json", "Bearer hf_secret") in server.asked
     assert "secret" not in output and checks["wandb"]["status"] == "ok"
+
+
+def test_a_token_goes_to_one_server_only(server):
+    other = ThreadingHTTPServer(("127.0.0.1", 0), server.RequestHandlerClass)
+    server.status, server.location = 302, f"http://127.0.0.1:{other.server_port}/elsewhere"
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    checks, _ = doctor("--model", "a/b", env={"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_secret"})
+    other.shutdown()
+    assert checks["hub"]["status"] == "ok" and [path for path, _ in server.asked] .count("/elsewhere") == 0
+
+
+@pytest.mark.parametrize("model, status, found", [("a/b", 503, "warning"), ("llama-3-8b", 200, "failure"), ("a/b c", 200, "failure")])
+def test_what_the_hub_does_not_know(server, model, status, found):
+    server.status = status
+    checks, _ = doctor("--model", model, env={"HF_ENDPOINT": server.address})
+    assert checks["hub"]["status"] == found
 
 
 def test_clock(server):
@@ -185,7 +208,7 @@ def test_before_every_run(tmp_path, monkeypatch, capsys):
 
     done = subprocess.run([sys.executable, "launch/train.py", "--dataset", tmp_path / "missing.jsonl", "--use_cpu"], cwd=ROOT,
                           text=True, capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
-    assert done.returncode == 2 and "warning: open files: 256; needed: 4096" in done.stdout and "ulimit -n" in done.stdout
+    assert done.returncode == 2 and "warning: open files: 256; needed: 4096" in done.stdout and "nofile" in done.stdout
     (tmp_path / "pynvml.py").write_text(PYNVML)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
@@ -208,7 +231,7 @@ def test_bench_io(tmp_path):
 
     cache = tmp_path / "cache"
     environment = {**os.environ, "ZERO_OFFLOAD_CACHE": str(cache)}
-    done = subprocess.run([sys.executable, "launch/bench.py", "io", tmp_path / "disk", "--bytes", "16MB", "--seconds", "20", "--out",
+    done = subprocess.run([sys.executable, "launch/bench.py", "io", tmp_path / "disk", "--bytes", "64MB", "--seconds", "20", "--out",
                            tmp_path / "io.json"], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "io.json").read_text())
@@ -222,7 +245,8 @@ def test_bench_io(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [(["/dev/shm/x"], "tmpfs"), ([".", "--bytes", "lots"], "is not a size"),
-                                          ([".", "--bytes", "900TB"], "too small")])
+                                          ([".", "--bytes", "900TB"], "free RAM"), ([".", "--seconds", "-5"], "1 to 3600"),
+                                          ([".", "--out", "/no/such/x.json"], "cannot be written")])
 def test_bench_io_refuses(flags, words):
     done = subprocess.run([sys.executable, "launch/bench.py", "io", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (2, 3) and words in done.stderr and "Traceback" not in done.stderr

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(p for d in ("launch", "trainer", "data") for p in (ROOT / d).rglob("*.py"))
 # Layers inside trainer: a module imports its own layer and those before it.
 LAYERS = [{"errors", "ds_schema", "args", "config"},
-          {"hardware", "ops", "embedded", "names", "resume", "swap", "shapes", "plan", "box", "plan_command", "doctor", "calibrate",
-           "auto"},
+          {"hardware", "ops", "embedded", "names", "resume", "swap", "shapes", "plan", "box", "plan_command", "doctor", "servers",
+           "calibrate", "auto"},
           {"offload", "host_step"},
           {"linear", "recompute", "attention", "rows", "model", "loss", "telemetry", "tracking", "export", "merge", "card",
            "zero_state", "checkpoint", "signals"},
@@ -19,7 +19,7 @@ LAYERS = [{"errors", "ds_schema", "args", "config"},
 TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run",
               "trainer.ops", "trainer.embedded", "trainer.rows", "trainer.names", "trainer.resume", "trainer.swap",
               "trainer.supervise", "trainer.plan", "trainer.shapes", "trainer.box", "trainer.plan_command", "trainer.doctor",
-              "trainer.auto", "trainer.calibrate",
+              "trainer.auto", "trainer.calibrate", "trainer.servers",
               "data.formats", "data.records", "data.source",
               "data.storage", "data.template", "data.tokenize", "data.pack", "data.validate"]
 
