@@ -327,6 +327,13 @@ def remedy(job, box):
         job, max_length=n, tokens_per_step=None, activation_offload=more or job.activation_offload), box)), None)
     if size := least(max(box.nvme, 1e9), max(30 * job.model.parameters, 2 * box.nvme), lambda size: disk(box, size)):
         ways.append(f"{_round(size)} GB free on a local NVMe (--nvme)")
+    else:  # both, where one of them is not enough
+        large = disk(box, max(30 * job.model.parameters, box.nvme))
+        if size := least(box.ram, 64 * max(box.ram, 64e9), lambda size: replace(large, ram=size)):
+            with_ram = replace(box, ram=_round(size) * 1e9)
+            if not fits(job, with_ram):
+                room = least(max(box.nvme, 1e9), large.nvme, lambda size: disk(with_ram, size))
+                ways.append(f"{_round(size)} GB of RAM and {_round(room or large.nvme)} GB free on a local NVMe")
     if size := least(box.ram, 64 * max(box.ram, 64e9), lambda size: replace(box, ram=size)):
         ways.append(f"{_round(size)} GB of RAM")
     if short:
@@ -335,12 +342,6 @@ def remedy(job, box):
         ways.append("--method lora")
     if box.gpus and (size := least(box.gpu_memory, 16 * box.gpu_memory, lambda size: replace(box, gpu_memory=size))):
         ways.append(f"GPUs of {_round(size, 8)} GB")
-    if not ways:
-        large = disk(box, max(30 * job.model.parameters, box.nvme))
-        if size := least(box.ram, 64 * max(box.ram, 64e9), lambda size: replace(large, ram=size)):
-            box = replace(box, ram=_round(size) * 1e9)
-            room = least(max(box.nvme, 1e9), large.nvme, lambda size: disk(box, size))
-            ways.append(f"{_round(size)} GB of RAM and {_round(room or large.nvme)} GB free on a local NVMe")
     for count in (2, 4, 8, 16, 32) if box.gpus and not ways else ():
         if fits(replace(job, tokens_per_step=None), replace(box, nodes=count)):
             ways.append(f"{count} such machines")
