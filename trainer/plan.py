@@ -340,7 +340,7 @@ def remedy(job, box):
         ways.append(f"--max_length {short[0]}" + " --activation_offload true" * (short[1] and not job.activation_offload))
     if job.method == "full" and fits(replace(job, method="lora"), box):
         ways.append("--method lora")
-    if box.gpus and (size := least(box.gpu_memory, 16 * box.gpu_memory, lambda size: replace(box, gpu_memory=size))):
+    if box.gpus and (size := least(box.gpu_memory, 192e9, lambda size: replace(box, gpu_memory=size))):
         ways.append(f"GPUs of {_round(size, 8)} GB")
     for count in (2, 4, 8, 16, 32) if box.gpus and not ways else ():
         if fits(replace(job, tokens_per_step=None), replace(box, nodes=count)):
