@@ -43,10 +43,11 @@ def machine(settings, gpu):
 
 def choose(settings):
     """Write the configuration, and the micro-batch and accumulation that make as many rows an update as was asked, into the settings.
-    RunError with exit code 3 where nothing fits."""
+    RunError with exit code 3 where nothing fits. Returns what is left to be done once the rest of the input was checked: a function
+    that tries the micro-batch out."""
     gpu = hardware.uses_gpu(settings)
-    job = plan.job_of(settings, model_of(settings.model_name_or_path), settings.precision if settings.precision != "auto" else
-                      "bf16" if gpu or hardware.cpu_has_bf16() else "fp32", gpu)
+    precision, _ = hardware.choose_precision(settings, plan.read_config(plan.CONFIGS / "ds_z3.json"), gpu, "--deepspeed auto")
+    job = plan.job_of(settings, model_of(settings.model_name_or_path), precision, gpu)
     here, rows = machine(settings, gpu), None
     if any(settings.given(key) for key in _BATCH):
         rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
@@ -70,12 +71,16 @@ def choose(settings):
         (f["name"], f"{f['micro_batch']} x {f['accumulation']}", f"{f['step_s']:.3g}", f"{f['tokens_per_s']:,.0f}",
          "chosen" if f is best else plan.why_not(f, best)) for f in found]
     say(f"--deepspeed auto\n{table(rows)}\n")
-    calibrated = settings.calibrate
-    if calibrated if calibrated is not None else gpu and here.nodes == 1:
-        if here.nodes > 1:
-            raise RunError("--calibrate true is for one machine", found=f"{here.nodes} machines", fix="leave --calibrate out")
-        ways = sorted(tried[best["name"]], key=lambda way: way["micro_batch"])
-        best = calibrate.fastest(settings, best["name"], ways, best, here.ranks)
-    values = {"deepspeed": f"{best['name']}.json", _BATCH[0]: best["micro_batch"], _BATCH[1]: best["accumulation"]}
-    settings.values.update(values)
-    settings.sources.update(dict.fromkeys(values, "plan"))
+    if settings.calibrate and here.nodes > 1:
+        raise RunError("--calibrate true is for one machine", found=f"{here.nodes} machines", fix="leave --calibrate out")
+
+    def take(way):
+        values = {"deepspeed": f"{best['name']}.json", _BATCH[0]: way["micro_batch"], _BATCH[1]: way["accumulation"]}
+        settings.values.update(values)
+        settings.sources.update(dict.fromkeys(values, "plan"))
+
+    take(best)
+    if not (settings.calibrate if settings.calibrate is not None else gpu and here.nodes == 1):
+        return lambda: None
+    ways = sorted(tried[best["name"]], key=lambda way: way["micro_batch"])
+    return lambda: take(calibrate.fastest(settings, job, best["name"], ways, best, here.ranks))

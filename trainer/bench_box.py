@@ -154,7 +154,10 @@ def _links(torch):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count()),
                "-m",
                "trainer.bench_box"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    except subprocess.TimeoutExpired:
+        raise RunError("the links between the GPUs could not be measured", found="no end after 120 s", code=FAILED) from None
     line = next((line for line in done.stdout.splitlines() if line.startswith("LINKS ")), None)
     if line is None:
         raise RunError("the links between the GPUs could not be measured", found=done.stderr[-300:], code=FAILED)

@@ -62,7 +62,7 @@ def probe(nvme_path, use_gpus=None, measure=True):
         raise RunError("this machine has fewer GPUs", found=gpus, needed=f"--gpus {use_gpus}",
                        fix="for another machine give --gpu_memory and --ram too")
     have, notes = measured(), []
-    flops, pcie, link = next((v for k, v in KNOWN.items() if k in name), DEFAULT)
+    flops, pcie, link = next((v for k, v in KNOWN.items() if re.search(rf"\b{k}\b", name)), DEFAULT)
     if not gpus:
         flops = have.get("cpu_flops") or (_cpu_flops() if measure else CPU_FLOPS)
     elif "flops" not in have:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from . import box
@@ -15,33 +16,47 @@ from .args import ROOT
 from .errors import DOES_NOT_FIT, RunError, say
 from .hardware import die_with_parent
 
-UPDATES, SETTLED = 8, 5  # updates of a trial, and those of them that are not counted (recompute.py decides in the fourth)
+UPDATES, SETTLED = 12, 8  # updates of a trial, and those of them that are not counted: recompute.py decides in the fourth
 MOST = 4  # trials, where one of them fits
 SECONDS = 900  # that one may take
+ACCUMULATION = 2  # micro-batches of an update at most: more tell nothing new
+FAILED_FOR = 6 * 3600  # seconds for which a calibration that failed is not tried again
 SAME = ("model_name_or_path", "model_revision", "trust_remote_code", "attn_implementation", "max_length", "packing", "method",
-        "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "precision", "fused_loss", "fused_linear", "kept_layers",
+        "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "fused_loss", "fused_linear", "kept_layers",
         "activation_offload", "bind_cores", "fused_step", "overlap_step", "leaf_modules", "fetch_ahead", "nvme_path",
-        "gradient_checkpointing", "use_liger_kernel", "use_cpu")  # flags that a trial takes over
+        "gradient_checkpointing", "use_liger_kernel", "use_cpu", "torch_compile", "tf32", "optim")  # flags that a trial takes over
 MEMORY = ("out of memory", "can't allocate memory", "process(es) for want of memory")  # what is said where there was too little
 BEGUN = time.time()
 
 
-def fastest(settings, mode, ways, planned, ranks):
+def fastest(settings, job, mode, ways, planned, ranks):
     """The one of `ways` (dicts with micro_batch and accumulation, ascending) that trains fastest, from the planned one on upwards, or
-    downwards where that is no gain. Every rank of this machine calls it; the first tries, and the answer is kept for the next run."""
-    same = {name: settings.values[name] for name in SAME}
-    about = [same, mode, [(w["micro_batch"], w["accumulation"]) for w in ways], planned["micro_batch"], ranks, sys.version,
-             box.probe(settings.nvme_path, measure=False).name, _version("torch"), _version("zero-offload-trainer")]
+    downwards where that is no gain. job: the plan.Job. Every rank of this machine calls it; the first tries, and the answer is kept
+    for the next run."""
+    gpus = box.probe(settings.nvme_path, measure=False)
+    about = [{name: settings.values[name] for name in SAME}, asdict(job), mode, [(w["micro_batch"], w["accumulation"]) for w in ways],
+             planned["micro_batch"], ranks, os.uname().nodename, gpus.name, gpus.gpu_memory, gpus.ram, sys.version,
+             [_version(p) for p in ("torch", "deepspeed", "transformers", "liger-kernel", "zero-offload-trainer")],
+             [os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]]
     key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
-    if int(os.environ.get("LOCAL_RANK") or 0) == 0 and _answer(key) is None:
-        _keep(key, _try(settings, mode, ways, ways.index(planned), ranks))
-    answer = _wait_for(key)
+    path = box.measured_path().parent / "calibrated" / f"{key}.json"
+    if int(os.environ.get("LOCAL_RANK") or 0) == 0 and _answer(path) is None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_suffix(f".{os.getpid()}")
+            new.touch()  # before minutes go into what cannot be written down
+            new.write_text(json.dumps(_try(settings, job, mode, ways, ways.index(planned), ranks)))
+            new.replace(path)
+        except OSError as error:
+            raise RunError("the calibration cannot be kept", found=f"{path.parent}: {error.strerror}",
+                           fix="--calibrate false, or ZERO_OFFLOAD_CACHE=DIR") from None
+    answer = _wait_for(path)
     if answer["index"] is None:
         raise RunError("no micro-batch that was tried runs", found=f"{mode}, down to {ways[0]['micro_batch']} row(s)",
                        needed="a smaller model or shorter rows", fix="--activation_offload true, or --max_length", code=DOES_NOT_FIT)
     way = ways[answer["index"]]
     if answer["rate"]:
-        say(f"calibrated: {way['micro_batch']} rows, {answer['rate']:,.0f} tok/s a rank (kept in {_path()})")
+        say(f"calibrated: {way['micro_batch']} rows, {answer['rate']:,.0f} tok/s a rank (kept in {path})")
     return way
 
 
@@ -63,20 +78,33 @@ def search(count, start, measure):
     return max(fitting.items(), key=lambda pair: pair[1]) if fitting else None
 
 
-def _try(settings, mode, ways, start, ranks):
+def _try(settings, job, mode, ways, start, ranks):
     say(f"calibration: short runs of {UPDATES} updates with random weights (--calibrate false leaves them out)")
     with tempfile.TemporaryDirectory() as folder:
+        fitted = []
+
+        def measure(i):
+            try:
+                rate = _trial(settings, job, mode, ways[i], ranks, Path(folder))
+            except RunError as error:  # with the first a real run would fail too: let it say so itself
+                if not fitted:
+                    raise
+                say(f"  {error}")
+                return None
+            fitted.extend([rate] * (rate is not None))
+            return rate
+
         try:
-            found = search(len(ways), start, lambda i: _trial(settings, mode, ways[i], ranks, Path(folder)))
-        except RunError as error:  # a run that fails for another reason would fail here too: let it say so itself
+            found = search(len(ways), start, measure)
+        except RunError as error:
             say(f"calibration: {error}\n  the planned micro-batch is taken")
             found = start, 0
     return {"index": found and found[0], "rate": found and found[1], "time": time.time()}
 
 
-def _trial(settings, mode, way, ranks, folder):
+def _trial(settings, job, mode, way, ranks, folder):
     """Tokens/s a rank, or None where the memory does not suffice."""
-    micro, accumulation = way["micro_batch"], way["accumulation"]
+    micro, accumulation = way["micro_batch"], min(way["accumulation"], ACCUMULATION)
     label = f"{micro} x {accumulation} rows"
     rows, run, log = folder / "rows.jsonl", folder / f"run-{micro}", folder / f"{micro}.log"
     text = (ROOT / "data" / "samples" / "train.jsonl").read_text()
@@ -88,9 +116,12 @@ def _trial(settings, mode, way, ranks, folder):
     flags = {name: settings.values[name] for name in SAME if settings.given(name)}
     if settings.model_name_or_path is not None:
         flags["random_weights"] = True  # as fast and as large as the real ones, and sooner there
+        if Path(settings.model_name_or_path).exists():
+            flags["model_name_or_path"] = Path(settings.model_name_or_path).absolute()
     flags.update(deepspeed=f"{mode}.json", dataset=rows, validation_split=0, per_device_train_batch_size=micro,
                  gradient_accumulation_steps=accumulation, max_steps=UPDATES, eval_strategy="no", eval_on_start=False, export=False,
-                 save_strategy="no", report_to="none", output_dir=run, max_length=settings.max_length)
+                 save_strategy="no", report_to="none", output_dir=run, max_length=settings.max_length, precision=job.precision,
+                 nvme_path=Path(settings.nvme_path).absolute())
     command = [sys.executable, "launch/supervise.py", "--num_gpus", str(ranks), "--max_restarts", "0",
                *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
@@ -124,35 +155,22 @@ def _version(package):
         return None
 
 
-def _path():
-    return box.measured_path().with_name("calibrated.json")
-
-
-def _kept():
+def _answer(path):
+    """What is kept there; None where nothing is, where a calibration failed long ago, or where nothing ran at an earlier time, when
+    another process may have held the memory."""
     try:
-        return json.loads(_path().read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        return None
+    since = BEGUN - 60 if found["index"] is None else time.time() - FAILED_FOR
+    return found if found["rate"] or found["time"] > since else None
 
 
-def _keep(key, answer):
-    _path().parent.mkdir(parents=True, exist_ok=True)
-    new = _path().with_name(f".calibrated-{os.getpid()}")
-    new.write_text(json.dumps({**_kept(), key: answer}, indent=1))
-    new.replace(_path())
-
-
-def _answer(key):
-    """What is kept of it; None where nothing is, or where nothing ran then: another process may have held the memory."""
-    found = _kept().get(key)
-    return found if found and (found["rate"] or found["time"] > BEGUN - 60) else None
-
-
-def _wait_for(key):
+def _wait_for(path):
     """The first rank's answer."""
-    parent = os.getppid()
-    while (found := _answer(key)) is None:
-        if os.getppid() != parent:
-            raise RunError("the run's other ranks are gone")
+    parent, until = os.getppid(), time.monotonic() + 8 * SECONDS
+    while (found := _answer(path)) is None:
+        if os.getppid() != parent or time.monotonic() > until:
+            raise RunError("the first rank has no answer from its calibration", found=f"nothing at {path}", fix="--calibrate false")
         time.sleep(0.2)
     return found

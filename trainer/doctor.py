@@ -64,7 +64,7 @@ def packages(options):
 
 
 def compiler(options):
-    if not shutil.which("g++") and all(map(_built, _wanted(options))):
+    if all(map(_built, _wanted(options))) and ops.adam_is_built():
         return Check("compiler", OK, "not needed: the ops are built")
     ops.check_tools(["async_io"] if options.nvme else [], False)
     version = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
@@ -74,7 +74,7 @@ def compiler(options):
 def nvcc(options):
     if not options.gpus:
         return Check("nvcc", OK, "not needed without a GPU")
-    if _built("cpu_adam") and not shutil.which("nvcc") and ops.torch_cuda():
+    if _built("cpu_adam") and ops.torch_cuda():
         return Check("nvcc", OK, "not needed: the ops are built")
     return Check("nvcc", OK, ops.check_nvcc())
 
@@ -132,6 +132,8 @@ def driver(options):
     most = _nvml(lambda n: n.nvmlSystemGetCudaDriverVersion(), 0)
     wanted = ops.torch_cuda()
     have = (most // 1000, most % 1000 // 10)
+    if not most:
+        return Check("driver", WARNING, f"{version}; it does not say up to which CUDA", f"CUDA {wanted}", "nvidia-smi")
     fits = wanted is None or have[0] >= int(wanted.split(".")[0])
     return Check("driver", OK if fits else FAILURE, f"{version}, up to CUDA {have[0]}.{have[1]}",
                  f"CUDA {wanted}, as torch is built for",
@@ -231,7 +233,7 @@ def shared_memory(options):
         return Check("shared memory", FAILURE, "no /dev/shm", "1 GiB for NCCL, gloo and the data loader",
                      "--shm-size=8g, or --ipc=host")
     small = size < GIB
-    needs = options.gpus > 1
+    needs = getattr(options, "ranks", options.gpus) > 1
     return Check("shared memory", (FAILURE if needs else WARNING) if small else OK, f"/dev/shm {size / GIB:.2f} GiB", "1 GiB",
                  "in a container: --shm-size=8g, or --ipc=host; else mount -o remount,size=8G /dev/shm" if small else "")
 
@@ -361,7 +363,8 @@ def examine(options, checks=CHECKS):
 
 def quick(gpu, nvme):
     """QUICK before a run on a GPU or not, with NVMe or not: warnings are printed, a failure is a RunError with exit code 3."""
-    found = examine(argparse.Namespace(nvme=nvme, **({} if gpu else {"gpus": 0})), QUICK)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    found = examine(argparse.Namespace(nvme=nvme, ranks=ranks, **({} if gpu else {"gpus": 0})), QUICK)
     for check in found:
         if check.status == FAILURE:
             raise RunError(f"this machine is not ready: {check.name}", found=check.found, needed=check.needed, fix=check.fix,

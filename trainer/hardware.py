@@ -56,9 +56,9 @@ def _control_groups():
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         lines = []
-    for root, kind, names in (("/sys/fs/cgroup", "", ("memory.max", "memory.current", "inactive_file")),
+    for root, kind, names in (("/sys/fs/cgroup", "", ("memory.max", "memory.current", "inactive_file", "active_file")),
                               ("/sys/fs/cgroup/memory", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
-                                                                   "total_inactive_file"))):
+                                                                   "total_inactive_file", "total_active_file"))):
         inside = next((line[2] for line in lines if len(line) == 3 and line[1] == kind), "/")
         folders = {Path(root), *(Path(root + str(p)) for p in (Path(inside), *Path(inside).parents))}
         for folder in folders:
@@ -67,7 +67,7 @@ def _control_groups():
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # not there, or "max"
                 continue
-            yield limit, max(0, used - int(stat.get(names[2], 0)))  # the kernel gives idle file pages back
+            yield limit, max(0, used - sum(int(stat.get(name, 0)) for name in names[2:]))  # the kernel gives file pages back
 
 
 def ram():
@@ -160,8 +160,11 @@ def set_allocators(torch):
     os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE
     try:
         torch._C._accelerator_setAllocatorSettings(f"{EXPANDABLE},{EXACT_PINNED}")
-    except (AttributeError, RuntimeError, ValueError):  # an older torch, which does not know these keys
-        pass
+    except (AttributeError, RuntimeError, ValueError):  # an older torch, which does not know these keys, or not this variable
+        try:
+            torch.cuda.memory._set_allocator_settings(EXPANDABLE)
+        except (AttributeError, RuntimeError, ValueError):
+            pass
 
 
 def pins_exactly():

@@ -155,11 +155,22 @@ def is_stale(lock):
     return lock.exists()
 
 
-def adam():
-    """Our AdamW (offload/adam.c), loaded; compiled where it is not yet, in a second. RunError where that fails."""
+def _adam(root):
     source = Path(__file__).parent / "offload" / "adam.c"
     name = hashlib.sha256(source.read_bytes() + platform.machine().encode()).hexdigest()[:16]
-    target = cache_directory() / "zero-offload-adam" / f"{name}.so"
+    return source, root / "zero-offload-adam" / f"{name}.so"
+
+
+def adam_is_built():
+    """Whether adam() has nothing to compile. Imports no torch: its cache directory is found as torch finds it."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    return any(_adam(folder)[1].is_file() for folder in ([Path(root)] if root else [cache, *cache.glob("py*")]))
+
+
+def adam():
+    """Our AdamW (offload/adam.c), loaded; compiled where it is not yet, in a second. RunError where that fails."""
+    source, target = _adam(cache_directory())
     if not target.exists():
         compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
         if not compiler:

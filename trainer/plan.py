@@ -137,7 +137,7 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     # The loss is taken before any layer is computed again.
     device["inputs of layers"] = held
     device["a layer at work, or the logits"] = max(one + 3 * tokens * model.intermediate * size, loss)
-    kept = (job.kept_layers or 0) if job.gradient_checkpointing else model.layers
+    kept = min(job.kept_layers or 0, model.layers) if job.gradient_checkpointing else model.layers
     if box.gpus and job.kept_layers is None and job.gradient_checkpointing:
         room = box.gpu_memory * (1 - SPARE) - sum(gpu.values())
         kept = min(model.layers, max(0, int(room // max(one - inputs, 1))))
@@ -251,7 +251,8 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
         io = own * box.ranks_here / MIXED_DISK * max(SWAP_BYTES / box.nvme_read, written_bytes(where, size) / box.nvme_write)
     ahead = max(forward, moved, read)
     micro = ahead + loss + moves + max(backward, back, read) + moves / 2
-    overlaps = where["optimizer"] == "cpu" and (box.gpus > 0 if job.overlap_step is None else job.overlap_step)
+    asked = box.gpus > 0 if job.overlap_step is None else job.overlap_step
+    overlaps = where["optimizer"] == where["param"] == "cpu" and job.fused_step and asked
     behind = max(step - ahead, 0) if overlaps else step
     return {"time": {"compute": accumulation * (forward + backward + loss), "transfer": accumulation * (moved + back + 1.5 * moves),
                      "optimizer": step, "io": io + 2 * accumulation * read},

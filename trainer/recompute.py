@@ -11,7 +11,7 @@ from .errors import RunError
 
 SPARE = 0.05  # of the GPU's memory that is left free: the allocator's gaps, and what libraries allocate by themselves
 MEASURED = 4  # the update whose memory decides
-WATCHED = 3  # updates after it in which the allocator must not have to give memory back and ask again
+WATCHED = 4  # updates after a change in which the allocator must not have to give memory back and ask again; not the first of them
 AUTO = "auto"
 
 
@@ -24,7 +24,7 @@ class KeptLayers:
     def __init__(self, layers, wanted, largest, quadratic, say):
         self.layers = [m for m in layers if getattr(m, "gradient_checkpointing", None) is not None]
         self.wanted, self.largest, self.quadratic, self.say = wanted, largest, quadratic, say
-        self.update, self.kept, self.bytes, self.retries = 0, 0, 0, 0
+        self.update, self.kept, self.bytes, self.retries, self.changed = 0, 0, 0, 0, 0
         if wanted != AUTO and wanted > len(self.layers):
             raise RunError("--kept_layers is more than there are", found=wanted, needed=f"at most {len(self.layers)}, or auto")
 
@@ -32,7 +32,7 @@ class KeptLayers:
         """The last ones: they are the first to be done with in the backward pass, before a recomputed layer needs room."""
         for i, layer in enumerate(self.layers):
             layer.gradient_checkpointing = i < len(self.layers) - count
-        self.kept = count
+        self.kept, self.changed = count, self.update
 
     def begin(self):
         """Before each update."""
@@ -44,6 +44,8 @@ class KeptLayers:
         elif self.update == MEASURED and self.wanted == AUTO and self.layers:
             self._measure(self.layers[-1])
             torch.cuda.reset_peak_memory_stats()  # "active": also what is freed and still in use by a kernel
+        elif self.update > MEASURED and self.wanted == AUTO and self.layers:
+            self.retries = torch.cuda.memory_stats()["num_alloc_retries"]
 
     def _measure(self, layer):
         plain = self.plain = layer.forward
@@ -60,7 +62,7 @@ class KeptLayers:
         """After each update. tokens: of its largest micro-batch, padding included."""
         if self.wanted != AUTO or not self.layers:
             return
-        if MEASURED < self.update <= MEASURED + WATCHED:
+        if self.update > MEASURED and self.changed + 1 < self.update <= self.changed + WATCHED:
             self._watch()
         if self.update != MEASURED:
             return
@@ -71,7 +73,6 @@ class KeptLayers:
         held = stats["active_bytes.all.current"]
         peak = held + (stats["active_bytes.all.peak"] - held) * scale
         more = int((limit - peak) / max(self.bytes * scale, 1))
-        self.retries = stats["num_alloc_retries"]
         fits = torch.tensor(min(max(1 + more, 0), len(self.layers)), device="cuda")
         torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)  # ZeRO-3 wants one order of layers on all ranks
         self._keep(int(fits))
@@ -84,7 +85,6 @@ class KeptLayers:
         if int(retries) and self.kept:
             self._keep(self.kept - -(-self.kept // 8))
             self.say(f"activations: the allocator ran short {int(retries)} times, so {self.kept} layers keep theirs")
-        self.retries = torch.cuda.memory_stats()["num_alloc_retries"]
 
 
 def offload_inputs(layers, say):

@@ -76,8 +76,7 @@ def leave(code):
 
 def prepare(settings):
     """All that can be refused without torch: (DeepSpeed configuration, its path, data, precision, on a GPU, reason)."""
-    if settings.deepspeed == auto.AUTO:
-        auto.choose(settings)
+    calibrate = auto.choose(settings) if settings.deepspeed == auto.AUTO else None
     given = settings.deepspeed
     path, config = ("--deepspeed", given) if isinstance(given, dict) else (find_config(given), None)
     config = check_config(read_config(path) if config is None else config, path)
@@ -100,7 +99,10 @@ def prepare(settings):
     if uses_nvme(config):
         swap.check_directory(settings.nvme_path)
     doctor.quick(gpu, uses_nvme(config))
-    return config, path, rows.plan(settings, rows.progress("looking at rows")), precision, gpu, reason
+    data = rows.plan(settings, rows.progress("looking at rows"))
+    if calibrate:
+        calibrate()
+    return config, path, data, precision, gpu, reason
 
 
 def check_resume(settings):

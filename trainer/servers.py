@@ -74,7 +74,7 @@ def hub(options):
                      "network, or a model in a local directory",
                      "download the model elsewhere and give its directory: --model_name_or_path DIR")
     if name and status in (401, 403):
-        return Check("hub", FAILURE, f"{name} is gated and this account may not read it ({have})",
+        return Check("hub", FAILURE, f"{name} is gated, private or not there, and this account may not read it ({have})",
                      "its licence accepted, and a token",
                      f"accept it on {url}/{name}, then: hf auth login")
     if name and status == 404:

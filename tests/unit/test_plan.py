@@ -191,16 +191,16 @@ def test_trial(tmp_path, monkeypatch, output, code, rate):
         where = Path(command[command.index("--output_dir") + 1])
         where.mkdir()
         (where / "metrics.jsonl").write_text("".join(json.dumps({"loss": 1, "tokens_per_s_per_gpu": i}) + "\n" for i in (
-            1, 1, 1, 1, 1, 20, 30, 40)))
+            1, 1, 1, 1, 1, 1, 1, 1, 20, 30, 30, 40)))
         return type("Done", (), {"returncode": code})
 
     monkeypatch.setattr(calibrate.subprocess, "run", run)
     settings, way = resolve(["--deepspeed", "auto", "--lora_r", "8"]), {"micro_batch": 2, "accumulation": 1}
     if isinstance(rate, str):
         with pytest.raises(RunError, match=rate):
-            calibrate._trial(settings, "ds_z3", way, 1, tmp_path)
+            calibrate._trial(settings, plan.Job(shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path)
     else:
-        assert calibrate._trial(settings, "ds_z3", way, 1, tmp_path) == rate
+        assert calibrate._trial(settings, plan.Job(shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path) == rate
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
