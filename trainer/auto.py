@@ -44,7 +44,7 @@ def machine(settings, gpu):
 def choose(settings):
     """Write the configuration, and the micro-batch and accumulation that make as many rows an update as was asked, into the settings.
     RunError with exit code 3 where nothing fits. Returns what is left to be done once the rest of the input was checked: a function
-    that tries the micro-batch out."""
+    that tries the micro-batch out, or None."""
     gpu = hardware.uses_gpu(settings)
     precision, _ = hardware.choose_precision(settings, plan.read_config(plan.CONFIGS / "ds_z3.json"), gpu, "--deepspeed auto")
     job = plan.job_of(settings, model_of(settings.model_name_or_path), precision, gpu)
@@ -81,6 +81,6 @@ def choose(settings):
 
     take(best)
     if not (settings.calibrate if settings.calibrate is not None else gpu and here.nodes == 1):
-        return lambda: None
+        return None
     ways = sorted(tried[best["name"]], key=lambda way: way["micro_batch"])
-    return lambda: take(calibrate.fastest(settings, job, best["name"], ways, best, here.ranks))
+    return lambda: take(calibrate.fastest(settings, job, best["name"], ways, best, here))

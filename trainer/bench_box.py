@@ -13,7 +13,6 @@ from pathlib import Path
 from . import hardware, ops, swap
 from .box import disk_of, remember
 from .errors import FAILED, RunError
-from .hardware import existing
 
 BLOCKS, DEPTHS, THREADS = (2**20, 2**23), (16, 64), (1, 4, 8)
 
@@ -23,7 +22,7 @@ def io(path, size, seconds, out=None):
     {"aio": the best block for a DeepSpeed JSON, "read_gbps", "write_gbps", "rows": [...]} and writes it to `out`."""
     import torch
 
-    if not (isinstance(seconds, (int, float)) and 1 <= seconds <= 3600):
+    if not 1 <= seconds <= 3600:
         raise RunError("--seconds is not a time that can be", found=seconds, needed="1 to 3600")
     if not 64e6 <= size <= hardware.free_memory() / 3:  # a buffer of the size, page-locked, and its copies
         raise RunError("--bytes is not a size for this test", found=f"{size / 1e9:.2f} GB",
@@ -31,9 +30,9 @@ def io(path, size, seconds, out=None):
     if out and not Path(out).absolute().parent.is_dir():
         raise RunError("--out cannot be written", found=f"no directory {Path(out).absolute().parent}")
     # The op gives each thread an equal part, and writes less, without a word, where that is no multiple of a page.
-    size = max(size // 2**23, 1) * 2**23
+    size = size // 2**23 * 2**23
     swap.check_directory(path)
-    free = shutil.disk_usage(existing(path)).free
+    free = shutil.disk_usage(hardware.existing(path)).free
     if size > free:
         raise RunError("the disk is too small for the test", found=f"{free / 1e9:.2f} GB free", needed=f"{size / 1e9:.2f} GB",
                        fix="--bytes 256MB", code=3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from . import embedded, hardware, swap
 from .args import parse_size
 from .errors import RunError
-from .plan import Box
+from .plan import NETWORK, Box
 
 # bf16 dense product rate in operations a second, PCIe each way and link between two GPUs in bytes a second. H100 and H200 SXM were
 # measured; the others are the vendors' figures, times 0.8 for the products and the PCIe that H100 reaches of its 63 GB/s.
@@ -21,7 +21,6 @@ KNOWN = {"H200": (790e12, 54e9, 300e9), "H100": (790e12, 54e9, 300e9), "B200": (
 DEFAULT = (100e12, 25e9, 25e9)
 RAM_RATE = 120e9  # reads and writes of the CPU's step: 117 to 170 were measured with 16 cores beside an H100
 DISK = (3e9, 2e9)  # of an NVMe that nobody has measured: below what most give
-NETWORK = 25e9  # between machines, of one of them: 200 Gbit/s
 CPU_FLOPS = 1e11
 
 

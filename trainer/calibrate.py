@@ -29,13 +29,13 @@ MEMORY = ("out of memory", "can't allocate memory", "process(es) for want of mem
 BEGUN = time.time()
 
 
-def fastest(settings, job, mode, ways, planned, ranks):
+def fastest(settings, job, mode, ways, planned, here):
     """The one of `ways` (dicts with micro_batch and accumulation, ascending) that trains fastest, from the planned one on upwards, or
-    downwards where that is no gain. job: the plan.Job. Every rank of this machine calls it; the first tries, and the answer is kept
+    downwards where that is no gain. job, here: the plan.Job and plan.Box. Every rank of this machine calls it; the first tries,
+    and the answer is kept
     for the next run."""
-    gpus = box.probe(settings.nvme_path, measure=False)
     about = [{name: settings.values[name] for name in SAME}, asdict(job), mode, [(w["micro_batch"], w["accumulation"]) for w in ways],
-             planned["micro_batch"], ranks, os.uname().nodename, gpus.name, gpus.gpu_memory, gpus.ram, sys.version,
+             planned["micro_batch"], here.ranks, os.uname().nodename, here.name, here.gpu_memory, here.ram, sys.version,
              [_version(p) for p in ("torch", "deepspeed", "transformers", "liger-kernel", "zero-offload-trainer")],
              [os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]]
     key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
@@ -45,7 +45,7 @@ def fastest(settings, job, mode, ways, planned, ranks):
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_suffix(f".{os.getpid()}")
             new.touch()  # before minutes go into what cannot be written down
-            new.write_text(json.dumps(_try(settings, job, mode, ways, ways.index(planned), ranks)))
+            new.write_text(json.dumps(_try(settings, job, mode, ways, ways.index(planned), here.ranks)))
             new.replace(path)
         except OSError as error:
             raise RunError("the calibration cannot be kept", found=f"{path.parent}: {error.strerror}",

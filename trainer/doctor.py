@@ -83,22 +83,16 @@ def architectures(options):
     return Check("architectures", OK, ops.check_architectures())
 
 
-def _ops_folder():
-    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return [Path(root)]
-    return list((Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions").glob("py*"))
-
-
 def _wanted(options):
     return ["cpu_adam", *(["async_io"] if options.nvme else [])]
 
 
 def _built(name):
-    return ops.installed(name, hardware.gpu_count() > 0) or any((root / name / f"{name}.so").is_file() for root in _ops_folder())
+    return ops.installed(name, hardware.gpu_count() > 0) or any((root / name / f"{name}.so").is_file() for root in ops.folders())
 
 
 def op_builds(options):
-    locks = [str(p) for root in _ops_folder() for p in root.glob("*/lock") if ops.is_stale(p)]
+    locks = [str(p) for root in ops.folders() for p in root.glob("*/lock") if ops.is_stale(p)]
     if locks:
         return Check("op builds", FAILURE, f"locks of builds that were killed: {', '.join(locks)}",
                      "none: torch waits for them for ever", f"rm {' '.join(locks)}")

@@ -161,11 +161,17 @@ def _adam(root):
     return source, root / "zero-offload-adam" / f"{name}.so"
 
 
-def adam_is_built():
-    """Whether adam() has nothing to compile. Imports no torch: its cache directory is found as torch finds it."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+def folders():
+    """Where built ops may lie, as torch finds it. Imports no torch."""
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return [Path(root)]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    return any(_adam(folder)[1].is_file() for folder in ([Path(root)] if root else [cache, *cache.glob("py*")]))
+    return [cache, *cache.glob("py*")]
+
+
+def adam_is_built():
+    """Whether adam() has nothing to compile."""
+    return any(_adam(folder)[1].is_file() for folder in folders())
 
 
 def adam():

@@ -13,6 +13,7 @@ from .shapes import ITEMSIZE, Model
 GIB = 2**30
 MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+NETWORK = 25e9  # bytes a second between machines, of one of them, where nobody says: 200 Gbit/s
 SPARE = 0.05  # of the GPU that stays free (recompute.py)
 CONTEXT = 0.9 * GIB  # NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton
 CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
@@ -53,7 +54,7 @@ class Box:
     nodes: int = 1
     name: str = ""
     exact_pinning: bool = True
-    network: float = 25e9
+    network: float = NETWORK
     notes: list = field(default_factory=list)
 
     @property

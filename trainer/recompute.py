@@ -44,7 +44,7 @@ class KeptLayers:
         elif self.update == MEASURED and self.wanted == AUTO and self.layers:
             self._measure(self.layers[-1])
             torch.cuda.reset_peak_memory_stats()  # "active": also what is freed and still in use by a kernel
-        elif self.update > MEASURED and self.wanted == AUTO and self.layers:
+        elif self._watched():
             self.retries = torch.cuda.memory_stats()["num_alloc_retries"]
 
     def _measure(self, layer):
@@ -60,11 +60,9 @@ class KeptLayers:
 
     def end(self, tokens):
         """After each update. tokens: of its largest micro-batch, padding included."""
-        if self.wanted != AUTO or not self.layers:
-            return
-        if self.update > MEASURED and self.changed + 1 < self.update <= self.changed + WATCHED:
+        if self._watched():
             self._watch()
-        if self.update != MEASURED:
+        if self.update != MEASURED or self.wanted != AUTO or not self.layers:
             return
         self.layers[-1].forward = self.plain
         free, total = torch.cuda.mem_get_info()
@@ -78,6 +76,10 @@ class KeptLayers:
         self._keep(int(fits))
         self.say(f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
                  f"({self.bytes * scale / 2**30:.2f} GiB each), the others are recomputed")
+
+    def _watched(self):
+        return (self.wanted == AUTO and bool(self.layers) and self.update > MEASURED
+                and self.changed + 1 < self.update <= self.changed + WATCHED)
 
     def _watch(self):
         retries = torch.tensor(torch.cuda.memory_stats()["num_alloc_retries"] - self.retries, device="cuda")
