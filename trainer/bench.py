@@ -58,7 +58,7 @@ CASES = {
     "8b-lora-8k": Case("8b", "lora", 4, max_length=8192),
     "8b-lora-64k": Case("8b", "lora", 1, max_length=65536),
     "8b-full": Case("8b", "full", 8, gpus=2),
-    "70b-lora": Case("70b", "lora", 8, gpus=2, stock=16),
+    "70b-lora": Case("70b", "lora", 4, gpus=2, stock=16),
     "70b-layers-full": Case("70b", "full", 16, layers=4),
     "70b-layers-full-nvme": Case("70b", "full", 16, "ds_z3_nvme_optimizer.json", layers=4),
 }

@@ -215,18 +215,20 @@ def loss_bytes(model, tokens, size, full, gpu):
 def seconds(job, box, where, shapes, tokens, kept, accumulation):
     """The times of prediction(). A pass over the layers takes what computing or what moving them takes, whichever is longer, and the
     first of an update not less than the CPU's step beside it; embedding and head, which nothing prefetches, and the loss are added.
-    Backward: the gradient of the input, and of the weights in a full fine-tune, and once more forward for the layers that keep
-    nothing. The loss makes its gradients in the forward pass."""
+    Backward: the gradient of the input, and of the weights in a full fine-tune, in attention five products where the forward pass has
+    two (FlashAttention, algorithm 4 of arXiv 2205.14135), and once more forward for the layers that keep nothing. The loss makes its
+    gradients in the forward pass."""
     model, size, full = job.model, shapes.itemsize, job.method == "full"
     rate = box.flops * (EFFICIENCY * (FP32 if size == 4 else 1) if box.gpus else EFFICIENCY_CPU)
     maps = sum(a * b for a, b in model.matrices.values())
-    forward = model.layers * tokens * 2 * (maps + (job.mean or job.max_length) * model.query) / rate
+    attention = model.layers * tokens * 2 * (job.mean or job.max_length) * model.query / rate
+    forward = model.layers * tokens * 2 * maps / rate + attention
     # An adapter reads its matrix's input once more, and reads and writes its output; backward twice that.
     wide = [(model.matrices[n][1] + 2 * model.matrices[n][0]) * size for n in model.adapters(job.lora_r, job.lora_target_modules)]
     beside = 0 if full else model.layers * tokens * sum(wide) / (HBM if box.gpus else box.ram_rate)
     loss = tokens * 2 * model.embedding * (3 if full else 2) / rate
     again = forward * (1 - kept / model.layers)
-    backward = forward * (2 if full else 1) + 2 * beside + again
+    backward = (forward - attention) * (2 if full else 1) + 2.5 * attention + 2 * beside + again
     forward += beside
     if not box.gpus:
         hooks = model.layers * MODULES[job.method] * HOOKS

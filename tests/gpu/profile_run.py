@@ -85,13 +85,14 @@ def plot(arguments):
     kinds = ("matmul", "attention", "kernels of Liger", "other")
     colours = dict(zip((*kinds, "idle"), ("#3b6fb6", "#e08e2b", "#5aa469", "#9a7fb8", "#e4e4e4")))
     figure, axes = pyplot.subplots(figsize=(9, 1.1 + 1.1 * len(profiles)))
+    longest = max(p["step_s"] for _, p in profiles)
     for y, (_, p) in enumerate(profiles):
         parts = {k: p["kinds_s"].get(k, 0) for k in kinds}
         shrink = min(1, p["computing_s"] / sum(parts.values()))  # kernels of two streams run at the same time now and then
         left = 0
         for name, seconds in {**{k: s * shrink for k, s in parts.items()}, "idle": p["idle_s"]}.items():
             axes.barh(y, seconds, 0.5, left, color=colours[name], label=name if y == 0 else None)
-            if seconds > 0.03 * p["step_s"]:
+            if seconds > 0.04 * longest:
                 axes.text(left + seconds / 2, y, f"{seconds:.2f}", ha="center", va="center", fontsize=8)
             left += seconds
         for place, name, colour in ((0.34, "copy to the GPU", "#b03a3a"), (0.44, "copy to the host", "#444444")):
