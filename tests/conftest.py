@@ -105,7 +105,7 @@ class Run:
 
 def train(directory, *flags, ranks=1, launcher=True, env=None, timeout=600, script="launch/train.py", **popen):
     """`deepspeed launch/train.py …` from the repository root; the run directory is `directory`."""
-    own = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # beside this interpreter, or where a box without an environment has it
+    own = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a box without an environment has it elsewhere
     binary = [shutil.which("deepspeed", path=own), "--num_gpus", str(ranks), "--master_port",
               str(29600 + os.getpid() % 300)] if launcher else [sys.executable]
     command = [*binary, script, "--output_dir", str(directory), *map(str, flags)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data import storage
 
-from . import hardware, ops, swap
+from . import embedded, hardware, ops, swap
 from .args import RunArguments
 from .errors import DOES_NOT_FIT, DONE, RunError, report, say, table
 from .servers import FAILURE, OK, WARNING, Check, clock, hub, wandb
@@ -115,8 +115,14 @@ def gpu(options):
     if nodes and hidden in (None, ""):
         return Check("gpu", FAILURE, "/dev has NVIDIA devices and the driver's library does not answer", "libnvidia-ml.so, from the "
                      "driver", "install the driver; in a container: --gpus all (nvidia-container-toolkit)")
-    return Check("gpu", WARNING, "none" + (f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else ""),
-                 "an NVIDIA GPU, or --use_cpu: the run is on the CPU", "in a container: --gpus all")
+    if hardware.container() == "cpu":
+        return Check("gpu", OK, "none: this is the CPU's image")
+    in_ours = hardware.container() == "cuda"  # whoever takes the image for GPUs wants one
+    return Check("gpu", FAILURE if in_ours else WARNING,
+                 "none" + (f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else " was passed through" if in_ours else ""),
+                 "an NVIDIA GPU" + ("" if in_ours else ", or --use_cpu: the run is on the CPU"),
+                 "docker run --gpus all (podman: --device nvidia.com/gpu=all), or the image of make docker-build TARGET=cpu"
+                 if in_ours else "in a container: --gpus all")
 
 
 def driver(options):
@@ -131,7 +137,9 @@ def driver(options):
     fits = wanted is None or have[0] >= int(wanted.split(".")[0])
     return Check("driver", OK if fits else FAILURE, f"{version}, up to CUDA {have[0]}.{have[1]}",
                  f"CUDA {wanted}, as torch is built for",
-                 "" if fits else f"a newer driver, or make setup TORCH_INDEX=https://download.pytorch.org/whl/cu{have[0]}{have[1]}")
+                 "" if fits else f"a newer driver{' on the host' * bool(hardware.container())}, or make "
+                 f"{'docker-build' if hardware.container() else 'setup'} "
+                 f"TORCH_INDEX=https://download.pytorch.org/whl/cu{have[0]}{have[1]}")
 
 
 def gpu_processes(options):
@@ -201,8 +209,9 @@ def locked_memory(options):
     if limit is None:
         return Check("locked memory", OK, "unlimited")
     small = limit < 2 * GIB
-    return Check("locked memory", (FAILURE if options.nvme else WARNING) if small else OK, f"{limit / GIB:.4g} GiB", needed,
-                 "ulimit -l unlimited (/etc/security/limits.conf); in a container: --ulimit memlock=-1" if small else "")
+    return Check("locked memory", (FAILURE if options.nvme or hardware.container() else WARNING) if small else OK,
+                 f"{limit / GIB:.4g} GiB", needed, "" if not small else "docker run --ulimit memlock=-1" if hardware.container() else
+                 "ulimit -l unlimited (/etc/security/limits.conf); in a container: --ulimit memlock=-1")
 
 
 def pinned_memory(options):
@@ -214,7 +223,7 @@ def pinned_memory(options):
     libc = ctypes.CDLL(None, use_errno=True)
     failed = libc.mlock(ctypes.byref(ctypes.c_char.from_buffer(area)), ctypes.c_size_t(size))
     if failed:
-        return Check("pinned memory", FAILURE if options.nvme else WARNING,
+        return Check("pinned memory", FAILURE if options.nvme or hardware.container() else WARNING,
                      f"256 MiB cannot be locked: {os.strerror(ctypes.get_errno())}",
                      "memory that can be locked", "ulimit -l unlimited; in a container: --ulimit memlock=-1")
     return Check("pinned memory", OK, "256 MiB could be locked")
@@ -227,9 +236,10 @@ def shared_memory(options):
         return Check("shared memory", FAILURE, "no /dev/shm", "1 GiB for NCCL, gloo and the data loader",
                      "--shm-size=8g, or --ipc=host")
     small = size < GIB
-    needs = getattr(options, "ranks", options.gpus) > 1
+    needs = getattr(options, "ranks", options.gpus) > 1 or (hardware.container() and not hasattr(options, "ranks"))
     return Check("shared memory", (FAILURE if needs else WARNING) if small else OK, f"/dev/shm {size / GIB:.2f} GiB", "1 GiB",
-                 "in a container: --shm-size=8g, or --ipc=host; else mount -o remount,size=8G /dev/shm" if small else "")
+                 "" if not small else "docker run --shm-size=8g, or --ipc=host" if hardware.container() else
+                 "mount -o remount,size=8G /dev/shm; in a container: --shm-size=8g, or --ipc=host")
 
 
 def open_files(options):
@@ -254,6 +264,8 @@ def aio_requests(options):
 # -- disks -------------------------------------------------------------------------------------------------------------
 def nvme(options):
     path = Path(options.nvme_path)
+    if hardware.container() and path.is_dir() and (wrong := _unwritable(path)):
+        return Check("nvme", FAILURE, wrong, "a directory on a local NVMe, writable for this user", _make_writable(path.absolute()))
     try:
         swap.check_place(path) if not path.is_dir() else swap.check_directory(path)
     except RunError as error:
@@ -311,14 +323,46 @@ def direct_rates(folder, size=2**29, block=2**24):
 
 
 def run_disk(options):
-    free = shutil.disk_usage(".").free
-    return Check("run disk", WARNING if free < 1e10 else OK, f"{Path.cwd()}: {free / GB:.0f} GB free",
+    path = Path("runs").absolute() if Path("runs").exists() else Path.cwd()
+    if wrong := _unwritable(path):
+        return Check("run disk", FAILURE, wrong, "a directory that this user can write to", _make_writable(path))
+    free = shutil.disk_usage(path).free
+    return Check("run disk", WARNING if free < 1e10 else OK, f"{path}: {free / GB:.0f} GB free",
                  "room for checkpoints: 14 bytes a "
                  "trained parameter, twice", "--output_dir on a larger disk" if free < 1e10 else "")
 
 
+def cache(options):
+    """The directory of converted models, tokenised data and what the benches measured."""
+    path = embedded.cache_directory()
+    there = hardware.existing(path)
+    if wrong := _unwritable(there):
+        return Check("cache", FAILURE, wrong, "a directory that this user can write to",
+                     _make_writable(there, "export XDG_CACHE_HOME=DIR"))
+    return Check("cache", OK, f"{path}: {storage.filesystem_of(path)}, {shutil.disk_usage(there).free / GB:.0f} GB free")
+
+
+def _unwritable(path):
+    """Why this process cannot write there; "" where it can."""
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return f"{path}: mounted read-only"
+    if os.access(path, os.W_OK | os.X_OK):
+        return ""
+    owner, user = path.stat(), f"{os.getuid()}:{os.getgid()}"
+    return f"{path}: owned by {owner.st_uid}:{owner.st_gid}, mode {owner.st_mode & 0o7777:o}; this is user {user}"
+
+
+def _make_writable(path, otherwise="--output_dir DIR"):
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return f"docker run -v DIR:{path} (without :ro)" if hardware.container() else f"mount -o remount,rw, or {otherwise}"
+    owner, user = path.stat(), f"{os.getuid()}:{os.getgid()}"
+    if hardware.container():
+        return f"docker run --user {owner.st_uid}:{owner.st_gid}, or on the host chown {user} of the mounted directory"
+    return f"chown {user} {path}, or {otherwise}"
+
+
 CHECKS = (python, packages, compiler, nvcc, architectures, op_builds, gpu, driver, gpu_processes, pcie, gpu_links, ram, locked_memory,
-          pinned_memory, shared_memory, open_files, aio_requests, nvme, nvme_speed, run_disk, wandb, hub, clock)
+          pinned_memory, shared_memory, open_files, aio_requests, nvme, nvme_speed, run_disk, cache, wandb, hub, clock)
 # Before every run: what takes no time, and what the run does not look at itself, more exactly, once it knows the model.
 QUICK = (driver, gpu_processes, pcie, gpu_links, ram, shared_memory, open_files, aio_requests)
 

@@ -25,8 +25,11 @@ def cache_directory():
 
 
 def model_directory():
-    """Where the embedded model lies once it is made; the name carries the source's hash."""
-    return cache_directory() / f"{NAME}-{SHA256[:8]}"
+    """Where the embedded model lies once it is made; the name carries the source's hash. $ZERO_OFFLOAD_MODELS: where the container
+    image has it ready."""
+    name = f"{NAME}-{SHA256[:8]}"
+    ready = Path(os.environ.get("ZERO_OFFLOAD_MODELS", ".")) / name
+    return ready if "ZERO_OFFLOAD_MODELS" in os.environ and ready.is_dir() else cache_directory() / name
 
 
 def ensure(quiet=False):

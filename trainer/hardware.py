@@ -133,6 +133,12 @@ def free_memory():
     return min([free, *(max(0, limit - used) for limit, used in _control_groups())])
 
 
+def container():
+    """Where this process runs: "cpu" or "cuda" in our container image of that kind, "other" in another container, None outside."""
+    return os.environ.get("ZERO_OFFLOAD_IMAGE") or (
+        "other" if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) else None)
+
+
 def memlock_limit():
     """Bytes that this process may lock, or None for no limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -30,9 +30,11 @@ SECONDS = {"cpu_adam": 84, "shm_comm": 45, "pin_memory": 45, "async_io": 307}  #
 
 def cache_directory():
     """Where torch keeps its extensions."""
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(root)
     from torch.utils.cpp_extension import get_default_build_root
 
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return Path(get_default_build_root())
 
 
 def use_own_ninja():

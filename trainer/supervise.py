@@ -106,7 +106,8 @@ def detach(argv, directory):
     return DONE
 
 
-def _beat(directory):
+def heartbeat(directory):
+    """What the run last said of itself; {} where it never did."""
     try:
         return json.loads((directory / "heartbeat.json").read_text())
     except (OSError, ValueError):
@@ -117,18 +118,18 @@ def stop(directory):
     """Ask a run to stop, and wait for it."""
     if not (directory / "heartbeat.json").exists():
         raise RunError(f"no run {directory}", found=", ".join(p.name for p in Path("runs").glob("*")) or "no runs here")
-    if not _alive(directory):
-        print(f"{directory} is not running ({_beat(directory).get('phase')})")
+    if not is_alive(directory):
+        print(f"{directory} is not running ({heartbeat(directory).get('phase')})")
         return DONE
     (directory / "STOP").touch()
     print(f"{directory} stops after its update, with a checkpoint", flush=True)
-    while _alive(directory):
+    while is_alive(directory):
         time.sleep(POLL)
-    print(f"{directory}: {_beat(directory).get('phase')} at step {_beat(directory).get('step')}")
+    print(f"{directory}: {heartbeat(directory).get('phase')} at step {heartbeat(directory).get('step')}")
     return DONE
 
 
-def _alive(directory):
+def is_alive(directory):
     """Whether a rank or a supervisor holds the run."""
     return any((directory / name).exists() and swap.is_held(directory / name) for name in (".running", ".supervised"))
 
@@ -137,9 +138,9 @@ def status():
     """Print what the runs under runs/ are doing."""
     lines = [("run", "state", "step", "last seen")]
     for path in sorted(Path("runs").glob("*/heartbeat.json")):
-        beat = _beat(path.parent)
+        beat = heartbeat(path.parent)
         phase = beat.get("phase", "?")
-        state = phase if _alive(path.parent) or phase in ("done", "stopped") else f"ended in {phase}"
+        state = phase if is_alive(path.parent) or phase in ("done", "stopped") else f"ended in {phase}"
         lines.append((path.parent.name, state, str(beat.get("step")), f"{time.time() - beat.get('time', 0):,.0f} s ago"))
     print(table(lines, "  "))
     return DONE
@@ -198,7 +199,7 @@ class Supervisor:
             flags = [*self.flags, *(["--resume_from_checkpoint", "auto"] if now != before or now is None else [])]
 
     def _place(self):
-        beat, last = _beat(self.directory), resume.newest(self.directory)
+        beat, last = heartbeat(self.directory), resume.newest(self.directory)
         return f"last seen in {beat.get('phase', 'start')} after step {beat.get('step', 0)}; " + (
             f"goes on from checkpoint-{last}" if last is not None else "no checkpoint yet, so from the beginning")
 
@@ -245,7 +246,7 @@ class Supervisor:
 
     def _ended(self, rank, code):
         """A rank has ended before the others: end them, and say why it did."""
-        beat = _beat(self.directory)
+        beat = heartbeat(self.directory)
         at = f"in {beat.get('phase', 'start')} after step {beat.get('step', 0)}"
         # Those that know of the end come by themselves; the others wait for it in a collective.
         self._kill(60 if code == STOPPED else 5)
@@ -287,7 +288,7 @@ class Supervisor:
             since = self.stopped_since.setdefault(rank, now) if stopped else self.stopped_since.pop(rank, None)
             if stopped and now - since > STOPPED_LIMIT:
                 return f"rank {rank} (pid {process.pid}) has been stopped for {now - since:.0f} s"
-        beat = _beat(self.directory)
+        beat = heartbeat(self.directory)
         stamp = (beat.get("step"), beat.get("phase"), beat.get("time", 0))
         if beat.get("time", 0) < self.began:
             stamp = (0, "load", self.began)  # an earlier attempt's

@@ -110,6 +110,38 @@ def test_limits(tmp_path):
     assert "not there yet" in checks["nvme"]["found"] and not list(tmp_path.iterdir())
 
 
+def test_in_a_container(tmp_path):
+    """Each mend is the flag to add, and what a desktop is only warned of fails. How the image itself fares: tests/docker."""
+    checks, _ = doctor("--nvme_path", tmp_path, env={"ZERO_OFFLOAD_IMAGE": "cpu"})
+    assert checks["gpu"]["status"] == "ok"
+    checks, _ = doctor("--nvme_path", tmp_path, env={"ZERO_OFFLOAD_IMAGE": "cuda"})
+    assert checks["gpu"]["status"] == "failure" and "--gpus all" in checks["gpu"]["fix"]
+    limits = [(resource.RLIMIT_MEMLOCK, (65536, 65536))] if os.getuid() else []  # root locks what it likes
+    checks, _ = doctor("--nvme_path", tmp_path, env={"ZERO_OFFLOAD_IMAGE": "cpu"}, limits=limits)
+    if limits:
+        assert checks["locked memory"]["status"] == "failure" and checks["locked memory"]["fix"] == "docker run --ulimit memlock=-1"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+@pytest.mark.parametrize("image, fix", [("cpu", "docker run --user 0:0"), ("", "chown 65534:65534")])
+def test_directories_of_somebody_else(tmp_path, monkeypatch, image, fix):
+    from types import SimpleNamespace
+
+    from trainer import doctor as checks
+
+    (tmp_path / "runs").mkdir(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "runs" / "cache"))
+    monkeypatch.setattr(checks.hardware, "container", lambda: image or None)
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(checks.os, "getuid", lambda: 65534)
+    monkeypatch.setattr(checks.os, "getgid", lambda: 65534)
+    for check in (checks.run_disk, checks.cache):
+        found = check(SimpleNamespace())
+        assert found.status == "failure" and "owned by 0:0, mode 755; this is user 65534:65534" in found.found
+        assert found.fix.startswith(fix)
+
+
 @pytest.fixture
 def server():
     """A server whose answers the test chooses: .status, .date; .asked: [(path, authorization)]."""
@@ -201,6 +233,8 @@ def test_driver_too_old(tmp_path, monkeypatch):
     options = type("Options", (), {"gpus": 2})
     found = module.driver(options)
     assert found.status == "failure" and "cu122" in found.fix
+    monkeypatch.setenv("ZERO_OFFLOAD_IMAGE", "cuda")
+    assert module.driver(options).fix.startswith("a newer driver on the host, or make docker-build TORCH_INDEX=")
     monkeypatch.setattr(module.ops, "torch_cuda", lambda: "12.8")
     assert module.driver(options).status == "ok"
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
