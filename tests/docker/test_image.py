@@ -1,0 +1,210 @@
+"""The CPU's image, built for real and used as its users do: as another user, without a network, with mounts that are wrong.
+
+buildah with chroot isolation needs neither a daemon nor a registry; the base is made by debootstrap. A machine's own packages and
+certificates, PIP_FIND_LINKS and PIP_CERT, are passed on. Needs root, and about 20 GB of disk.
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0 or not shutil.which("buildah") or not shutil.which("debootstrap"),
+                                reason="needs root, buildah and debootstrap")
+BASE = "localhost/debian-for-tests:bookworm"
+STEPS = ["--max_steps", "3", "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false", "--save_strategy", "no"]
+TRAIN = ["deepspeed", "launch/train.py", "--config", "tiny_cpu", *STEPS, "--deepspeed"]
+
+
+def sh(*command, **options):
+    return subprocess.run([str(c) for c in command], text=True, capture_output=True, check=True, **options).stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A Debian of this machine's mirror, as an image."""
+    if subprocess.run(["buildah", "inspect", "--type", "image", BASE], capture_output=True).returncode:
+        root = tmp_path_factory.mktemp("debian")
+        sh("debootstrap", "--variant=minbase", "bookworm", root / "root")
+        sh("tar", "-C", root / "root", "-cf", root / "root.tar", ".")
+        made = sh("buildah", "from", "scratch")
+        sh("buildah", "add", "--quiet", made, root / "root.tar", "/")
+        sh("buildah", "commit", "--quiet", made, BASE)
+        sh("buildah", "rm", made)
+    return BASE
+
+
+def build(checkout, base):
+    """(the image's name, seconds, the output)."""
+    flags = ["--isolation", "chroot", "--network", "host", "--pull-never"]
+    environment = {**os.environ, "ENGINE": "buildah", "BASE": base, "DEBIAN_SNAPSHOT": ""}
+    links, certificates = os.environ.get("PIP_FIND_LINKS", ""), os.environ.get("PIP_CERT", "")
+    if Path(links or "/nowhere").is_dir():  # a torch for the CPU lies there
+        flags += ["--volume", f"{links}:{links}:ro"]
+        environment["TORCH_INDEX"] = "https://pypi.org/simple"
+    if certificates:
+        flags += ["--volume", f"{certificates}:/build-ca.crt:ro"]
+        environment["PIP_CERT"] = "/build-ca.crt"
+    began = time.monotonic()
+    done = subprocess.run(["docker/image.sh", "build", "cpu"], cwd=checkout, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={**environment, "BUILD_FLAGS": " ".join(flags)})
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout.splitlines()[-1], time.monotonic() - began, done.stdout
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """This checkout, without what git ignores: a build and a change of it leave no traces."""
+    folder = tmp_path_factory.mktemp("checkout") / "repository"
+    files = sh("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image(checkout, base):
+    return build(checkout, base)[0]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The mounts' places on the host, the image's own user's."""
+    made = {name: tmp_path / name for name in ("runs", "nvme", "cache")}
+    for folder in made.values():
+        folder.mkdir()
+        os.chown(folder, 1000, 1000)
+    for parent in [tmp_path, *list(tmp_path.parents)[:-2]]:  # pytest's own are closed to other users
+        parent.chmod(parent.stat().st_mode | 0o011)
+    return made
+
+
+def run(checkout, folders, *command, before="true", flags="", timeout=900):
+    """In a working container with a network of its own, of which only the loopback is up. `before`: shell, in the same namespaces."""
+    environment = {**os.environ, "ENGINE": "buildah", "RUNS": str(folders["runs"]), "NVME": str(folders["nvme"]),
+                   "CACHE": str(folders["cache"]), "RUN_FLAGS": flags, "ENV_FILE": "/nowhere"}
+    script = f"ip link set lo up; {before}; exec docker/image.sh run cpu \"$@\""
+    return subprocess.run(["unshare", "--net", "--mount", "bash", "-c", script, "run", *map(str, command)], cwd=checkout, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, timeout=timeout)
+
+
+def test_what_the_image_is(image, capsys):
+    known = json.loads(sh("buildah", "inspect", "--type", "image", image))
+    config = known["Docker"]["config"]
+    assert config["User"] == "1000:1000" and config["StopSignal"] == "SIGTERM"
+    assert config["Entrypoint"] == ["/usr/bin/tini", "-g", "--"]
+    assert config["Cmd"] == ["python", "launch/doctor.py"] and "health.py" in " ".join(config["Healthcheck"]["Test"])
+    assert {"title", "version", "revision", "created", "licenses", "base.name"} <= {
+        label.removeprefix("org.opencontainers.image.") for label in config["Labels"]}
+    torch = re.search(r"^torch==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert image.endswith(f"-torch{torch}-cpu")
+    assert not [e for e in config["Env"] if re.search("TOKEN|KEY|PIP_|ca.crt", e)]
+    made = sh("buildah", "from", "--pull-never", image)
+    mounted = Path(sh("buildah", "mount", made))
+    try:
+        size = sum(p.lstat().st_blocks * 512 for p in mounted.rglob("*"))
+        assert not [p for n in ("gcc", "g++", "sshd", "cc") for p in (mounted / "usr/bin", mounted / "usr/sbin") if (p / n).exists()]
+        assert not (mounted / "app/runs").exists() or not any((mounted / "app/runs").iterdir())
+    finally:
+        sh("buildah", "rm", made)
+    with capsys.disabled():
+        print(f"\n{image}: {size / 1e9:.2f} GB")
+    assert size < 2.5e9
+
+
+def test_doctor_passes(image, checkout, folders):
+    done = run(checkout, folders, before="ulimit -l unlimited")
+    assert done.returncode == 0, done.stdout
+    for line in ("gpu +none: this is the CPU's image", "compiler +not needed: the ops are built", "op builds +cpu_adam are built"):
+        assert re.search(f"ok +{line}", done.stdout), done.stdout
+    assert "0 failure(s)" in done.stdout
+
+
+@pytest.mark.parametrize("before, flags, broken, words", [
+    ("ulimit -l 64", "", None, ["locked memory", "--ulimit memlock=-1"]),
+    ("ulimit -l unlimited; mount -t tmpfs -o size=64m tmpfs /dev/shm", "", None, ["shared memory", "0.06 GiB", "--shm-size"]),
+    ("ulimit -l unlimited", "", "runs", ["run disk", "owned by 0:0", "--user 0:0", "chown 1000:1000"]),
+    ("ulimit -l unlimited", "", "cache", ["cache", "owned by 0:0", "--user"]),
+    ("ulimit -l unlimited", "", "nvme", ["nvme", "owned by 0:0", "--user"]),
+    ("ulimit -l unlimited; mount --bind $RUNS $RUNS; mount -o remount,ro,bind $RUNS", "", None,
+     ["run disk", "read-only", "without :ro"]),
+    ("ulimit -l unlimited", "--env ZERO_OFFLOAD_IMAGE=cuda", None, ["gpu", "none was passed through", "--gpus all"])])
+def test_doctor_says_what_is_wrong(image, checkout, folders, before, flags, broken, words):
+    if broken:
+        os.chown(folders[broken], 0, 0)
+        folders[broken].chmod(0o755)
+    done = run(checkout, folders, before=before, flags=flags)
+    assert done.returncode == 3 and "1 failure(s)" in done.stdout, done.stdout
+    for word in words:
+        assert word in done.stdout, done.stdout
+
+
+def test_trains_without_a_network(image, checkout, folders):
+    """The embedded default, as user 1000, with every configuration; nothing is compiled, nothing fetched."""
+    for config in ("ds_z3_offload", "ds_z3_nvme"):
+        done = run(checkout, folders, *TRAIN, f"{config}.json", "--run_name", config, before="ulimit -l unlimited")
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert "building DeepSpeed" not in done.stdout and "fetching" not in done.stdout
+        lines = [json.loads(line) for line in (folders["runs"] / config / "metrics.jsonl").read_text().splitlines()]
+        assert len([line for line in lines if "loss" in line]) == 3
+        assert (folders["runs"] / config).stat().st_uid == 1000
+    done = run(checkout, folders, "python", "docker/health.py")
+    assert done.returncode == 0 and "no run" in done.stdout
+
+
+def test_health(image, checkout, folders):
+    """Healthy while a run lives and shows itself; not where a living one is silent for longer than the supervisor would wait."""
+    script = ("import fcntl, json, os, subprocess, sys, time; os.makedirs('runs/x'); f = open('runs/x/.running', 'w'); "
+              "fcntl.flock(f, fcntl.LOCK_EX); codes = []\nfor ago in (10, 4000):\n"
+              " open('runs/x/heartbeat.json', 'w').write(json.dumps({'step': 1, 'phase': 'train', 'time': time.time() - ago}))\n"
+              " codes.append(subprocess.call([sys.executable, 'docker/health.py']))\nprint(codes)")
+    done = run(checkout, folders, "python", "-c", script)
+    assert "[0, 1]" in done.stdout and "x: train, last seen 4,000 s ago" in done.stdout, done.stdout
+
+
+def test_the_notebook(image, checkout, folders):
+    done = run(checkout, folders, "bash", "-c", "cp launch/notebooks/quickstart.ipynb runs/ && cd runs && "
+               "jupyter execute quickstart.ipynb", before="ulimit -l unlimited")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_a_change_of_the_code_builds_fast(image, checkout, base, capsys):
+    with open(checkout / "trainer" / "loop.py", "a") as file:
+        file.write(f"# {time.time()}\n")
+    _, seconds, output = build(checkout, base)
+    with capsys.disabled():
+        print(f"\nbuilt again after a change in trainer/: {seconds:.0f} s")
+    assert seconds < 30 and "Collecting" not in output
+
+
+def test_starts_as_fast_as_outside(image, checkout, folders, capsys):
+    """From the command to the first update, in turn, three times; the container as it starts, working container included."""
+    def seconds(command, **options):
+        began = time.monotonic()
+        process = subprocess.Popen(command, cwd=checkout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                found = time.monotonic() - began
+        assert process.wait() == 0
+        return found
+
+    environment = {**os.environ, "ENGINE": "buildah", "RUNS": str(folders["runs"]), "NVME": str(folders["nvme"]),
+                   "CACHE": str(folders["cache"]), "ENV_FILE": "/nowhere"}
+    outside = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    times = {"inside": [], "outside": []}
+    for i in range(4):
+        command = [*TRAIN, "ds_z3_offload.json", "--run_name"]
+        times["outside"].append(seconds([*command, f"out{i}"], env=outside))
+        times["inside"].append(seconds(["docker/image.sh", "run", "cpu", *command, f"in{i}"], env=environment))
+    inside, out = (sorted(times[k][1:])[1] for k in ("inside", "outside"))  # the first of each fills caches
+    with capsys.disabled():
+        print(f"\nto the first update: {inside:.1f} s in the container, {out:.1f} s outside")
+    assert inside <= 1.1 * out
