@@ -64,7 +64,8 @@ def cache_directory():
     except OSError as error:
         raise DataError(f"the data cache {folder} cannot be made\n  found:  {error.strerror}\n  needed: a directory that can be "
                         "written to; ZERO_OFFLOAD_CACHE names another one") from None
-    if not os.access(folder, os.W_OK):
+    # In /var/tmp somebody else may have come first.
+    if not os.access(folder, os.W_OK) or ("/var/tmp/" in str(folder) and folder.parent.stat().st_uid not in (0, os.getuid())):
         raise DataError(f"the data cache {folder} cannot be written to\n  needed: the right; ZERO_OFFLOAD_CACHE names another place")
     return folder
 

@@ -115,6 +115,8 @@ REFUSED = {
     "load_best_model_at_end": "the best checkpoint is kept beside the newest; resume from it, or export it",
     "auto_find_batch_size": "a change of batch size in mid-run would change the result",
     "label_smoothing_factor": "the chunked loss has no label smoothing",
+    "hub_token": "HF_TOKEN in the environment, or hf auth login: command lines are logged, and seen by other users",
+    "push_to_hub": "hf upload ORG/NAME runs/NAME/export",
     "save_safetensors": "weights are always saved as safetensors",
 }
 
@@ -332,6 +334,8 @@ class Settings:
         """The keyword arguments for TrainingArguments: what was set, and our defaults."""
         names = [n for n, key in all_keys().items() if not key.ours]
         chosen = {n: self.values[n] for n in names if n in self.sources or n in TRAINING_DEFAULTS or n == "learning_rate"}
+        if not self.given("per_device_eval_batch_size"):  # rows that train fit
+            self.values["per_device_eval_batch_size"] = chosen["per_device_eval_batch_size"] = self.per_device_train_batch_size
         for old, new in RENAMED.items():  # transformers 5.23 renamed them and warns about the old names
             if new in all_keys():
                 chosen[new] = chosen.pop(old)

@@ -210,7 +210,8 @@ def locked_memory(options):
         return Check("locked memory", OK, "unlimited")
     small = limit < 2 * GIB
     return Check("locked memory", (FAILURE if options.nvme or hardware.container() else WARNING) if small else OK,
-                 f"{limit / GIB:.4g} GiB", needed, "" if not small else "docker run --ulimit memlock=-1" if hardware.container() else
+                 f"{limit / GIB:.4g} GiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB", needed,
+                 "" if not small else "docker run --ulimit memlock=-1" if hardware.container() else
                  "ulimit -l unlimited (/etc/security/limits.conf); in a container: --ulimit memlock=-1")
 
 

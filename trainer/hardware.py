@@ -247,7 +247,7 @@ def check_locked_memory(parameter_bytes, optimizer_bytes, ranks_here):
     if limit is not None and needed > limit:
         raise RunError("locked memory is too small for the NVMe buffers", found=f"{limit / 2**30:.4g} GiB (ulimit -l)",
                        needed=detail, fix="ulimit -l unlimited (a container: --ulimit memlock=-1), or a smaller "
-                       "sub_group_size and buffer_count in the JSON")
+                       "sub_group_size and buffer_count in the JSON", code=3)
     if needed * ranks_here > free_memory():
         raise RunError("not enough free RAM for the NVMe buffers", found=f"{free_memory() / 2**30:.1f} GiB free",
                        needed=f"{detail}, {ranks_here} rank(s)", fix="a smaller sub_group_size and buffer_count in the JSON",

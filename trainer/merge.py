@@ -4,6 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+import yaml
+
+from .args import RESOLVED
 from .errors import DONE, RunError, report
 from .hardware import free_memory
 
@@ -30,7 +33,11 @@ def merge(run, output):
     if output.exists():
         raise RunError(f"{output} exists", fix="choose another --output, or remove it")
     print(f"loading {base}", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", low_cpu_mem_usage=True)
+    # As the run loaded it: of the same revision, and with the model's own code only if that was allowed then.
+    told = Path(run) / RESOLVED
+    told = yaml.safe_load(told.read_text()) if told.is_file() else {}
+    options = {"revision": told.get("model_revision", "main"), "trust_remote_code": told.get("trust_remote_code", False)}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", low_cpu_mem_usage=True, **options)
     model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     work = output.parent / f".making-{output.name}"
     shutil.rmtree(work, ignore_errors=True)

@@ -1,8 +1,10 @@
 """The model: its shapes beforehand, weights into ZeRO-3 partitions, adapters, and the decoder layer as one fetch unit."""
 import importlib.util
 import json
+import pickle
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.template import prepare_tokenizer
@@ -106,7 +108,7 @@ def build(name, config, settings, precision, attention=None):
             _randomize(model)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, revision=settings.model_revision, config=config, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, pickle.UnpicklingError, SafetensorError) as error:
         raise RunError(f"the model {name} cannot be loaded", found=" ".join(str(error).split())[:300],
                        fix="--random_weights true trains a random model of its shape" if "no file named" in str(error) else None,
                        code=BAD_INPUT) from None

@@ -5,10 +5,15 @@ from pathlib import Path
 from . import embedded
 from .errors import RunError
 
+WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's own, since its 0.31 and before: which one `wandb login` writes down
+
 
 def run_directory(settings, name=None):
     """runs/<name>, or --output_dir; None while neither is known."""
     if settings.output_dir:
+        if "://" in str(settings.output_dir):
+            raise RunError("--output_dir is a directory of this machine", found=str(settings.output_dir).partition("?")[0],
+                           fix="a directory on a disk or NFS; copy runs/NAME to object storage afterwards, or while it trains")
         return Path(settings.output_dir)
     name = name or settings.run_name
     if name and (Path(name).is_absolute() or ".." in Path(name).parts):

@@ -8,6 +8,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from .names import WANDB_HOSTS
+
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 NET_SECONDS = 4  # that a server may take between two bytes
 
@@ -46,7 +48,7 @@ def wandb(options):
         return Check("wandb", OK, f"WANDB_MODE={mode}")
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    url = os.environ.get("WANDB_BASE_URL") or f"https://{WANDB_HOSTS[0]}"
     status, _ = _ask(url)
     if status is None:
         return Check("wandb", WARNING, f"{url} cannot be reached",

@@ -79,5 +79,5 @@ class Stopper(TrainerCallback):
 
 def dump_stacks_on_signal(directory, rank):
     """SIGUSR2 writes the stacks of all threads to stacks-<rank>.txt in the run directory: what a hung rank was doing."""
-    file = open(Path(directory) / f"stacks-{rank}.txt", "w")  # noqa: SIM115 stays open: the handler writes to its descriptor
+    file = open(Path(directory) / f"stacks-{rank}.txt", "a")  # noqa: SIM115 stays open: the handler writes to its descriptor
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from data import storage
+
 from . import hardware, resume, swap
 from .args import help_text, resolve
 from .errors import BAD_INPUT, CRASHED, DOES_NOT_FIT, DONE, FAILED, STOPPED, RunError, drop_lost_terminal, report, table
@@ -72,6 +74,8 @@ def main(argv=None):
         if own["stop"]:
             return stop(Path(own["stop"]) if Path(own["stop"]).is_dir() else Path("runs") / own["stop"].removeprefix("runs/"))
         if own["hostfile"]:
+            if lost := [f"--{n}" for n in ("detach", "max_restarts", "hang_timeout") if own[n] and own[n] != _OWN[n]]:
+                raise RunError(f"{', '.join(lost)}: only for one machine", fix="without --hostfile; or inside tmux or nohup")
             print("several machines: started by deepspeed; nothing restarts them", flush=True)
             command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", own["hostfile"],
                        *(["--num_gpus", own["num_gpus"]] if own["num_gpus"] else []), own["script"], *rest]
@@ -178,7 +182,7 @@ class Supervisor:
             signal.signal(number, self._pass_on)
         flags, restarts, committed = self.flags, 0, resume.newest(self.directory)
         before = committed
-        print(f"{self.ranks} rank(s): {self.script} {' '.join(flags)}", flush=True)
+        print(f"{self.ranks} rank(s): {self.script} {' '.join(map(storage.shown, flags))}", flush=True)
         while True:
             self._start(flags)
             code, cause = self._watch()

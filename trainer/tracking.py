@@ -4,6 +4,7 @@ import os
 import threading
 from pathlib import Path
 
+from .names import WANDB_HOSTS
 from .telemetry import finite
 
 _GROUPS = {
@@ -22,9 +23,9 @@ def logged_in():
     """True with an API key in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    given = os.environ.get("WANDB_BASE_URL", "").split("://")[-1].split("/")[0]
     try:
-        return host in netrc.netrc().hosts
+        return not {given}.union(() if given else WANDB_HOSTS).isdisjoint(netrc.netrc(os.environ.get("NETRC")).hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -3,6 +3,7 @@ import pytest
 
 from trainer.args import LEARNING_RATE, ROOT, all_keys, check_model, help_text, parse_size, read_recipe, resolve
 from trainer.errors import RunError
+from trainer.names import run_directory
 
 
 def refused(argv, *words):
@@ -121,3 +122,21 @@ def test_help_lists_everything():
     for name in ("learning_rate", "lora_target_modules", "max_nonfinite_steps", "gradient_accumulation_steps"):
         assert f"--{name} " in text
     assert len(all_keys()) > 100
+
+
+@pytest.mark.parametrize("flags, words", [(["--hub_token", "hf_secret"], "HF_TOKEN"), (["--push_to_hub"], "hf upload")])
+def test_what_does_not_belong_on_a_command_line(flags, words):
+    with pytest.raises(RunError) as error:
+        resolve(flags)
+    assert error.value.code == 2 and words in str(error.value) and "hf_secret" not in str(error.value)
+
+
+def test_validation_takes_the_rows_that_training_does():
+    assert resolve(["--per_device_train_batch_size", "3", "--config", str(ROOT / "launch/recipes/llama3_8b_lora.yaml")]).training()[
+        "per_device_eval_batch_size"] == 3
+    assert resolve([]).training()["per_device_eval_batch_size"] == 16  # as tiny_cpu says
+
+
+def test_a_run_lies_on_a_disk():
+    with pytest.raises(RunError, match="directory of this machine"):
+        run_directory(resolve(["--output_dir", "s3://bucket/run?secret=1"]))
