@@ -36,6 +36,7 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "gpu": ["liger-kernel>=0.8,<0.9"],  # Triton kernels: norms, rotary embedding, gated MLP, loss
-        "test": ["pytest>=8", "ruff>=0.9", "moto>=5", "flask>=3", "flask-cors>=4", "tiktoken>=0.9"],
+        "notebook": ["jupyterlab>=4", "ipykernel>=6", "nbclient>=0.10"],  # launch/notebooks/
+        "test": ["pytest>=8", "ruff>=0.9", "moto>=5", "flask>=3", "flask-cors>=4", "tiktoken>=0.9", "nbclient>=0.10", "ipykernel>=6"],
     },
 )
