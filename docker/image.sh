@@ -31,10 +31,13 @@ cuda=$(sed -n 's|.*/\(cu[0-9]*\)/*$|\1|p' <<<"$index")
 image=zero-offload-trainer:$version-torch$torch-$build
 
 build() {
-  local flags=(--target "$target" --tag "$image" --file docker/Dockerfile --build-arg "VERSION=$version"
-    --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" --build-arg "CREATED=$(date -u +%Y-%m-%dT%H:%M:%SZ)")
+  local label=org.opencontainers.image base=${BASE:-$(sed -n 's/^ARG BASE=//p' docker/Dockerfile)}
+  local flags=(--target "$target" --tag "$image" --file docker/Dockerfile
+    --label "$label.version=$version" --label "$label.revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)"
+    --label "$label.created=$(date -u +%Y-%m-%dT%H:%M:%SZ)" --label "$label.base.name=${base%@*}")
+  [ "${base%@*}" = "$base" ] || flags+=(--label "$label.base.digest=${base#*@}")
   local name
-  for name in BASE TORCH_INDEX DEBIAN_SNAPSHOT MARCH TORCH_CUDA_ARCH_LIST PIP_FIND_LINKS PIP_CERT SOURCE; do
+  for name in BASE TORCH_INDEX DEBIAN_SNAPSHOT MARCH TORCH_CUDA_ARCH_LIST PIP_FIND_LINKS PIP_CERT; do
     [ -z "${!name+x}" ] || flags+=(--build-arg "$name=${!name}")
   done
   [ "$engine" = docker ] || flags+=(--layers --format docker)  # HEALTHCHECK is of the docker format
