@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The image with docker, podman or buildah, whichever is there. Run as: docker/image.sh build|run|tag [cuda|cpu] [COMMAND ...]
 # From the environment: ENGINE=docker|podman|buildah; build: BASE, TORCH_INDEX, DEBIAN_SNAPSHOT, MARCH, TORCH_CUDA_ARCH_LIST,
-# BUILD_FLAGS; run: NVME, RUNS, CACHE, DATA (directories of the host), ENV_FILE, RUN_FLAGS.
+# BUILD_FLAGS; run: NVME, RUNS, CACHE, DATA (directories of the host), ENV_FILE, RUN_FLAGS
+# (buildah: FROM_FLAGS too).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 engine=${ENGINE:-$(basename "$(command -v docker || command -v podman || command -v buildah || true)")}
@@ -46,6 +47,31 @@ build() {
   echo "$image"
 }
 
+# buildah has no run of an image: a working container in its place. It raises no limit beyond the hard one of this shell, so that
+# where memory cannot be locked without end the user gets the right to lock in place of the limit.
+run_buildah() {
+  local files container flags=() as=() limits
+  files=$(ulimit -Hn)
+  [ "$files" != unlimited ] && [ "$files" -lt 65536 ] || files=65536
+  limits="--ulimit nofile=$files:$files"
+  if [ -n "${FROM_FLAGS:-}" ]; then
+    limits+=" $FROM_FLAGS"
+  elif [ "$(ulimit -Hl)" != unlimited ]; then
+    flags=(--user 0:0 --cap-add CAP_IPC_LOCK)
+    as=(/usr/bin/setpriv --reuid=1000 --regid=1000 --clear-groups --inh-caps=+ipc_lock --ambient-caps=+ipc_lock --no-new-privs --)
+  else
+    limits+=" --ulimit memlock=-1:-1"
+  fi
+  # shellcheck disable=SC2086
+  container=$(buildah ${STORAGE_FLAGS:-} from --pull-never $limits "localhost/$image")
+  # shellcheck disable=SC2064
+  trap "buildah ${STORAGE_FLAGS:-} rm $container >/dev/null" EXIT
+  while [ "$1" != -- ]; do flags+=("$1"); shift; done
+  shift
+  # shellcheck disable=SC2086
+  buildah ${STORAGE_FLAGS:-} run --isolation "${ISOLATION:-chroot}" "${flags[@]}" ${RUN_FLAGS:-} "$container" -- "${as[@]}" "$@"
+}
+
 run() {
   local runs=${RUNS:-runs} nvme=${NVME:-.swap} cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/zero-offload-image}
   local folder
@@ -60,15 +86,9 @@ run() {
   [ -z "${DATA:-}" ] || flags+=(--volume "$(realpath "$DATA"):/data:ro")  # your rows, read only
   # What is written belongs to who started it; where that is root, to the image's own user, 1000.
   [ "$(id -u)" = 0 ] || flags+=(--user "$(id -u):$(id -g)")
-  if [ "$engine" = buildah ]; then  # has no run of an image: a working container in its place
-    local container
-    # shellcheck disable=SC2086
-    container=$(buildah ${STORAGE_FLAGS:-} from --pull-never "localhost/$image")
-    # shellcheck disable=SC2064,SC2086
-    trap "buildah ${STORAGE_FLAGS:-} rm $container >/dev/null" EXIT
+  if [ "$engine" = buildah ]; then
     [ $# -gt 0 ] || set -- python launch/doctor.py
-    # shellcheck disable=SC2086
-    buildah ${STORAGE_FLAGS:-} run --isolation "${ISOLATION:-chroot}" "${flags[@]}" ${RUN_FLAGS:-} "$container" -- /usr/bin/tini -g -- "$@"
+    run_buildah "${flags[@]}" -- /usr/bin/tini -s -g -- "$@"
     return
   fi
   flags+=(

@@ -226,7 +226,8 @@ def pinned_memory(options):
     if failed:
         return Check("pinned memory", FAILURE if options.nvme or hardware.container() else WARNING,
                      f"256 MiB cannot be locked: {os.strerror(ctypes.get_errno())}",
-                     "memory that can be locked", "ulimit -l unlimited; in a container: --ulimit memlock=-1")
+                     "memory that can be locked", "docker run --ulimit memlock=-1" if hardware.container() else
+                     "ulimit -l unlimited; in a container: --ulimit memlock=-1")
     return Check("pinned memory", OK, "256 MiB could be locked")
 
 

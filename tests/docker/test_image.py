@@ -100,7 +100,7 @@ def test_what_the_image_is(image, capsys):
     known = json.loads(sh("buildah", "inspect", "--type", "image", image))
     config = known["Docker"]["config"]
     assert config["User"] == "1000:1000" and config["StopSignal"] == "SIGTERM"
-    assert config["Entrypoint"] == ["/usr/bin/tini", "-g", "--"]
+    assert config["Entrypoint"] == ["/usr/bin/tini", "-s", "-g", "--"]
     assert config["Cmd"] == ["python", "launch/doctor.py"] and "health.py" in " ".join(config["Healthcheck"]["Test"])
     assert {"title", "version", "revision", "created", "licenses", "base.name"} <= {
         label.removeprefix("org.opencontainers.image.") for label in config["Labels"]}
@@ -121,7 +121,7 @@ def test_what_the_image_is(image, capsys):
 
 
 def test_doctor_passes(image, checkout, folders):
-    done = run(checkout, folders, before="ulimit -l unlimited")
+    done = run(checkout, folders)
     assert done.returncode == 0, done.stdout
     for line in ("gpu +none: this is the CPU's image", "compiler +not needed: the ops are built", "op builds +cpu_adam are built"):
         assert re.search(f"ok +{line}", done.stdout), done.stdout
@@ -129,20 +129,20 @@ def test_doctor_passes(image, checkout, folders):
 
 
 @pytest.mark.parametrize("before, flags, broken, words", [
-    ("ulimit -l 64", "", None, ["locked memory", "--ulimit memlock=-1"]),
-    ("ulimit -l unlimited; mount -t tmpfs -o size=64m tmpfs /dev/shm", "", None, ["shared memory", "0.06 GiB", "--shm-size"]),
-    ("ulimit -l unlimited", "", "runs", ["run disk", "owned by 0:0", "--user 0:0", "chown 1000:1000"]),
-    ("ulimit -l unlimited", "", "cache", ["cache", "owned by 0:0", "--user"]),
-    ("ulimit -l unlimited", "", "nvme", ["nvme", "owned by 0:0", "--user"]),
-    ("ulimit -l unlimited; mount --bind $RUNS $RUNS; mount -o remount,ro,bind $RUNS", "", None,
+    ("export FROM_FLAGS='--ulimit memlock=65536:65536'", "", None, ["locked memory", "--ulimit memlock=-1"]),
+    ("mount -t tmpfs -o size=64m tmpfs /dev/shm", "", None, ["shared memory", "0.06 GiB", "--shm-size"]),
+    ("true", "", "runs", ["run disk", "owned by 0:0", "--user 0:0", "chown 1000:1000"]),
+    ("true", "", "cache", ["cache", "owned by 0:0", "--user"]),
+    ("true", "", "nvme", ["nvme", "owned by 0:0", "--user"]),
+    ("mount -t tmpfs -o ro tmpfs $RUNS", "", None,
      ["run disk", "read-only", "without :ro"]),
-    ("ulimit -l unlimited", "--env ZERO_OFFLOAD_IMAGE=cuda", None, ["gpu", "none was passed through", "--gpus all"])])
+    ("true", "--env ZERO_OFFLOAD_IMAGE=cuda", None, ["gpu", "none was passed through", "--gpus all"])])
 def test_doctor_says_what_is_wrong(image, checkout, folders, before, flags, broken, words):
     if broken:
         os.chown(folders[broken], 0, 0)
         folders[broken].chmod(0o755)
     done = run(checkout, folders, before=before, flags=flags)
-    assert done.returncode == 3 and "1 failure(s)" in done.stdout, done.stdout
+    assert done.returncode == 3 and "0 failure(s)" not in done.stdout, done.stdout
     for word in words:
         assert word in done.stdout, done.stdout
 
@@ -150,7 +150,7 @@ def test_doctor_says_what_is_wrong(image, checkout, folders, before, flags, brok
 def test_trains_without_a_network(image, checkout, folders):
     """The embedded default, as user 1000, with every configuration; nothing is compiled, nothing fetched."""
     for config in ("ds_z3_offload", "ds_z3_nvme"):
-        done = run(checkout, folders, *TRAIN, f"{config}.json", "--run_name", config, before="ulimit -l unlimited")
+        done = run(checkout, folders, *TRAIN, f"{config}.json", "--run_name", config)
         assert done.returncode == 0, done.stdout[-4000:]
         assert "building DeepSpeed" not in done.stdout and "fetching" not in done.stdout
         lines = [json.loads(line) for line in (folders["runs"] / config / "metrics.jsonl").read_text().splitlines()]
@@ -172,7 +172,7 @@ def test_health(image, checkout, folders):
 
 def test_the_notebook(image, checkout, folders):
     done = run(checkout, folders, "bash", "-c", "cp launch/notebooks/quickstart.ipynb runs/ && cd runs && "
-               "jupyter execute quickstart.ipynb", before="ulimit -l unlimited")
+               "jupyter execute quickstart.ipynb")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
