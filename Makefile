@@ -166,7 +166,7 @@ test-soak: setup-aio ## sixty random kills in one run, which must end as if noth
 test-gpu: setup-aio ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -q tests/gpu
 
-test-docker: setup-aio ## build the CPU's image for real and train in it without a network (root; 10 GB of disk)
+test-docker: setup-aio ## build the CPU's image for real and train in it without a network (root; 20 GB of disk)
 	@./launch/debian.sh $(if $(shell command -v buildah),,buildah) $(if $(shell command -v debootstrap),,debootstrap)
 	$(BIN)/python -m pytest -q tests/docker
 

@@ -5,8 +5,6 @@ from pathlib import Path
 from . import embedded
 from .errors import RunError
 
-WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's own, since its 0.31 and before: which one `wandb login` writes down
-
 
 def run_directory(settings, name=None):
     """runs/<name>, or --output_dir; None while neither is known."""

@@ -1,5 +1,6 @@
 """The doctor's checks of the world outside: W&B, the model hub, the clock. No torch."""
 import http.client
+import netrc
 import os
 import re
 import time
@@ -8,9 +9,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from .names import WANDB_HOSTS
-
 OK, WARNING, FAILURE = "ok", "warning", "failure"
+WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's own, since its 0.31 and before: which one `wandb login` writes down
 NET_SECONDS = 4  # that a server may take between two bytes
 
 
@@ -42,12 +42,22 @@ def _ask(url, token=None):
         return None, None
 
 
+def logged_in():
+    """True with W&B's API key in the environment or in ~/.netrc, where `wandb login` leaves it under the server's name."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    given = os.environ.get("WANDB_BASE_URL", "").split("://")[-1].split("/")[0]
+    try:
+        return not {given}.union(() if given else WANDB_HOSTS).isdisjoint(netrc.netrc(os.environ.get("NETRC")).hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 def wandb(options):
     mode = os.environ.get("WANDB_MODE", "online")
     if mode in ("disabled", "offline"):
         return Check("wandb", OK, f"WANDB_MODE={mode}")
-    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+    known = logged_in()
     url = os.environ.get("WANDB_BASE_URL") or f"https://{WANDB_HOSTS[0]}"
     status, _ = _ask(url)
     if status is None:

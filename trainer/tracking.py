@@ -1,10 +1,9 @@
 """Weights & Biases: the same numbers as metrics.jsonl. Offline unless the user is logged in or set WANDB_MODE; never a prompt."""
-import netrc
 import os
 import threading
 from pathlib import Path
 
-from .names import WANDB_HOSTS
+from .servers import logged_in
 from .telemetry import finite
 
 _GROUPS = {
@@ -17,17 +16,6 @@ _GROUPS = {
 }
 _NAMES = {name: f"{group}/{name.removeprefix('eval_')}" for group, names in _GROUPS.items() for name in names}
 INIT_TIMEOUT = 20  # seconds; W&B's own default is 90
-
-
-def logged_in():
-    """True with an API key in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    given = os.environ.get("WANDB_BASE_URL", "").split("://")[-1].split("/")[0]
-    try:
-        return not {given}.union(() if given else WANDB_HOSTS).isdisjoint(netrc.netrc(os.environ.get("NETRC")).hosts)
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class Tracker:
