@@ -1,6 +1,6 @@
 """Time and memory of saving and resuming, beside the disk's own speed in the same run.
 
-    python tests/bench_checkpoint.py [--config ds_z3_offload] [--ranks 1] [--folder DIR] [--gpu]        (make bench-checkpoint)
+    python tests/bench_checkpoint.py [--config ds_z3_offload] [--ranks 1] [--saves 6] [--folder DIR] [--gpu]        (make bench-checkpoint)
 
 A random Llama of 114 million parameters (1.4 GB of fp32 weights and moments);
 --gpu: of 540 million (6.5 GB), in bf16 on CUDA. For every save: seconds, the seconds that writing and
@@ -89,6 +89,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="ds_z3_offload")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--saves", type=int, default=6, help="before the resumption, and one after it")
     parser.add_argument("--folder", default=None)
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
@@ -109,7 +110,7 @@ def main():
                    "--report_to", "none", "--nvme_path", folder / "swap", "--max_restarts", 0]
         device = "cuda" if options.gpu else "cpu"
         environment = {**os.environ, "DS_ACCELERATOR": device, "BENCH_FOLDER": str(folder)}
-        for more in (["--max_steps", 6], ["--max_steps", 7, "--resume_from_checkpoint", "auto"]):
+        for more in (["--max_steps", options.saves], ["--max_steps", options.saves + 1, "--resume_from_checkpoint", "auto"]):
             done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, env=environment, text=True, capture_output=True)
             if done.returncode:
                 raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])

@@ -284,7 +284,7 @@ def nvme(options):
     kind, free = storage.filesystem_of(path), shutil.disk_usage(there).free
     good = kind.startswith(("ext", "xfs"))
     text = f"{there}: {kind}, {'O_DIRECT' if path.is_dir() else f'{path} is not there yet'}, {free / GB:.0f} GB free"
-    return Check("nvme", OK if good and free > 2e10 else WARNING, text, "a local ext4 or xfs; 16 bytes a trained parameter",
+    return Check("nvme", OK if good and free > 2e10 else WARNING, text, "a local ext4 or xfs; 12 bytes a trained parameter",
                  "" if good and free > 2e10 else "--nvme_path DIR on a local NVMe (NVME= with make)")
 
 

@@ -28,10 +28,10 @@ BASE_RAM_CPU = 0.75 * GIB  # and the pieces that its heap keeps
 # On a CPU, of all layers' activations, kept or made again: what glibc's heap holds beside them (mallinfo2: as much free as used),
 # as sizes change from one batch to the next and the adapters' small results lie in between. From the runs of docs/planning.md.
 HEAP = {"full": 0.3, "lora": 0.65}
-MIXED_DISK = 0.78  # of its one-way rate that a disk gives each way when it reads and writes at once: 1.09 of 1.4 GB/s
 STEP_BYTES = {2: 28, 4: 32}  # by itemsize: of RAM traffic a parameter in the CPU's step (offload/adam.c)
 HBM = 2.5e12  # bytes a second of a GPU's memory that plain kernels reach, H100
-SWAP_BYTES = 16  # read, and written, a parameter and step, with the optimizer on NVMe: weight, two moments, gradient in fp32
+SWAP_BYTES = 12  # read, and written, a parameter and step, with the optimizer on NVMe: weight and two moments in fp32
+SWAP_BYTES_STOCK = 16  # and the gradient, which --fused_step leaves in RAM
 
 
 @dataclass
@@ -152,16 +152,20 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     host["processes"] = (BASE_RAM if box.gpus else BASE_RAM_CPU) * box.ranks_here
     if where["param"] == "cpu":
         host["parameters"] = everything * size * here
-        if not full and box.gpus and not box.exact_pinning:
-            host["pinned rounding"] = pinned_rounding(model, ranks, size) * box.ranks_here
+    rounded = box.gpus and not box.exact_pinning and where["param"] == "cpu"
+    if rounded and not full:
+        host["pinned rounding"] = pinned_rounding(model, ranks, size) * box.ranks_here
+    elif rounded:  # one buffer of parameters, and one of gradients
+        flat = own * size
+        host["pinned rounding"] = (2 ** math.ceil(math.log2(flat)) - flat) * (1 + (where["optimizer"] == "cpu")) * box.ranks_here
     if where["optimizer"] == "cpu":
         host["optimizer"] = 12 * shapes.trainable * here
     if where["optimizer"] != "none":
         host["gradients"] = shapes.trainable * (size + (4 if where["optimizer"] == "cpu" and not job.fused_step else 0)) * here
     locked = sum(locked_bytes(config, shapes, ranks))
     host["NVMe buffers"] = locked * box.ranks_here
-    if full and box.gpus and where["param"] == "cpu" and where["optimizer"] == "cpu":  # torch's pinned allocator keeps them
-        host["until the first step: the parameters twice"] = everything * size * here
+    if box.gpus and where["optimizer"] == "none":  # DeepSpeed moves them into one buffer by way of RAM
+        host["while it starts: what is trained"] = shapes.trainable * size * here
     if job.activation_offload and box.gpus:
         host["inputs of layers"] = (model.layers - kept) * inputs * box.ranks_here
     host = {k: v for k, v in host.items() if v}
@@ -172,10 +176,10 @@ def prediction(job, box, config, micro_batch, accumulation=1):
         parts = [a * b for a, b in model.matrices.values()] * model.layers + [model.embedding] * 2
         nvme["parameters"] = sum(n * size for n in parts if n * size / ranks >= SWAPPED) * here
     if where["optimizer"] == "nvme" and min(zero["sub_group_size"], own) * 4 >= SWAPPED:
-        nvme["optimizer"] = SWAP_BYTES * shapes.trainable * here
+        nvme["optimizer"] = swap_bytes(job) * shapes.trainable * here
     time = seconds(job, box, where, shapes, micro_batch * (job.mean or job.max_length), kept, accumulation)
     return {"gpu": {k: v for k, v in gpu.items() if v}, "host": host, "nvme": nvme, "kept_layers": kept, "locked": locked,
-            "written": written_bytes(where, size) * shapes.trainable * here, **time}
+            "written": written_bytes(job, where) * shapes.trainable * here, **time}
 
 
 def activations(model, tokens, size, liger=True, full=True):
@@ -197,9 +201,14 @@ def pinned_rounding(model, ranks, size):
     return sum(2 ** math.ceil(math.log2(n)) - n for n in parts)
 
 
-def written_bytes(where, size):
+def swap_bytes(job):
+    """On NVMe, and read there in an update, a trained parameter."""
+    return SWAP_BYTES if job.fused_step else SWAP_BYTES_STOCK
+
+
+def written_bytes(job, where):
     """To NVMe a trained parameter and update; the parameters too, where they lie there (stage3.py, _partitioned_params_swap_out)."""
-    return (SWAP_BYTES + size * (where["param"] == "nvme")) * (where["optimizer"] == "nvme")
+    return (swap_bytes(job) + ITEMSIZE[job.precision] * (where["param"] == "nvme")) * (where["optimizer"] == "nvme")
 
 
 def loss_bytes(model, tokens, size, full, gpu):
@@ -251,7 +260,8 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     on_gpu = box.gpus and where["optimizer"] == "none"
     step = own * STEP_BYTES[size] / (HBM if on_gpu else box.ram_rate / box.ranks_here)
     if where["optimizer"] == "nvme":
-        io = own * box.ranks_here / MIXED_DISK * max(SWAP_BYTES / box.nvme_read, written_bytes(where, size) / box.nvme_write)
+        # At once, but of one disk: 57.7 GB each way took 50 s on one that alone reads 1.91 and writes 2.96 GB/s.
+        io = own * box.ranks_here * (swap_bytes(job) / box.nvme_read + written_bytes(job, where) / box.nvme_write)
     ahead = max(forward, moved, read)
     micro = ahead + loss + moves + max(backward, back, read) + moves / 2
     asked = box.gpus > 0 if job.overlap_step is None else job.overlap_step

@@ -306,7 +306,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     try:
         if uses_nvme(config):
             space, first_here = swap.SwapSpace(swap_directory), int(os.environ["LOCAL_RANK"]) == 0
-            size = swap.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size)
+            size = swap.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size, settings.fused_step)
             _together(lambda: first_here and swap.reclaim(settings.nvme_path, say), lambda: first_here and space.own())
             _together(lambda: space.reserve_space(torch.distributed.get_rank(), size, ranks_here))
             swap.watch(space)

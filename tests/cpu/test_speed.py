@@ -24,11 +24,56 @@ def test_each_alone(trains, method):
         assert [s["grad_norm"] for s in run.steps] == pytest.approx(norms, rel=1e-4), name
 
 
-@pytest.mark.parametrize("config", ["ds_z3", "ds_z3_nvme"])
-def test_where_the_step_is_not_ours(trains, config):
-    """An optimizer on the GPU or on NVMe keeps DeepSpeed's step; the rest is as everywhere."""
-    own = ["--leaf_modules", "true", "--kept_layers", "1", "--deepspeed", f"{config}.json"]
+def test_where_the_step_is_not_ours(trains):
+    """An optimizer on the GPU keeps its own step; the rest is as everywhere."""
+    own = ["--leaf_modules", "true", "--kept_layers", "1", "--deepspeed", "ds_z3.json"]
     close(trains("own", *FLAGS, *own, launcher=False).losses, trains("stock", *FLAGS, *STOCK, launcher=False).losses, 2e-5)
+
+
+HELD = """
+import sys
+sys.path[0] = {root!r}
+from trainer import run
+plain = run._start_processes
+
+def start(*args):
+    ranks = plain(*args)
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+    step = Zero.step
+
+    def stepped(self, closure=None):
+        step(self, closure)
+        buffers = self.optimizer_swapper.swap_buffer_manager.all_buffers
+        places = [range(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]  # to which a read points the state
+        held = sum(t.numel() for state in self.optimizer.state.values() for t in state.values()
+                   if hasattr(t, "numel") and not any(t.data_ptr() in place for place in places))
+        print("moments in RAM:", held / sum(self.fp16_partitioned_groups_flat_numel), flush=True)
+
+    Zero.step = stepped
+    return ranks
+
+run._start_processes = start
+run.leave(run.main())
+"""
+
+
+@pytest.mark.parametrize("config, weights", [("ds_z3_nvme_optimizer", 0), ("ds_z3_nvme", 4)])
+def test_step_on_nvme(trains, tmp_path, config, weights):
+    """The numbers of the step in RAM; gradients do not travel, and no moment stays in RAM, not even the first ones."""
+    script = tmp_path / "held.py"
+    script.write_text(HELD.format(root=str(ROOT)))
+    expected = trains("stock", *FLAGS, *STOCK, launcher=False)
+    written = {}
+    for fused in ("true", "false"):
+        run = trains(fused, *FLAGS, "--deepspeed", f"{config}.json", "--fused_step", fused, launcher=False, script=script)
+        close(run.losses, expected.losses, 2e-5)
+        assert [s["grad_norm"] for s in run.steps] == pytest.approx([s["grad_norm"] for s in expected.steps], rel=1e-4)
+        assert ("in one pass" in run.output) == (fused == "true")
+        held = [float(line.split()[-1]) for line in run.output.splitlines() if line.startswith("moments in RAM: ")]
+        assert len(held) == 12 and max(held) < 0.1, held  # of two; what is under 1 MiB stays, here one sub-group
+        written[fused] = (run.steps[-1]["nvme_written_bytes"] - run.steps[0]["nvme_written_bytes"]) / 11
+    # Weight and two moments; the gradients that are written otherwise are those of at least 1 MiB.
+    assert written["true"] == pytest.approx(12 * 3_080_192 + weights * 9 * 2**18, rel=0.01) and written["true"] < 0.85 * written["false"]
 
 
 SLOW = """

@@ -21,11 +21,14 @@ part() {
     3b-tuned) bench 3b-full --yardstick tuned --updates 12 --timeout 150 ;;
     3b-plain) bench 3b-full --only ours --updates 12 --timeout 150 --flags="--overlap_step false" ;;
     3b-gpu) bench 3b-full-gpu --only ours --updates 12 --timeout 120 ;;
-    3b-nvme) bench 3b-full-nvme --only ours --updates 8 --timeout 400 ;;
+    io) python3 -m trainer.ops async_io && python3 launch/bench.py io /tmp/bench-work --bytes 4GB --seconds 40 ;;
+    3b-nvme) bench 3b-full-nvme --only ours --updates 5 --timeout 380; rm -rf /tmp/bench-work/swap ;;
     1b) bench 1b-full --only ours --updates 12 --timeout 120 ;;
     70b) bench 70b-lora --only ours --micro_batches 4 16 --updates 11 --timeout 300 ;;
     70b-tuned) bench 70b-lora --yardstick tuned --only yardstick --updates 10 --timeout 280 ;;
     70b-layers) bench 70b-layers-full --only ours --updates 12 --timeout 200 ;;
+    70b-layers-nvme) bench 70b-layers-full-nvme --only ours --updates 5 --timeout 420; rm -rf /tmp/bench-work/swap ;;
+    checkpoint) timeout 200 python3 tests/bench_checkpoint.py --gpu --saves 3 --folder /tmp ;;
     8b-full) bench 8b-full --only ours --updates 12 --timeout 240 ;;
     auto) deepspeed --num_gpus 1 launch/train.py --deepspeed auto --model_name_or_path /tmp/bench-work/8b-32 --random_weights --method lora \
         --dataset /tmp/bench-work/rows-2048.jsonl --validation_split 0 --per_device_train_batch_size 12 --max_steps 10 --export false \

@@ -1,5 +1,6 @@
 """Our extension of DeepSpeed's offload path. It fits one version and steps aside for any other."""
 import functools
+import weakref
 
 SUPPORTED = "0.19.8"
 stepping = []  # the host_step of the run, where its steps run beside the forward pass
@@ -16,7 +17,8 @@ def apply(fetch_ahead=False):
         return []
     from . import gather
 
-    mends = [_prefetch_each_parameter_once, _make_room_for_what_is_needed, _copy_out_of_swap_buffers]
+    mends = [_prefetch_each_parameter_once, _make_room_for_what_is_needed, _copy_out_of_swap_buffers, _give_back_the_first_moments,
+             _start_in_less_memory]
     for mend in mends + [_let_the_host_run_ahead, gather.install] * fetch_ahead:
         if mend not in _mended:
             _mended[mend] = mend()
@@ -105,6 +107,54 @@ def _copy_out_of_swap_buffers():
     for handle in (zero.NoGatherHandle, zero.NoGatherCoalescedHandle):
         handle.__init__ = mended(handle)
     return "parameters fetched from NVMe on a CPU are copied out of the swap buffers"
+
+
+def _give_back_the_first_moments():
+    # Adam makes its moments in the first update, in plain memory. They are copied into swap buffers and written, but kept until the
+    # second update reads them: 8 bytes a parameter of RAM, which a run with its optimizer on NVMe is there to save
+    # (runtime/swap_tensor/pipelined_optimizer_swapper.py, _swap_out_optimizer_state).
+    import torch
+    from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper as Swapper
+
+    plain = Swapper.swap_out_optimizer_state
+
+    @functools.wraps(plain)
+    def swap_out(self, parameter, async_swap):
+        plain(self, parameter, async_swap)
+        for own in self.swap_params_info[self.parameter_id(parameter)].get_unpinned_state_tensors():
+            own.data = torch.Tensor()
+
+    Swapper.swap_out_optimizer_state = swap_out
+    return "the optimizer's first moments leave RAM once they are on NVMe"
+
+
+def _start_in_less_memory():
+    # torch's pinned allocator keeps what the parameters had before they moved into one buffer: 2 bytes a parameter. And the buffer of
+    # the gradients is filled with zeros and then copied to pinned memory: another 2 at the worst moment with the optimizer on NVMe;
+    # there it is locked where it lies. (runtime/zero/stage3.py, _setup_for_real_optimizer)
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+
+    plain = Zero._setup_for_real_optimizer
+
+    @functools.wraps(plain)
+    def set_up(self):
+        if not self.offload_optimizer or get_accelerator().device_name() != "cuda":
+            return plain(self)
+        torch._C._host_emptyCache()
+        pinned = self.offload_optimizer_pin_memory
+        in_place = pinned and self.swap_optimizer
+        self.offload_optimizer_pin_memory = pinned and not in_place
+        plain(self)
+        self.offload_optimizer_pin_memory = pinned
+        if in_place:  # where a driver refuses, the copies are slower
+            held, runtime = self.grad_partitions_flat_buffer, torch.cuda.cudart()
+            if runtime.cudaHostRegister(held.data_ptr(), held.nbytes, 0) == runtime.cudaError.success:
+                weakref.finalize(self, runtime.cudaHostUnregister, held.data_ptr()).atexit = False
+
+    Zero._setup_for_real_optimizer = set_up
+    return "a start without the parameters' old memory and a second buffer of gradients"
 
 
 def _let_the_host_run_ahead():

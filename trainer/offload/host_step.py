@@ -1,8 +1,9 @@
-"""The way of a gradient to the host, and the optimizer's step there, for DeepSpeed 0.19.8 with the optimizer in CPU memory.
+"""The way of a gradient to the host, and the optimizer's step there, for DeepSpeed 0.19.8 with the optimizer in RAM or on NVMe.
 
 The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there and copies it once more: 8 bytes
 a parameter over PCIe, 4 of host memory, and then three passes over all of it (scale, Adam, cast). Here it is copied once, as it is;
-its norm is taken where it was made; and one pass (adam.c) scales, steps and casts. (runtime/zero/stage3.py: partition_grads,
+its norm is taken where it was made; and one pass (adam.c) scales, steps and casts. On NVMe the stock engine writes the fp32 copy too
+and reads it back: 16 bytes a parameter each way, where weight and moments are 12. (runtime/zero/stage3.py: partition_grads,
 _optimizer_step, unscale_and_clip_grads)
 """
 import ctypes
@@ -24,12 +25,12 @@ SMALL = 2**22  # elements; smaller tensors that lie side by side on the host tra
 
 
 def applies(zero):
-    """Whether this optimizer takes the plain way: AdamW by DeepSpeed's CPU kernel, fp32 master weights in RAM, data parallel."""
+    """Whether this optimizer takes the plain way: AdamW by DeepSpeed's CPU kernel, fp32 master weights, data parallel."""
     return (type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3" and isinstance(zero.optimizer, DeepSpeedCPUAdam)
-            and zero.offload_optimizer and not zero.swap_optimizer and not getattr(zero, "zenflow", False) and not zero.use_muon
+            and zero.offload_optimizer and not getattr(zero, "zenflow", False) and not zero.use_muon
             and zero.master_weights_and_grads_dtype == torch.float32 and zero.optimizer.fp32_optimizer_states
             and set(zero.subgroup_to_device.values()) == {"cpu"} and not zero.torch_autocast_gradscaler
-            and zero.model_parallel_rank == 0 and not zero.params_in_nvme_and_cpu and zero.optimizer.adam_w_mode)
+            and zero.model_parallel_rank == 0 and zero.optimizer.adam_w_mode)
 
 
 class Update(ctypes.Structure):
@@ -67,18 +68,18 @@ def install(zero, overlap=False):
     if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
         return "DeepSpeed's own, this C compiler does not know fp16"
     flats = zero.fp16_partitioned_groups_flat
-    overlap = overlap and all(f is not None and f.device.type == "cpu" for f in flats)
+    overlap = overlap and not zero.swap_optimizer and all(f is not None and f.device.type == "cpu" for f in flats)
     state = zero.host_step = _HostStep(zero, adam, overlap)
     if overlap:
         stepping[:] = [state]
     names = ["partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
-             "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters", "_partition_all_parameters", "_post_step"]
-    for name in names:
+             "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"]
+    for name in names + ["_partition_all_parameters", "_post_step"] * (not zero.params_in_nvme_and_cpu):
         setattr(zero, name, getattr(state, name.lstrip("_")))
     for flat in zero.fp32_partitioned_groups_flat:
         flat.grad = None  # the fp32 copies of the gradients
     if torch.cuda.is_available():
-        torch._C._host_emptyCache()  # pinned memory that the parameters had before they moved into one buffer
+        torch._C._host_emptyCache()
     return "in one pass, beside the next forward pass" if overlap else "in one pass"
 
 
@@ -100,9 +101,9 @@ class _HostStep:
         self.threads = max(1, cores - overlap)  # beside the forward pass one core is left to launch the GPU's work
         self.worker = ThreadPoolExecutor(1, "optimizer") if overlap else None
         self.offsets, at = [], 0
-        for flat in zero.fp32_partitioned_groups_flat:
+        for numel in zero.fp16_partitioned_groups_flat_numel:  # an fp32 flat on NVMe is empty until it is read
             self.offsets.append(at)
-            at += flat.numel()
+            at += numel
         self.reset_cpu_buffers()
 
     # -- the backward pass -------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ class _HostStep:
             self.written.add(i)
         grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
         self.queue[i] = update_of(flat, grads, state, group, self.scale, low if own else None)
-        if not own:  # its values go out by the stock way, at once
+        if not own or zero.swap_optimizer:  # its values go out by the stock way, or to NVMe, at once
             self._start([i])
         elif i == len(zero.fp16_groups) - 1:
             self._start([i for i in self.queue if not self.worker or i in self.first])
