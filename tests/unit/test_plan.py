@@ -131,8 +131,8 @@ def test_deepspeeds_own_accounting():
 
 
 # -- measured runs -----------------------------------------------------------------------------------------------------
-RUNS = [  # docs/benchmarks.md, calls d to h of 2026-11-25, the 24th for 12 and 16 rows of 8B, and l of the 26th for 3.6B full; for the
-    # two other full ones the start still took up to 2 bytes a parameter more. GPUs, rows, tokens a row; all RAM
+RUNS = [  # docs/benchmarks.md, calls d to h of 2026-11-25, the 24th for 12 and 16 rows of 8B, and k of the 26th for 3.6B full; for
+    # the two other full ones the start still took up to 2 bytes a parameter more. GPUs, rows, tokens a row; all RAM
     ("llama-3-8b", "lora", "ds_z3_offload", 1, 6, 2048, 0.893, 32, 58.8, 19.5),
     ("llama-3-8b", "lora", "ds_z3_offload", 1, 8, 2048, 1.24, 29, 74.1, 20.0),
     ("llama-3-8b", "lora", "ds_z3_offload", 1, 12, 2048, 1.87, 18, 73.3, 19.6),

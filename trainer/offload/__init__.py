@@ -141,7 +141,8 @@ def _start_in_less_memory():
     @functools.wraps(plain)
     def set_up(self):
         if not self.offload_optimizer or get_accelerator().device_name() != "cuda":
-            return plain(self)
+            plain(self)
+            return
         torch._C._host_emptyCache()
         pinned = self.offload_optimizer_pin_memory
         in_place = pinned and self.swap_optimizer
