@@ -151,12 +151,13 @@ class Shapes:
     small_frozen: int = 0
 
 
-# The optimizer's NVMe swapper holds parameter, both moments and gradient of the current sub-group, and of the previous and
-# the next one where it reads or writes ahead (DeepSpeed, swap_tensor/pipelined_optimizer_swapper.py).
-_STATES = 4
+def _swap_buffers(optimizer, fused_step):
+    """The optimizer's NVMe swapper holds weight and both moments of the current sub-group, and of the previous and the next one where
+    it reads or writes ahead; without fused_step gradients too (DeepSpeed, swap_tensor/pipelined_optimizer_swapper.py)."""
+    return (3 if fused_step else 4) * (1 + bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write")))
 
 
-def resolve_auto(config, shapes, world_size, swap_directory):
+def resolve_auto(config, shapes, world_size, swap_directory, fused_step=True):
     """A copy of the configuration with every "auto" of ours replaced.
 
     Whole-layer prefetch: DeepSpeed's own defaults look ahead by less than one matrix. The live and reuse limits then have
@@ -192,8 +193,7 @@ def resolve_auto(config, shapes, world_size, swap_directory):
         # embedding, head, and one to spare. With fewer the step fails with "Not enough buffers".
         parameters["buffer_count"] = 3 * shapes.layer_tensors + 3
     if optimizer.get("buffer_count") == "auto":
-        ahead = bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write"))
-        optimizer["buffer_count"] = _STATES * (1 + ahead)
+        optimizer["buffer_count"] = _swap_buffers(optimizer, fused_step)
     for block in (parameters, optimizer):
         if block.get("device") == "nvme":
             block["nvme_path"] = str(swap_directory)
@@ -217,7 +217,7 @@ def locked_bytes(config, shapes, world_size):
     return first, second
 
 
-def check_buffers(config, shapes, world_size, where):
+def check_buffers(config, shapes, world_size, where, fused_step=True):
     """Refuse NVMe buffers that DeepSpeed would fail on with an assertion in mid-step."""
     zero = config["zero_optimization"]
     parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
@@ -228,10 +228,10 @@ def check_buffers(config, shapes, world_size, where):
                            found=f"{int(parameters.get('buffer_size', 1e8)):,} elements", needed=f"{needed:,}",
                            fix='"buffer_size": "auto"')
     if optimizer.get("device") == "nvme":
-        ahead = bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write"))
-        if int(optimizer.get("buffer_count", 4)) < _STATES * (1 + ahead):
+        needed = _swap_buffers(optimizer, fused_step)
+        if int(optimizer.get("buffer_count", 4)) < needed:
             raise RunError(f"{where}: offload_optimizer.buffer_count is too small for its pipelining",
-                           found=optimizer.get("buffer_count", 4), needed=_STATES * (1 + ahead), fix='"buffer_count": "auto"')
+                           found=optimizer.get("buffer_count", 4), needed=needed, fix='"buffer_count": "auto"')
 
 
 def write_yaml(path, content):

@@ -104,7 +104,7 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     of an update by what they would take alone; step_s: of them together; kept_layers; locked: bytes a rank."""
     model, ranks, size = job.model, box.ranks, ITEMSIZE[job.precision]
     shapes = model.shapes(job.precision, job.method, job.lora_r, job.lora_target_modules)
-    config = resolve_auto(config, shapes, ranks, "swap")
+    config = resolve_auto(config, shapes, ranks, "swap", job.fused_step)
     zero = config["zero_optimization"]
     where = {t: (zero.get(f"offload_{t}") or {}).get("device", "none") for t in ("param", "optimizer")}
     adapters = shapes.trainable if job.method == "lora" else 0
@@ -387,7 +387,7 @@ def as_json(job, box, found):
     """The plan as issue-stable JSON."""
     best = found[0]
     shapes = job.model.shapes(job.precision, job.method, job.lora_r, job.lora_target_modules)
-    zero = resolve_auto(_config(best["name"]), shapes, box.ranks, "swap")["zero_optimization"]
+    zero = resolve_auto(_config(best["name"]), shapes, box.ranks, "swap", job.fused_step)["zero_optimization"]
     keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
             "stage3_max_reuse_distance", "sub_group_size")
     buffers = {t: {k: zero[t][k] for k in ("buffer_count", "buffer_size") if k in (zero.get(t) or {})}

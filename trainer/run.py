@@ -265,8 +265,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     if found:
         checkpoint.check_fits({n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}, manifest, found)
     del skeleton
-    config = resolve_auto(config, shapes, world_size, swap_directory)
-    check_buffers(config, shapes, world_size, config_path)
+    config = resolve_auto(config, shapes, world_size, swap_directory, settings.fused_step)
+    check_buffers(config, shapes, world_size, config_path, settings.fused_step)
     hardware.check_locked_memory(*locked_bytes(config, shapes, world_size), ranks_here)
     update_rows = world_size * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     say(f"model: {name}, {parameters:,} parameters, {shapes.trainable:,} trained ({settings.method})")

@@ -2,6 +2,8 @@
 import functools
 import weakref
 
+from ..errors import RunError
+
 SUPPORTED = "0.19.8"
 stepping = []  # the host_step of the run, where its steps run beside the forward pass
 _mended = {}
@@ -31,7 +33,11 @@ def install_step(zero, overlap=False):
 
     from . import host_step
 
-    return host_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
+    how = host_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
+    if getattr(zero, "swap_optimizer", False) and not hasattr(zero, "host_step"):  # swap space and buffers have no room for gradients
+        raise RunError("the fused optimizer step does not fit this run, whose optimizer is on NVMe",
+                       found=how or f"deepspeed {deepspeed.__version__}, {type(zero.optimizer).__name__}", fix="--fused_step false")
+    return how
 
 
 def _prefetch_each_parameter_once():
