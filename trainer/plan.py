@@ -162,8 +162,11 @@ def prediction(job, box, config, micro_batch, accumulation=1):
         host["optimizer"] = 12 * shapes.trainable * here
     if where["optimizer"] != "none":
         host["gradients"] = shapes.trainable * (size + (4 if where["optimizer"] == "cpu" and not job.fused_step else 0)) * here
-    locked = sum(locked_bytes(config, shapes, ranks))
+    buffers = locked_bytes(config, shapes, ranks)
+    locked = sum(buffers)
     host["NVMe buffers"] = locked * box.ranks_here
+    if buffers[1]:  # a sub-group's, before they first go into its buffers
+        host["first moments"] = 2 * buffers[1] / int(zero["offload_optimizer"]["buffer_count"]) * box.ranks_here
     if box.gpus and where["optimizer"] == "none":  # DeepSpeed moves them into one buffer by way of RAM
         host["while it starts: what is trained"] = shapes.trainable * size * here
     if job.activation_offload and box.gpus:

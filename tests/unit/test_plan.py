@@ -107,6 +107,7 @@ def test_nvme_by_hand():
     assert found["nvme"] == {"optimizer": 12 * 3_212_749_824}
     # 9 buffers of a sub-group that closed at 1e8 elements and has at most the embedding more, in fp32
     assert found["host"]["NVMe buffers"] == 9 * (100_000_000 + 128256 * 3072) * 4
+    assert found["host"]["first moments"] == 2 * (100_000_000 + 128256 * 3072) * 4
     assert found["time"]["io"] == pytest.approx(12 * 3_212_749_824 * (1 / H100.nvme_read + 1 / H100.nvme_write))
     stock = plan.evaluate(replace(job, fused_step=False), H100, "ds_z3_nvme_optimizer", 16)  # writes the gradients too, in fp32
     assert stock["host"]["NVMe buffers"] == 12 * (100_000_000 + 128256 * 3072) * 4
