@@ -166,7 +166,7 @@ def prediction(job, box, config, micro_batch, accumulation=1):
     locked = sum(buffers)
     host["NVMe buffers"] = locked * box.ranks_here
     if buffers[1]:  # a sub-group's, before they first go into its buffers
-        host["first moments"] = 2 * buffers[1] / int(zero["offload_optimizer"]["buffer_count"]) * box.ranks_here
+        host["first moments"] = 2 * buffers[1] / int(zero["offload_optimizer"].get("buffer_count", 4)) * box.ranks_here
     if box.gpus and where["optimizer"] == "none":  # DeepSpeed moves them into one buffer by way of RAM
         host["while it starts: what is trained"] = shapes.trainable * size * here
     if job.activation_offload and box.gpus:
@@ -263,7 +263,7 @@ def seconds(job, box, where, shapes, tokens, kept, accumulation):
     on_gpu = box.gpus and where["optimizer"] == "none"
     step = own * STEP_BYTES[size] / (HBM if on_gpu else box.ram_rate / box.ranks_here)
     if where["optimizer"] == "nvme":
-        # At once, but of one disk: 57.7 GB each way took 50 s on one that alone reads 1.91 and writes 2.96 GB/s.
+        # At once, but of one disk: 57.7 GB each way took 47 s on one that alone reads 1.91 and writes 2.96 GB/s.
         io = own * box.ranks_here * (swap_bytes(job) / box.nvme_read + written_bytes(job, where) / box.nvme_write)
     ahead = max(forward, moved, read)
     micro = ahead + loss + moves + max(backward, back, read) + moves / 2

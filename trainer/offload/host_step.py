@@ -173,7 +173,7 @@ class _HostStep:
         self.queue[i] = update_of(flat, grads, state, group, self.scale, low if own else None)
         if not own or zero.swap_optimizer:  # its values go out by the stock way, or to NVMe, at once
             self._start([i])
-        elif i == len(zero.fp16_groups) - 1:
+        if i == len(zero.fp16_groups) - 1:  # also where its own values are out already
             self._start([i for i in self.queue if not self.worker or i in self.first])
             self._start(list(self.queue), self.worker)
 
