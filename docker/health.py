@@ -12,8 +12,12 @@ from trainer.supervise import LIMITS, heartbeat, is_alive  # noqa: E402
 
 late, seen = False, []
 for path in sorted(Path("runs").glob("*/heartbeat.json")):
-    beat = heartbeat(path.parent)
-    if beat and is_alive(path.parent):
+    try:
+        beat = heartbeat(path.parent)
+        alive = beat and is_alive(path.parent)
+    except OSError:
+        continue  # another user's run
+    if alive:
         silent = time.time() - beat["time"]
         late |= silent > LIMITS.get(beat["phase"], LIMITS["load"])
         seen.append(f"{path.parent.name}: {beat['phase']}, last seen {silent:,.0f} s ago")

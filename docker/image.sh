@@ -42,6 +42,7 @@ build() {
     [ -z "${!name+x}" ] || flags+=(--build-arg "$name=${!name}")
   done
   [ "$engine" = docker ] || flags+=(--layers --format docker)  # HEALTHCHECK is of the docker format
+  export DOCKER_BUILDKIT=1  # the older builder builds every stage, CUDA's too
   # shellcheck disable=SC2086
   (set -x; "$engine" ${STORAGE_FLAGS:-} build "${flags[@]}" ${BUILD_FLAGS:-} .)
   echo "$image"
@@ -87,6 +88,11 @@ run() {
   [ -z "${DATA:-}" ] || flags+=(--volume "$(realpath "$DATA"):/data:ro")  # your rows, read only
   # What is written belongs to who started it; where that is root, to the image's own user, 1000.
   [ "$(id -u)" = 0 ] || flags+=(--user "$(id -u):$(id -g)")
+  local locked=memlock=-1:-1
+  if [ "$engine" = podman ] && [ "$(id -u)" != 0 ]; then
+    flags+=(--userns keep-id)  # else the mounts belong to root inside
+    [ "$(ulimit -Hl)" = unlimited ] || locked=host  # nobody but root raises a hard limit; the doctor says if it is too low
+  fi
   if [ "$engine" = buildah ]; then
     [ $# -gt 0 ] || set -- python launch/doctor.py
     run_buildah "${flags[@]}" -- /usr/bin/tini -s -g -- "$@"
@@ -95,7 +101,7 @@ run() {
   flags+=(
     --rm
     --shm-size 8g  # NCCL, gloo and the data loader exchange through it; 64 MB is the default
-    --ulimit memlock=-1:-1  # buffers for PCIe and NVMe are locked in RAM
+    --ulimit "$locked"  # buffers for PCIe and NVMe are locked in RAM
     --ulimit nofile=65536:65536  # a swap file a tensor, shards, sockets
     --stop-timeout 600  # a stop ends the run after its update, with a checkpoint
     --cap-drop ALL --security-opt no-new-privileges  # it needs none

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,8 @@ class RunArguments:
     fetch_ahead: bool = _flag(True, "on a GPU, with leaf_modules and parameters in RAM: the host does not wait for a layer's copy")
     calibrate: bool | None = _flag(None, "with --deepspeed auto: try out the micro-batch in short runs; none: on GPUs of one machine")
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
-    grace_seconds: int = _flag(30, "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then")
+    grace_seconds: int = _flag(570 if os.environ.get("ZERO_OFFLOAD_IMAGE") else 30,  # a container's stop waits for ten minutes
+                               "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then")
     max_nonfinite_steps: int = _flag(1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient")
     export: bool = _flag(True, "write runs/<name>/export/ at the end")
     max_shard_size: str = _flag("4GB", "largest file of the exported model")

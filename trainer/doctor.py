@@ -138,9 +138,9 @@ def driver(options):
     fits = wanted is None or have[0] >= int(wanted.split(".")[0])
     return Check("driver", OK if fits else FAILURE, f"{version}, up to CUDA {have[0]}.{have[1]}",
                  f"CUDA {wanted}, as torch is built for",
-                 "" if fits else f"a newer driver{' on the host' * bool(hardware.container())}, or make "
-                 f"{'docker-build' if hardware.container() else 'setup'} "
-                 f"TORCH_INDEX=https://download.pytorch.org/whl/cu{have[0]}{have[1]}")
+                 "" if fits else "a newer driver" + " on the host" * bool(hardware.container()) + (
+                     ", or make setup TORCH_INDEX=https://download.pytorch.org/whl/cu126"
+                     if have[0] == 12 and hardware.container() not in ("cpu", "cuda") else ""))
 
 
 def gpu_processes(options):

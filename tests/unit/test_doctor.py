@@ -232,9 +232,9 @@ def test_driver_too_old(tmp_path, monkeypatch):
     monkeypatch.setattr(module.ops, "torch_cuda", lambda: "13.0")
     options = type("Options", (), {"gpus": 2})
     found = module.driver(options)
-    assert found.status == "failure" and "cu122" in found.fix
+    assert found.status == "failure" and "cu126" in found.fix
     monkeypatch.setenv("ZERO_OFFLOAD_IMAGE", "cuda")
-    assert module.driver(options).fix.startswith("a newer driver on the host, or make docker-build TORCH_INDEX=")
+    assert module.driver(options).fix == "a newer driver on the host"
     monkeypatch.setattr(module.ops, "torch_cuda", lambda: "12.8")
     assert module.driver(options).status == "ok"
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
@@ -255,7 +255,7 @@ def test_before_every_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module.ops, "torch_cuda", lambda: "13.0")
     with pytest.raises(RunError, match="not ready: driver") as error:
         module.quick(True, False)
-    assert error.value.code == 3 and "cu122" in str(error.value)
+    assert error.value.code == 3 and "cu126" in str(error.value)
     module.quick(False, False)
     monkeypatch.setattr(module.ops, "torch_cuda", lambda: "12.8")
     capsys.readouterr()
