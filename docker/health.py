@@ -1,4 +1,4 @@
-"""The image's health check: unhealthy where a run that lives has been silent for longer than the supervisor would wait for it.
+"""The image's health check: unhealthy where a run that lives has been silent for longer than its supervisor would wait.
 
 A container without a run is healthy.
 """
@@ -8,18 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainer.supervise import LIMITS, heartbeat, is_alive  # noqa: E402
+from trainer.supervise import heartbeat, is_alive, patience  # noqa: E402
 
 late, seen = False, []
 for path in sorted(Path("runs").glob("*/heartbeat.json")):
+    run = path.parent
     try:
-        beat = heartbeat(path.parent)
-        alive = beat and is_alive(path.parent)
+        beat = heartbeat(run)
+        alive = beat and is_alive(run)
     except OSError:
         continue  # another user's run
     if alive:
         silent = time.time() - beat["time"]
-        late |= silent > LIMITS.get(beat["phase"], LIMITS["load"])
-        seen.append(f"{path.parent.name}: {beat['phase']}, last seen {silent:,.0f} s ago")
+        late |= silent > patience(run, beat["phase"])
+        seen.append(f"{run.name}: {beat['phase']}, last seen {silent:,.0f} s ago")
 print("; ".join(seen) or "no run")
 sys.exit(int(late))

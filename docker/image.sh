@@ -5,11 +5,6 @@
 # (buildah: FROM_FLAGS too).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-engine=${ENGINE:-$(basename "$(command -v docker || command -v podman || command -v buildah || true)")}
-if [ -z "$engine" ]; then
-  printf 'error: no container engine\n  needed: docker, podman or buildah\n  fix:    apt-get install podman, or docker.io, or buildah\n' >&2
-  exit 3
-fi
 what=${1:-}
 target=${2:-cuda}
 case $what/$target in
@@ -31,6 +26,26 @@ cuda=$(sed -n 's|.*/\(cu[0-9]*\)/*$|\1|p' <<<"$index")
 [ "$target" = cpu ] && build=cpu || build=${cuda:-cu130}
 image=zero-offload-trainer:$version-torch$torch-$build
 
+engine=${ENGINE:-} silent=
+for name in docker podman buildah; do
+  [ -z "$engine" ] && [ "$what" != tag ] && command -v "$name" >/dev/null || continue
+  # A client alone builds nothing: another engine may be there.
+  if [ "$name" = docker ] && ! docker info >/dev/null 2>&1; then silent=docker; else engine=$name; fi
+done
+if [ "$what" != tag ] && ! command -v "${engine:-none}" >/dev/null; then
+  found=${engine:+no $engine} fix='apt-get install podman, or docker.io, or buildah'
+  [ -z "$silent" ] || [ -n "$engine" ] || {
+    found='docker, and no daemon that answers this user'
+    fix='start it (systemctl start docker), or join its group (usermod -aG docker YOU, then log in again); docker info says more'
+  }
+  printf 'error: no container engine\n  found:  %s\n  needed: docker, podman or buildah\n  fix:    %s\n' "${found:-none}" "$fix" >&2
+  exit 3
+fi
+if [ "$engine/$what" = buildah/run ] && [ "$(id -u)" != 0 ]; then
+  printf 'error: buildah runs the image as root only\n  found:  user %s\n  needed: docker or podman\n  fix:    apt-get install podman\n' "$(id -u)" >&2
+  exit 3
+fi
+
 build() {
   local label=org.opencontainers.image base=${BASE:-$(sed -n 's/^ARG BASE=//p' docker/Dockerfile)}
   local flags=(--target "$target" --tag "$image" --file docker/Dockerfile
@@ -48,9 +63,9 @@ build() {
   echo "$image"
 }
 
-# buildah has no run of an image: a working container in its place. It raises no limit beyond the hard one of this shell, so that
-# where memory cannot be locked without end the user gets the right to lock in place of the limit. Its filter of system calls lacks one
-# of libaio's in the versions that Debian 12 has.
+# buildah has no run of an image: a working container in its place, for trials and tests: no GPU, and /dev/shm is the host's. It raises
+# no limit beyond the hard one of this shell, so that where memory cannot be locked without end the user gets the right to lock in place
+# of the limit. Its filter of system calls lacks one of libaio's in the versions that Debian 12 has.
 run_buildah() {
   local files container flags=() as=() limits
   files=$(ulimit -Hn)
@@ -68,6 +83,7 @@ run_buildah() {
   container=$(buildah ${STORAGE_FLAGS:-} from --pull-never --security-opt seccomp=unconfined $limits "localhost/$image")
   # shellcheck disable=SC2064
   trap "buildah ${STORAGE_FLAGS:-} rm $container >/dev/null" EXIT
+  [ ! -e "${ENV_FILE:=.env}" ] || echo "warning: buildah has no --env-file: $ENV_FILE stays outside" >&2
   while [ "$1" != -- ]; do flags+=("$1"); shift; done
   shift
   # shellcheck disable=SC2086
@@ -99,7 +115,6 @@ run() {
     return
   fi
   flags+=(
-    --rm
     --shm-size 8g  # NCCL, gloo and the data loader exchange through it; 64 MB is the default
     --ulimit "$locked"  # buffers for PCIe and NVMe are locked in RAM
     --ulimit nofile=65536:65536  # a swap file a tensor, shards, sockets
@@ -110,6 +125,8 @@ run() {
     [ "$engine" = docker ] && flags+=(--gpus all) || flags+=(--device nvidia.com/gpu=all)
   fi
   [ ! -e "${ENV_FILE:=.env}" ] || flags+=(--env-file "$ENV_FILE")  # HF_TOKEN, WANDB_API_KEY: never in the image, never in YAML
+  # One in the background stays when it has ended: its output and exit code are still asked for.
+  [[ " ${RUN_FLAGS:-} " =~ " "(--detach|-d)" " ]] || flags+=(--rm)
   [ ! -t 0 ] || flags+=(--interactive --tty)
   # shellcheck disable=SC2086
   (set -x; exec "$engine" run "${flags[@]}" ${RUN_FLAGS:-} "$image" "$@")

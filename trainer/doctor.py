@@ -89,7 +89,8 @@ def _wanted(options):
 
 
 def _built(name):
-    return ops.installed(name, hardware.gpu_count() > 0) or any((root / name / f"{name}.so").is_file() for root in ops.folders())
+    on_gpu = hardware.gpu_count() > 0 or hardware.container() == "cuda"  # the GPUs' image without one: only the GPU is missing
+    return ops.installed(name, on_gpu) or any((root / name / f"{name}.so").is_file() for root in ops.folders())
 
 
 def op_builds(options):

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from . import errors
+from . import errors, hardware
 from .errors import RunError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -82,5 +82,6 @@ def newest(directory):
 
 
 def command(directory):
-    """The line that resumes a run."""
-    return f"deepspeed launch/train.py --config {directory}/resolved_config.yaml --resume_from_checkpoint auto"
+    """The line that resumes a run. In our container the supervisor's, which makes a checkpoint of its stop."""
+    start = "python launch/supervise.py" if hardware.container() in ("cpu", "cuda") else "deepspeed launch/train.py"
+    return f"{start} --config {directory}/resolved_config.yaml --resume_from_checkpoint auto"

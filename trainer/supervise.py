@@ -133,6 +133,16 @@ def stop(directory):
     return DONE
 
 
+def patience(directory, phase):
+    """Seconds that the run may be silent in `phase`: as its supervisor has it now, else the phase's own."""
+    try:
+        if swap.is_held(directory / ".supervised"):
+            return float((directory / ".patience").read_text())
+    except (OSError, ValueError):
+        pass
+    return LIMITS.get(phase, LIMITS["load"])
+
+
 def is_alive(directory):
     """Whether a rank or a supervisor holds the run."""
     return any((directory / name).exists() and swap.is_held(directory / name) for name in (".running", ".supervised"))
@@ -168,7 +178,7 @@ class Supervisor:
         self.asked, self.attempt = 0, 0  # signals from outside; starts
         self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         self.processes, self.stopped_since, self.longest, self.beats = [], {}, 0.0, None
-        self.lowest, self.sizes, self.oom = None, {}, 0
+        self.lowest, self.sizes, self.oom, self.told = None, {}, 0, None
 
     def run(self):
         """Exit code."""
@@ -304,9 +314,19 @@ class Supervisor:
         limit = self.limits.get(stamp[1], 1800)
         if stamp[1] == "train":  # before the first update nothing is known of how long one takes
             limit = max(limit, SLACK * self.longest if stamp[0] > self.base else self.limits["load"])
+        self._tell(limit)
         if silent > limit:
             return f"no sign of life for {silent:.0f} s in {stamp[1]} after step {stamp[0]}; limit: {limit:.0f} s (--hang_timeout)"
         return None
+
+    def _tell(self, limit):
+        """For others that watch the run, as the image's health check."""
+        if limit != self.told:
+            self.told = limit
+            try:
+                (self.directory / ".patience").write_text(str(limit))
+            except OSError:  # a full disk is the ranks' own matter
+                pass
 
     def _dump(self):
         """Ask every rank for its stacks, stopped ones too."""

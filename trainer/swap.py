@@ -70,7 +70,7 @@ def check_place(path):
 
 def _locked(path):
     """The open, locked file, or None where another process holds it. The lock is the kernel's: it ends with its process."""
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -80,11 +80,15 @@ def _locked(path):
 
 
 def is_held(path):
-    """Whether a living process holds the lock."""
-    handle = _locked(path)
-    if handle is not None:
+    """Whether a living process holds the lock. To look needs the right to read alone: another user's run may be asked for."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
         os.close(handle)
-    return handle is None
+    return False
 
 
 def take(path, what, fix):

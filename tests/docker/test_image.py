@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -87,13 +88,24 @@ def folders(tmp_path):
     return made
 
 
-def run(checkout, folders, *command, before="true", flags="", timeout=900):
+def start(checkout, folders, *command, before="true", flags=""):
     """In a working container with a network of its own, of which only the loopback is up. `before`: shell, in the same namespaces."""
     environment = {**os.environ, "ENGINE": "buildah", "RUNS": str(folders["runs"]), "NVME": str(folders["nvme"]),
                    "CACHE": str(folders["cache"]), "RUN_FLAGS": flags, "ENV_FILE": "/nowhere"}
     script = f"ip link set lo up; {before}; exec docker/image.sh run cpu \"$@\""
-    return subprocess.run(["unshare", "--net", "--mount", "bash", "-c", script, "run", *map(str, command)], cwd=checkout, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, timeout=timeout)
+    return subprocess.Popen(["unshare", "--net", "--mount", "bash", "-c", script, "run", *map(str, command)], cwd=checkout, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+def run(*arguments, timeout=900, **options):
+    with start(*arguments, **options) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
 def test_what_the_image_is(image, capsys):
@@ -158,6 +170,25 @@ def test_trains_without_a_network(image, checkout, folders):
         assert (folders["runs"] / config).stat().st_uid == 1000
     done = run(checkout, folders, "python", "docker/health.py")
     assert done.returncode == 0 and "no run" in done.stdout
+
+
+def test_a_stop_saves(image, checkout, folders):
+    """What `docker stop` does: SIGTERM to the first process. The run ends after its update, with a checkpoint, which it goes on from."""
+    flags = ["--config", "tiny_cpu", "--deepspeed", "ds_z3_offload.json", "--eval_strategy", "no", "--eval_on_start", "false",
+             "--export", "false", "--run_name", "stopped"]
+    with start(checkout, folders, "python", "launch/supervise.py", *flags, "--max_steps", "500") as process:
+        output = ""
+        for line in process.stdout:
+            output += line
+            if line.startswith("step 2/"):
+                first, = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "tini")
+                first.terminate()
+    assert process.returncode == 75, output
+    saved, = (folders["runs"] / "stopped").glob("checkpoint-*")
+    at = int(saved.name.split("-")[1])
+    assert 2 <= at < 10 and saved.stat().st_uid == 1000 and "to go on: python launch/supervise.py" in output, output
+    done = run(checkout, folders, "python", "launch/supervise.py", *flags, "--max_steps", at + 1, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0 and f"step {at + 1}/{at + 1}" in done.stdout, done.stdout[-4000:]
 
 
 def test_health(image, checkout, folders):

@@ -11,6 +11,8 @@ import psutil
 import pytest
 from conftest import FLAGS, ROOT
 
+from trainer import supervise
+
 SAVES = ["--max_steps", 12, "--save_steps", 3]
 POINTS = ["before-parts", "after-a-part", "before-manifest", "before-rename", "after-rename", "during-rotation"]
 
@@ -149,6 +151,7 @@ def test_a_hanging_rank(starts, row):
     run.ends(1, 200)
     assert "no sign of life for" in run.output and "in train after step 3" in run.output
     assert "inject.py" in (run.directory / "stacks-0.txt").read_text()
+    assert 8 <= float((run.directory / ".patience").read_text()) < supervise.LIMITS["train"]  # for the image's health check
     row("a rank hangs", "no sign of life: stacks written, ended, restarted within its budget")
 
 

@@ -1,7 +1,10 @@
 """The supervisor's own flags, what a resumed run takes from where, and the swap directory's lock. No torch."""
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +112,26 @@ def test_only_our_dead_directories_are_reclaimed(tmp_path):
     swap.reclaim(tmp_path, said.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "living"] and "reclaimed (dead)" in said[0]
     living.close()
+
+
+def test_the_image_is_as_patient_as_the_supervisor(tmp_path):
+    """docker/health.py: a silence that the supervisor of the run allows is no illness; without one the phase's own limit counts."""
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+
+    def health(silent, patience=None):
+        (run / "heartbeat.json").write_text(json.dumps({"step": 1, "phase": "train", "time": time.time() - silent}))
+        held = [swap.take(run / ".running", "the run", "wait")]
+        if patience:
+            held.append(swap.take(run / ".supervised", "the run", "wait"))
+            (run / ".patience").write_text(str(patience))
+        done = subprocess.run([sys.executable, Path(__file__).resolve().parents[2] / "docker/health.py"], cwd=tmp_path, text=True,
+                              capture_output=True)
+        for handle in held:
+            os.close(handle)
+        assert "x: train, last seen" in done.stdout, done
+        return done.returncode
+
+    assert [health(10), health(4000)] == [0, 1]
+    assert [health(4000, 14400), health(100, 60)] == [0, 1]
+    assert health(4000) == 1  # what an earlier supervisor said is not asked

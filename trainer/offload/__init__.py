@@ -155,13 +155,26 @@ def _start_in_less_memory():
         self.offload_optimizer_pin_memory = pinned and not in_place
         plain(self)
         self.offload_optimizer_pin_memory = pinned
-        if in_place:  # where a driver refuses, the copies are slower
-            held, runtime = self.grad_partitions_flat_buffer, torch.cuda.cudart()
-            if runtime.cudaHostRegister(held.data_ptr(), held.nbytes, 0) == runtime.cudaError.success:
-                weakref.finalize(self, runtime.cudaHostUnregister, held.data_ptr()).atexit = False
+        if in_place and _lock_in_place(self.grad_partitions_flat_buffer):
+            address = self.grad_partitions_flat_buffer.data_ptr()
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
 
     Zero._setup_for_real_optimizer = set_up
     return "a start without the parameters' old memory and a second buffer of gradients"
+
+
+def _lock_in_place(tensor):
+    """Whether the CPU tensor's memory is now pinned for CUDA. Where the driver refuses, copies of it are slower, no more."""
+    import torch
+
+    runtime = torch.cuda.cudart()
+    if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0) == runtime.cudaError.success:
+        return True
+    try:  # CUDA keeps the error until somebody asks: that must not be the next launch of the run
+        torch.zeros(1, device="cuda")
+    except RuntimeError:
+        pass
+    return False
 
 
 def _let_the_host_run_ahead():
