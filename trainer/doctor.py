@@ -123,7 +123,7 @@ def gpu(options):
     return Check("gpu", FAILURE if in_ours else WARNING,
                  "none" + (f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else " was passed through" if in_ours else ""),
                  "an NVIDIA GPU" + ("" if in_ours else ", or --use_cpu: the run is on the CPU"),
-                 "docker run --gpus all (podman: --device nvidia.com/gpu=all), or the image of make docker-build TARGET=cpu"
+                 f"{hardware.PASS_GPUS}, or the image of make docker-build TARGET=cpu"
                  if in_ours else "in a container: --gpus all")
 
 

@@ -4,11 +4,12 @@ import re
 import resource
 from pathlib import Path
 
-from .errors import RunError
+from .errors import DOES_NOT_FIT, RunError
 
 # MB; larger blocks are neither rounded up nor kept when they are freed. Equal, or torch may write past a block (pytorch#192722).
 EXACT_PINNED = "pinned_max_round_threshold_mb:16,pinned_max_cached_size_mb:16"
 EXPANDABLE = "expandable_segments:True"
+PASS_GPUS = "docker run --gpus all (podman: --device nvidia.com/gpu=all)"
 CAP_IPC_LOCK = 1 << 14  # linux/capability.h: with it, mlock has no limit
 
 
@@ -110,9 +111,13 @@ def cpu_has_bf16():
 
 def uses_gpu(settings):
     """Whether the run is on CUDA; RunError where CUDA was asked for and there is none."""
-    if settings.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu":
+    on_cpu, found = settings.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu", gpu_count()
+    if container() == "cuda" and (on_cpu or not found):  # the ops in it are CUDA's, and there is no compiler for others
+        raise RunError("this is the image for GPUs", needed="an NVIDIA GPU",
+                       found="--use_cpu, or DS_ACCELERATOR=cpu" if on_cpu else "no GPU was passed through",
+                       fix=f"{PASS_GPUS}, or the image of make docker-build TARGET=cpu", code=DOES_NOT_FIT)
+    if on_cpu:
         return False
-    found = gpu_count()
     asked = None
     if settings.given("use_cpu"):
         asked = "--use_cpu false"

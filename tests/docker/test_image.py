@@ -173,7 +173,7 @@ def test_trains_without_a_network(image, checkout, folders):
 
 
 def test_a_stop_saves(image, checkout, folders):
-    """What `docker stop` does: SIGTERM to the first process. The run ends after its update, with a checkpoint, which it goes on from."""
+    """As `docker stop` does: SIGTERM to the first process. The run ends after its update, with a checkpoint that it goes on from."""
     flags = ["--config", "tiny_cpu", "--deepspeed", "ds_z3_offload.json", "--eval_strategy", "no", "--eval_on_start", "false",
              "--export", "false", "--run_name", "stopped"]
     with start(checkout, folders, "python", "launch/supervise.py", *flags, "--max_steps", "500") as process:

@@ -1,4 +1,9 @@
-"""CPU cores for each rank."""
+"""CPU cores for each rank, and what a run is on."""
+import pytest
+
+from trainer import hardware
+from trainer.args import resolve
+from trainer.errors import RunError
 from trainer.hardware import share_cores
 
 
@@ -27,3 +32,17 @@ def test_only_what_is_allowed():
 
 def test_more_ranks_than_cores():
     assert share_cores({0, 1}, [set()] * 3, lambda cpu: {cpu}) == [{0, 1}, {0}, {1}]
+
+
+@pytest.mark.parametrize("flags, words", [([], "no GPU was passed through"), (["--use_cpu", "true"], "--use_cpu")])
+def test_the_image_for_gpus_without_one(monkeypatch, flags, words):
+    """Its ops are CUDA's: a run on the CPU would want a compiler. The mend is a flag of docker, or the other image."""
+    monkeypatch.setenv("ZERO_OFFLOAD_IMAGE", "cuda")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(hardware, "gpu_count", lambda: 0)
+    with pytest.raises(RunError, match=words) as error:
+        hardware.uses_gpu(resolve(flags))
+    assert "--gpus all" in str(error.value) and error.value.code == 3
+    monkeypatch.setattr(hardware, "gpu_count", lambda: 1)
+    if not flags:
+        assert hardware.uses_gpu(resolve(flags))
