@@ -28,16 +28,16 @@ image=zero-offload-trainer:$version-torch$torch-$build
 
 engine=${ENGINE:-} silent=
 for name in docker podman buildah; do
-  [ -z "$engine" ] && [ "$what" != tag ] && command -v "$name" >/dev/null || continue
+  if [ -n "$engine" ] || [ "$what" = tag ] || ! command -v "$name" >/dev/null; then continue; fi
   # A client alone builds nothing: another engine may be there.
   if [ "$name" = docker ] && ! docker info >/dev/null 2>&1; then silent=docker; else engine=$name; fi
 done
 if [ "$what" != tag ] && ! command -v "${engine:-none}" >/dev/null; then
   found=${engine:+no $engine} fix='apt-get install podman, or docker.io, or buildah'
-  [ -z "$silent" ] || [ -n "$engine" ] || {
+  if [ -n "$silent" ] && [ -z "$engine" ]; then
     found='docker, and no daemon that answers this user'
     fix='start it (systemctl start docker), or join its group (usermod -aG docker YOU, then log in again); docker info says more'
-  }
+  fi
   printf 'error: no container engine\n  found:  %s\n  needed: docker, podman or buildah\n  fix:    %s\n' "${found:-none}" "$fix" >&2
   exit 3
 fi
