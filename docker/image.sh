@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # The image with docker, podman or buildah, whichever is there. Run as: docker/image.sh build|run|tag [cuda|cpu] [COMMAND ...]
+# or: eval "$(docker/image.sh mounts)", which makes the directories that compose mounts, and exports who owns them.
 # From the environment: ENGINE=docker|podman|buildah; build: BASE, TORCH_INDEX, DEBIAN_SNAPSHOT, MARCH, TORCH_CUDA_ARCH_LIST,
-# BUILD_FLAGS; run: NVME, RUNS, CACHE, DATA (directories of the host), ENV_FILE, RUN_FLAGS
-# (buildah: FROM_FLAGS too).
+# BUILD_FLAGS; run: IMAGE (one from a registry), NVME, RUNS, CACHE, DATA (directories of the host; relative ones are the checkout's),
+# ENV_FILE, RUN_FLAGS (buildah: FROM_FLAGS too).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}
 target=${2:-cuda}
 case $what/$target in
-  build/c* | run/c* | tag/c*) [ "$target" = cpu ] || [ "$target" = cuda ] || what= ;;
+  build/c* | run/c* | tag/c* | mounts/c*) [ "$target" = cpu ] || [ "$target" = cuda ] || what= ;;
   *) what= ;;
 esac
 if [ -z "$what" ]; then
-  printf 'error: docker/image.sh %s\n  needed: build, run or tag, then cuda or cpu\n' "$*" >&2
+  printf 'error: docker/image.sh %s\n  needed: build, run or tag, then cuda or cpu; or mounts\n' "$*" >&2
   exit 2
 fi
 shift $(($# < 2 ? $# : 2))
@@ -24,26 +25,35 @@ index=${TORCH_INDEX:-}
 # PyPI's build of that torch is for CUDA 13.0; another index names its own.
 cuda=$(sed -n 's|.*/\(cu[0-9]*\)/*$|\1|p' <<<"$index")
 [ "$target" = cpu ] && build=cpu || build=${cuda:-cu130}
-image=zero-offload-trainer:$version-torch$torch-$build
+image=${IMAGE:-zero-offload-trainer:$version-torch$torch-$build}
+
+refuse() {  # WHAT FOUND NEEDED FIX CODE
+  printf 'error: %s\n  found:  %s\n  needed: %s\n  fix:    %s\n' "${@:1:4}" >&2
+  exit "$5"
+}
 
 engine=${ENGINE:-} silent=
 for name in docker podman buildah; do
-  if [ -n "$engine" ] || [ "$what" = tag ] || ! command -v "$name" >/dev/null; then continue; fi
+  if [ -n "$engine" ] || [[ $what =~ tag|mounts ]] || ! command -v "$name" >/dev/null; then continue; fi
   # A client alone builds nothing: another engine may be there.
   if [ "$name" = docker ] && ! docker info >/dev/null 2>&1; then silent=docker; else engine=$name; fi
 done
-if [ "$what" != tag ] && ! command -v "${engine:-none}" >/dev/null; then
+# Debian's podman-docker answers to the name, and takes other flags.
+[ "$engine" != docker ] || [[ $(docker --version 2>/dev/null) != podman* ]] || engine=podman
+if [[ ! $what =~ tag|mounts ]] && ! command -v "${engine:-none}" >/dev/null; then
   found=${engine:+no $engine} fix='apt-get install podman, or docker.io, or buildah'
   if [ -n "$silent" ] && [ -z "$engine" ]; then
     found='docker, and no daemon that answers this user'
     fix='start it (systemctl start docker), or join its group (usermod -aG docker YOU, then log in again); docker info says more'
   fi
-  printf 'error: no container engine\n  found:  %s\n  needed: docker, podman or buildah\n  fix:    %s\n' "${found:-none}" "$fix" >&2
-  exit 3
+  refuse "no container engine" "${found:-none}" "docker, podman or buildah" "$fix" 3
 fi
 if [ "$engine/$what" = buildah/run ] && [ "$(id -u)" != 0 ]; then
-  printf 'error: buildah runs the image as root only\n  found:  user %s\n  needed: docker or podman\n  fix:    apt-get install podman\n' "$(id -u)" >&2
-  exit 3
+  refuse "buildah runs the image as root only" "user $(id -u)" "docker or podman" "apt-get install podman" 3
+fi
+if [ "$engine/$what" = docker/build ] && ! docker buildx version >/dev/null 2>&1; then
+  refuse "docker cannot build it" "no buildx" "BuildKit: the older builder builds every stage, CUDA's too" \
+    "apt-get install docker-buildx (Docker's own packages: docker-buildx-plugin)" 3
 fi
 
 build() {
@@ -57,7 +67,7 @@ build() {
     [ -z "${!name+x}" ] || flags+=(--build-arg "$name=${!name}")
   done
   [ "$engine" = docker ] || flags+=(--layers --format docker)  # HEALTHCHECK is of the docker format
-  export DOCKER_BUILDKIT=1  # the older builder builds every stage, CUDA's too
+  export DOCKER_BUILDKIT=1
   # shellcheck disable=SC2086
   (set -x; "$engine" ${STORAGE_FLAGS:-} build "${flags[@]}" ${BUILD_FLAGS:-} .)
   echo "$image"
@@ -80,29 +90,40 @@ run_buildah() {
     limits+=" --ulimit memlock=-1:-1"
   fi
   # shellcheck disable=SC2086
-  container=$(buildah ${STORAGE_FLAGS:-} from --pull-never --security-opt seccomp=unconfined $limits "localhost/$image")
+  container=$(buildah ${STORAGE_FLAGS:-} from --pull-never --security-opt seccomp=unconfined $limits "${IMAGE:-localhost/$image}")
   # shellcheck disable=SC2064
   trap "buildah ${STORAGE_FLAGS:-} rm $container >/dev/null" EXIT
-  [ ! -e "${ENV_FILE:=.env}" ] || echo "warning: buildah has no --env-file: $ENV_FILE stays outside" >&2
+  [ -z "${ENV_FILE:-}" ] || echo "warning: buildah has no --env-file: $ENV_FILE stays outside" >&2
   while [ "$1" != -- ]; do flags+=("$1"); shift; done
   shift
   # shellcheck disable=SC2086
   buildah ${STORAGE_FLAGS:-} run --isolation "${ISOLATION:-chroot}" "${flags[@]}" ${RUN_FLAGS:-} "$container" -- "${as[@]}" "$@"
 }
 
-run() {
-  local runs=${RUNS:-runs} nvme=${NVME:-.swap} cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/zero-offload-image}
+# What a mount lacks, the daemon would make as root. It belongs to who started it; where that is root, to the image's own user, 1000.
+mounts() {
   local folder
   for folder in "$runs" "$nvme" "$cache"; do
     [ -e "$folder" ] || { mkdir -p "$folder"; [ "$(id -u)" != 0 ] || chown 1000:1000 "$folder"; }
   done
+}
+
+run() {
+  mounts
   local flags=(
     --volume "$(realpath "$runs"):/app/runs"  # checkpoints and results stay on the host
     --volume "$(realpath "$nvme"):/app/.swap"  # swap files: a local NVMe, not the image's overlay, which has no O_DIRECT everywhere
     --volume "$(realpath "$cache"):/cache"  # models, tokenised data and compiled kernels live longer than a container
   )
+  if [ -n "${DATA:-}" ] && [ ! -d "$DATA" ]; then
+    refuse "DATA is not a directory of this machine" "$DATA" "a folder, which is /data inside" \
+      "DATA=FOLDER, and --dataset /data/FILE in CMD; other addresses go to --dataset alone" 2
+  fi
+  if [ -n "${ENV_FILE:-}" ] && [ ! -f "$ENV_FILE" ]; then
+    refuse "ENV_FILE is not a file" "$ENV_FILE" "lines NAME=value" "install -m 600 /dev/null $ENV_FILE, and fill it; none: ENV_FILE=" 2
+  fi
+  [ -n "${ENV_FILE+x}" ] || [ ! -e .env ] || ENV_FILE=.env
   [ -z "${DATA:-}" ] || flags+=(--volume "$(realpath "$DATA"):/data:ro")  # your rows, read only
-  # What is written belongs to who started it; where that is root, to the image's own user, 1000.
   [ "$(id -u)" = 0 ] || flags+=(--user "$(id -u):$(id -g)")
   local locked=memlock=-1:-1
   if [ "$engine" = podman ] && [ "$(id -u)" != 0 ]; then
@@ -124,16 +145,23 @@ run() {
   if [ "$target" = cuda ]; then
     [ "$engine" = docker ] && flags+=(--gpus all) || flags+=(--device nvidia.com/gpu=all)
   fi
-  [ ! -e "${ENV_FILE:=.env}" ] || flags+=(--env-file "$ENV_FILE")  # HF_TOKEN, WANDB_API_KEY: never in the image, never in YAML
-  # One in the background stays when it has ended: its output and exit code are still asked for.
-  [[ " ${RUN_FLAGS:-} " =~ " "(--detach|-d)" " ]] || flags+=(--rm)
-  [ ! -t 0 ] || flags+=(--interactive --tty)
+  [ -z "${ENV_FILE:-}" ] || flags+=(--env-file "$ENV_FILE")  # HF_TOKEN, WANDB_API_KEY: never in the image, never in YAML
+  # One in the background stays when it has ended: its output and exit code are still asked for. A log has no use for a terminal.
+  if [[ ! " ${RUN_FLAGS:-} " =~ " "(--detach|-d)" " ]]; then
+    flags+=(--rm)
+    [ ! -t 0 ] || flags+=(--interactive --tty)
+  fi
   # shellcheck disable=SC2086
   (set -x; exec "$engine" run "${flags[@]}" ${RUN_FLAGS:-} "$image" "$@")
 }
 
+runs=${RUNS:-runs} nvme=${NVME:-.swap} cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/zero-offload-image}
 case $what in
   build) build ;;
+  mounts)
+    mounts
+    [ "$(id -u)" = 0 ] || echo "export USER_ID=$(id -u) GROUP_ID=$(id -g)"
+    ;;
   run) run "$@" ;;
   tag) echo "$image" ;;
 esac

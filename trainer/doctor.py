@@ -213,7 +213,7 @@ def locked_memory(options):
     small = limit < 2 * GIB
     return Check("locked memory", (FAILURE if options.nvme or hardware.container() else WARNING) if small else OK,
                  f"{limit / GIB:.4g} GiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB", needed,
-                 "" if not small else "docker run --ulimit memlock=-1" if hardware.container() else
+                 "" if not small else hardware.lock_more() if hardware.container() else
                  "ulimit -l unlimited (/etc/security/limits.conf); in a container: --ulimit memlock=-1")
 
 
@@ -228,7 +228,7 @@ def pinned_memory(options):
     if failed:
         return Check("pinned memory", FAILURE if options.nvme or hardware.container() else WARNING,
                      f"256 MiB cannot be locked: {os.strerror(ctypes.get_errno())}",
-                     "memory that can be locked", "docker run --ulimit memlock=-1" if hardware.container() else
+                     "memory that can be locked", hardware.lock_more() if hardware.container() else
                      "ulimit -l unlimited; in a container: --ulimit memlock=-1")
     return Check("pinned memory", OK, "256 MiB could be locked")
 

@@ -144,6 +144,13 @@ def container():
         "other" if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) else None)
 
 
+def lock_more():
+    """What raises the limit of locked memory in a container."""
+    if os.path.exists("/run/.containerenv"):  # podman's, which without root raises no limit beyond the host's own
+        return "podman run --ulimit memlock=-1; without root: memlock unlimited in the host's limits.conf, and a new login"
+    return "docker run --ulimit memlock=-1"
+
+
 def memlock_limit():
     """Bytes that this process may lock, or None for no limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

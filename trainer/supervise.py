@@ -88,6 +88,9 @@ def main(argv=None):
         elif settings.output_dir and not settings.given("output_dir"):  # that of the checkpoint
             added = ["--output_dir", settings.output_dir]
         if own["detach"]:
+            if hardware.container() in ("cpu", "cuda") and os.getppid() == 1:  # the container ends with its command
+                raise RunError("--detach: the container would end at once, and the run with it",
+                               fix="without it: make docker-run DETACH=1, or docker run --detach")
             return detach([*argv, *added], run_directory(settings))
         ranks = int(own["num_gpus"] or 0) or (hardware.gpu_count() if hardware.uses_gpu(settings) else 1)
         return Supervisor([*rest, *added], run_directory(settings), ranks, own).run()

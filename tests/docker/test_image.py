@@ -91,7 +91,7 @@ def folders(tmp_path):
 def start(checkout, folders, *command, before="true", flags=""):
     """In a working container with a network of its own, of which only the loopback is up. `before`: shell, in the same namespaces."""
     environment = {**os.environ, "ENGINE": "buildah", "RUNS": str(folders["runs"]), "NVME": str(folders["nvme"]),
-                   "CACHE": str(folders["cache"]), "RUN_FLAGS": flags, "ENV_FILE": "/nowhere"}
+                   "CACHE": str(folders["cache"]), "RUN_FLAGS": flags, "ENV_FILE": ""}
     script = f"ip link set lo up; {before}; exec docker/image.sh run cpu \"$@\""
     return subprocess.Popen(["unshare", "--net", "--mount", "bash", "-c", script, "run", *map(str, command)], cwd=checkout, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
@@ -229,7 +229,7 @@ def test_starts_as_fast_as_outside(image, checkout, folders, capsys):
         return found
 
     environment = {**os.environ, "ENGINE": "buildah", "RUNS": str(folders["runs"]), "NVME": str(folders["nvme"]),
-                   "CACHE": str(folders["cache"]), "ENV_FILE": "/nowhere"}
+                   "CACHE": str(folders["cache"]), "ENV_FILE": ""}
     outside = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     times = {"inside": [], "outside": []}
     for i in range(4):

@@ -119,19 +119,24 @@ def test_the_image_is_as_patient_as_the_supervisor(tmp_path):
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
 
-    def health(silent, patience=None):
+    def health(silent, patience=None, started=9000, host=None):
         (run / "heartbeat.json").write_text(json.dumps({"step": 1, "phase": "train", "time": time.time() - silent}))
         held = [swap.take(run / ".running", "the run", "wait")]
         if patience:
             held.append(swap.take(run / ".supervised", "the run", "wait"))
             (run / ".patience").write_text(str(patience))
+            os.utime(run / ".supervised", (time.time() - started,) * 2)
+        if host:
+            (run / ".running").write_text(json.dumps({"pid": 1, "host": host}))
         done = subprocess.run([sys.executable, Path(__file__).resolve().parents[2] / "docker/health.py"], cwd=tmp_path, text=True,
                               capture_output=True)
         for handle in held:
             os.close(handle)
-        assert "x: train, last seen" in done.stdout, done
+        assert ("x: train, last seen" if not host else "no run") in done.stdout, done
         return done.returncode
 
     assert [health(10), health(4000)] == [0, 1]
     assert [health(4000, 14400), health(100, 60)] == [0, 1]
     assert health(4000) == 1  # what an earlier supervisor said is not asked
+    assert [health(99999, 14400, started=60), health(99999, 14400, started=15000)] == [0, 1]  # resumed, still on its way
+    assert health(4000, host="another container") == 0
