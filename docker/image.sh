@@ -73,9 +73,21 @@ build() {
   echo "$image"
 }
 
+# podman's and buildah's filter of system calls forbids one of libaio's, and DeepSpeed then asks for its results for ever: their filter
+# with this call, as docker's has it. Beside the cache, where no container can write.
+security=()
+filter() {
+  local theirs=/etc/containers/seccomp.json ours=$cache-seccomp.json
+  [ -e "$theirs" ] || theirs=/usr/share/containers/seccomp.json
+  [ -e "$theirs" ] || return 0
+  sed '/"io_pgetevents",/d; s/"io_getevents",/& "io_pgetevents",/' "$theirs" >"$ours.$$"
+  mv "$ours.$$" "$ours"
+  security=(--security-opt "seccomp=$ours")
+}
+
 # buildah has no run of an image: a working container in its place, for trials and tests: no GPU, and /dev/shm is the host's. It raises
 # no limit beyond the hard one of this shell, so that where memory cannot be locked without end the user gets the right to lock in place
-# of the limit. Its filter of system calls lacks one of libaio's in the versions that Debian 12 has.
+# of the limit.
 run_buildah() {
   local files container flags=() as=() limits
   files=$(ulimit -Hn)
@@ -89,8 +101,9 @@ run_buildah() {
   else
     limits+=" --ulimit memlock=-1:-1"
   fi
+  filter
   # shellcheck disable=SC2086
-  container=$(buildah ${STORAGE_FLAGS:-} from --pull-never --security-opt seccomp=unconfined $limits "${IMAGE:-localhost/$image}")
+  container=$(buildah ${STORAGE_FLAGS:-} from --pull-never "${security[@]}" $limits "${IMAGE:-localhost/$image}")
   # shellcheck disable=SC2064
   trap "buildah ${STORAGE_FLAGS:-} rm $container >/dev/null" EXIT
   [ -z "${ENV_FILE:-}" ] || echo "warning: buildah has no --env-file: $ENV_FILE stays outside" >&2
@@ -142,6 +155,10 @@ run() {
     --stop-timeout 600  # a stop ends the run after its update, with a checkpoint
     --cap-drop ALL --security-opt no-new-privileges  # it needs none
   )
+  if [ "$engine" = podman ]; then
+    filter
+    flags+=("${security[@]}")
+  fi
   if [ "$target" = cuda ]; then
     [ "$engine" = docker ] && flags+=(--gpus all) || flags+=(--device nvidia.com/gpu=all)
   fi

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("bash", "sh", "basename", "dirname", "sed", "git", "date", "id", "mkdir", "chown", "realpath", "make", "awk", "env", "python3")
+TOOLS = ("bash", "sh", "basename", "dirname", "sed", "git", "date", "id", "mkdir", "chown", "realpath", "make", "awk", "env", "mv",
+         "python3")
 
 
 @pytest.fixture
@@ -47,8 +48,9 @@ def test_the_flags(image, tmp_path):
     (tmp_path / "secrets").write_text("A=b\n")
     done = image({"docker": ""}, "run", "cuda", "python", "x.py", DATA=str(tmp_path / "rows"), ENV_FILE=str(tmp_path / "secrets"))
     assert done.returncode == 0, done.stderr
-    for flag in (f"--volume {tmp_path}/runs:/app/runs ", f"--volume {tmp_path}/nvme:/app/.swap ", f"--volume {tmp_path}/cache:/cache ",
-                 f"--volume {tmp_path}/rows:/data:ro ", "--shm-size 8g ", "--ulimit memlock=-1:-1 ", "--gpus all ", "--cap-drop ALL ",
+    for flag in (f"--volume {tmp_path}/runs:/app/runs ", f"--volume {tmp_path}/nvme:/app/.swap ",
+                 f"--volume {tmp_path}/cache:/cache ", f"--volume {tmp_path}/rows:/data:ro ",
+                 "--shm-size 8g ", "--ulimit memlock=-1:-1 ", "--gpus all ", "--cap-drop ALL ",
                  f"--env-file {tmp_path}/secrets ", "--stop-timeout 600 ", "--rm ", "-cu130 python x.py "):
         assert flag in done.stdout, (flag, done.stdout)
     assert "--gpus" not in image({"docker": ""}, "run", "cpu").stdout
