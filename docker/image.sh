@@ -122,6 +122,13 @@ mounts() {
 }
 
 run() {
+  local known=(image inspect)
+  [ "$engine" != buildah ] || known=(inspect --type image)
+  # shellcheck disable=SC2086
+  if [ -z "${IMAGE:-}" ] && ! "$engine" ${STORAGE_FLAGS:-} "${known[@]}" "$image" >/dev/null 2>&1; then
+    refuse "the image is not there" "no $image with $engine" "one that is built, or one of a registry" \
+      "make docker-build TARGET=$target, or IMAGE=REGISTRY/NAME:TAG" 3
+  fi
   mounts
   local flags=(
     --volume "$(realpath "$runs"):/app/runs"  # checkpoints and results stay on the host

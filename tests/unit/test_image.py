@@ -80,6 +80,7 @@ def test_the_engine(image, engines, found):
     ({"docker": '[ "$1" != info ] || exit 1'}, ["build", "cpu"], {}, 3, ["no daemon that answers", "systemctl start docker"]),
     ({"docker": ""}, ["build", "cpu"], {"ENGINE": "podman"}, 3, ["no podman"]),
     ({"docker": '[ "$1" != buildx ] || exit 1'}, ["build", "cpu"], {}, 3, ["no buildx", "docker-buildx"]),
+    ({"docker": '[ "$1" != image ] || exit 1'}, ["run", "cpu"], {}, 3, ["the image is not there", "make docker-build TARGET=cpu"]),
     ({"docker": ""}, ["run", "cpu"], {"DATA": "s3://bucket/rows"}, 2, ["s3://bucket/rows", "--dataset"]),
     ({"docker": ""}, ["run", "cpu"], {"DATA": "/no/such"}, 2, ["DATA is not a directory", "/no/such"]),
     ({"docker": ""}, ["run", "cpu"], {"ENV_FILE": "/no/such"}, 2, ["ENV_FILE is not a file", "/no/such"])])
