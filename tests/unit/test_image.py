@@ -31,7 +31,7 @@ def image(tmp_path, monkeypatch):
         places = {name: str(tmp_path / name.lower()) for name in ("RUNS", "NVME", "CACHE")}
         command = command if command[0] == "make" else ["docker/image.sh", *command]
         return subprocess.run(command, cwd=ROOT, text=True, capture_output=True,
-                              env={**os.environ, **places, "ENV_FILE": "", **environment, "PATH": str(tools)})
+                              env={**os.environ, **places, "XDG_CACHE_HOME": str(tmp_path / "home"), "ENV_FILE": "", **environment, "PATH": str(tools)})
 
     return run
 
@@ -83,8 +83,8 @@ def test_the_filter_of_podman(image, tmp_path):
     if theirs is None:
         assert "seccomp" not in done.stdout
         return
-    assert f"--security-opt seccomp={tmp_path}/cache-seccomp.json " in done.stdout
-    rules = [json.loads(path.read_text())["syscalls"] for path in (theirs, tmp_path / "cache-seccomp.json")]
+    assert f"--security-opt seccomp={tmp_path}/home/zero-offload-seccomp.json " in done.stdout
+    rules = [json.loads(path.read_text())["syscalls"] for path in (theirs, tmp_path / "home/zero-offload-seccomp.json")]
     allowed, now = ({name for rule in r if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]} for r in rules)
     assert now == allowed | {"io_pgetevents"}
     assert not any("io_pgetevents" in rule["names"] for rule in rules[1] if rule["action"] != "SCMP_ACT_ALLOW")
