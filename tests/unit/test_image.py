@@ -29,9 +29,10 @@ def image(tmp_path, monkeypatch):
             script.write_text("#!/bin/sh\n" + broken + '\nprintf "%s " "ran ${0##*/}" "$@"; echo\n')
             script.chmod(0o755)
         places = {name: str(tmp_path / name.lower()) for name in ("RUNS", "NVME", "CACHE")}
+        places["XDG_CACHE_HOME"] = str(tmp_path / "home")
         command = command if command[0] == "make" else ["docker/image.sh", *command]
         return subprocess.run(command, cwd=ROOT, text=True, capture_output=True,
-                              env={**os.environ, **places, "XDG_CACHE_HOME": str(tmp_path / "home"), "ENV_FILE": "", **environment, "PATH": str(tools)})
+                              env={**os.environ, **places, "ENV_FILE": "", **environment, "PATH": str(tools)})
 
     return run
 
