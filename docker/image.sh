@@ -25,38 +25,39 @@ index=${TORCH_INDEX:-}
 # PyPI's build of that torch is for CUDA 13.0; another index names its own.
 cuda=$(sed -n 's|.*/\(cu[0-9]*\)/*$|\1|p' <<<"$index")
 [ "$target" = cpu ] && build=cpu || build=${cuda:-cu130}
-image=${IMAGE:-zero-offload-trainer:$version-torch$torch-$build}
+image=zero-offload-trainer:$version-torch$torch-$build
 
 refuse() {  # WHAT FOUND NEEDED FIX CODE
   printf 'error: %s\n  found:  %s\n  needed: %s\n  fix:    %s\n' "${@:1:4}" >&2
   exit "$5"
 }
 
-engine=${ENGINE:-} silent=
-for name in docker podman buildah; do
-  if [ -n "$engine" ] || [[ $what =~ tag|mounts ]] || ! command -v "$name" >/dev/null; then continue; fi
-  # A client alone builds nothing: another engine may be there.
-  if [ "$name" = docker ] && ! docker info >/dev/null 2>&1; then silent=docker; else engine=$name; fi
-done
-# Debian's podman-docker answers to the name, and takes other flags.
-[ "$engine" != docker ] || [[ $(docker --version 2>/dev/null) != podman* ]] || engine=podman
-if [[ ! $what =~ tag|mounts ]] && ! command -v "${engine:-none}" >/dev/null; then
-  found=${engine:+no $engine} fix='apt-get install podman, or docker.io, or buildah'
-  if [ -n "$silent" ] && [ -z "$engine" ]; then
-    found='docker, and no daemon that answers this user'
-    fix='start it (systemctl start docker), or join its group (usermod -aG docker YOU, then log in again); docker info says more'
+choose_engine() {
+  local name silent='' found fix
+  engine=${ENGINE:-}
+  for name in docker podman buildah; do
+    if [ -n "$engine" ] || ! command -v "$name" >/dev/null; then continue; fi
+    # A client alone builds nothing: another engine may be there.
+    if [ "$name" = docker ] && ! docker info >/dev/null 2>&1; then silent=docker; else engine=$name; fi
+  done
+  # Debian's podman-docker answers to the name, and takes other flags.
+  [ "$engine" != docker ] || [[ $(docker --version 2>/dev/null) != podman* ]] || engine=podman
+  if ! command -v "${engine:-none}" >/dev/null; then
+    found=${engine:+no $engine} fix='apt-get install podman, or docker.io, or buildah'
+    if [ -n "$silent" ] && [ -z "$engine" ]; then
+      found='docker, and no daemon that answers this user'
+      fix='start it (systemctl start docker), or join its group (usermod -aG docker YOU, then log in again); docker info says more'
+    fi
+    refuse "no container engine" "${found:-none}" "docker, podman or buildah" "$fix" 3
   fi
-  refuse "no container engine" "${found:-none}" "docker, podman or buildah" "$fix" 3
-fi
-if [ "$engine/$what" = buildah/run ] && [ "$(id -u)" != 0 ]; then
-  refuse "buildah runs the image as root only" "user $(id -u)" "docker or podman" "apt-get install podman" 3
-fi
-if [ "$engine/$what" = docker/build ] && ! docker buildx version >/dev/null 2>&1; then
-  refuse "docker cannot build it" "no buildx" "BuildKit: the older builder builds every stage, CUDA's too" \
-    "apt-get install docker-buildx (Docker's own packages: docker-buildx-plugin)" 3
-fi
+}
 
 build() {
+  choose_engine
+  if [ "$engine" = docker ] && ! docker buildx version >/dev/null 2>&1; then
+    refuse "docker cannot build it" "no buildx" "BuildKit: the older builder builds every stage, CUDA's too" \
+      "apt-get install docker-buildx (Docker's own packages: docker-buildx-plugin)" 3
+  fi
   local label=org.opencontainers.image base=${BASE:-$(sed -n 's/^ARG BASE=//p' docker/Dockerfile)}
   local flags=(--target "$target" --tag "$image" --file docker/Dockerfile
     --label "$label.version=$version" --label "$label.revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)"
@@ -103,7 +104,6 @@ run_buildah() {
   else
     limits+=" --ulimit memlock=-1:-1"
   fi
-  filter
   # shellcheck disable=SC2086
   container=$(buildah ${STORAGE_FLAGS:-} from --pull-never "${security[@]}" $limits "${IMAGE:-localhost/$image}")
   # shellcheck disable=SC2064
@@ -124,6 +124,10 @@ mounts() {
 }
 
 run() {
+  choose_engine
+  if [ "$engine" = buildah ] && [ "$(id -u)" != 0 ]; then
+    refuse "buildah runs the image as root only" "user $(id -u)" "docker or podman" "apt-get install podman" 3
+  fi
   local known=(image inspect)
   [ "$engine" != buildah ] || known=(inspect --type image)
   # shellcheck disable=SC2086
@@ -132,6 +136,7 @@ run() {
       "make docker-build TARGET=$target, or IMAGE=REGISTRY/NAME:TAG" 3
   fi
   mounts
+  [ "$engine" = docker ] || filter
   local flags=(
     --volume "$(realpath "$runs"):/app/runs"  # checkpoints and results stay on the host
     --volume "$(realpath "$nvme"):/app/.swap"  # swap files: a local NVMe, not the image's overlay, which has no O_DIRECT everywhere
@@ -163,11 +168,8 @@ run() {
     --ulimit nofile=65536:65536  # a swap file a tensor, shards, sockets
     --stop-timeout 600  # a stop ends the run after its update, with a checkpoint
     --cap-drop ALL --security-opt no-new-privileges  # it needs none
+    "${security[@]}"
   )
-  if [ "$engine" = podman ]; then
-    filter
-    flags+=("${security[@]}")
-  fi
   if [ "$target" = cuda ]; then
     [ "$engine" = docker ] && flags+=(--gpus all) || flags+=(--device nvidia.com/gpu=all)
   fi
@@ -178,7 +180,7 @@ run() {
     [ ! -t 0 ] || flags+=(--interactive --tty)
   fi
   # shellcheck disable=SC2086
-  (set -x; exec "$engine" run "${flags[@]}" ${RUN_FLAGS:-} "$image" "$@")
+  (set -x; exec "$engine" run "${flags[@]}" ${RUN_FLAGS:-} "${IMAGE:-$image}" "$@")
 }
 
 runs=${RUNS:-runs} nvme=${NVME:-.swap} cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/zero-offload-image}

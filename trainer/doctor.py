@@ -123,8 +123,7 @@ def gpu(options):
     return Check("gpu", FAILURE if in_ours else WARNING,
                  "none" + (f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else " was passed through" if in_ours else ""),
                  "an NVIDIA GPU" + ("" if in_ours else ", or --use_cpu: the run is on the CPU"),
-                 f"{hardware.PASS_GPUS}, or the image of make docker-build TARGET=cpu"
-                 if in_ours else "in a container: --gpus all")
+                 hardware.PASS_GPUS if in_ours else "in a container: --gpus all")
 
 
 def driver(options):
@@ -141,7 +140,7 @@ def driver(options):
                  f"CUDA {wanted}, as torch is built for",
                  "" if fits else "a newer driver" + " on the host" * bool(hardware.container()) + (
                      ", or make setup TORCH_INDEX=https://download.pytorch.org/whl/cu126"
-                     if have[0] == 12 and hardware.container() not in ("cpu", "cuda") else ""))
+                     if have[0] == 12 and not hardware.in_our_image() else ""))
 
 
 def gpu_processes(options):

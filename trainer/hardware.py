@@ -9,7 +9,7 @@ from .errors import DOES_NOT_FIT, RunError
 # MB; larger blocks are neither rounded up nor kept when they are freed. Equal, or torch may write past a block (pytorch#192722).
 EXACT_PINNED = "pinned_max_round_threshold_mb:16,pinned_max_cached_size_mb:16"
 EXPANDABLE = "expandable_segments:True"
-PASS_GPUS = "docker run --gpus all (podman: --device nvidia.com/gpu=all)"
+PASS_GPUS = "docker run --gpus all (podman: --device nvidia.com/gpu=all), or the image of make docker-build TARGET=cpu"
 CAP_IPC_LOCK = 1 << 14  # linux/capability.h: with it, mlock has no limit
 
 
@@ -111,11 +111,12 @@ def cpu_has_bf16():
 
 def uses_gpu(settings):
     """Whether the run is on CUDA; RunError where CUDA was asked for and there is none."""
-    on_cpu, found = settings.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu", gpu_count()
-    if container() == "cuda" and (on_cpu or not found):  # the ops in it are CUDA's, and there is no compiler for others
+    on_cpu = settings.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
+    found = 0 if on_cpu else gpu_count()
+    if container() == "cuda" and not found:  # the ops in it are CUDA's, and there is no compiler for others
         raise RunError("this is the image for GPUs", needed="an NVIDIA GPU",
                        found="--use_cpu, or DS_ACCELERATOR=cpu" if on_cpu else "no GPU was passed through",
-                       fix=f"{PASS_GPUS}, or the image of make docker-build TARGET=cpu", code=DOES_NOT_FIT)
+                       fix=PASS_GPUS, code=DOES_NOT_FIT)
     if on_cpu:
         return False
     asked = None
@@ -142,6 +143,11 @@ def container():
     """Where this process runs: "cpu" or "cuda" in our container image of that kind, "other" in another container, None outside."""
     return os.environ.get("ZERO_OFFLOAD_IMAGE") or (
         "other" if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) else None)
+
+
+def in_our_image():
+    """Whether this is the container image of this project, for CPUs or for GPUs."""
+    return container() in ("cpu", "cuda")
 
 
 def lock_more():

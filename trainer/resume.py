@@ -83,5 +83,5 @@ def newest(directory):
 
 def command(directory):
     """The line that resumes a run. In our container the supervisor's, which makes a checkpoint of its stop."""
-    start = "python launch/supervise.py" if hardware.container() in ("cpu", "cuda") else "deepspeed launch/train.py"
+    start = "python launch/supervise.py" if hardware.in_our_image() else "deepspeed launch/train.py"
     return f"{start} --config {directory}/resolved_config.yaml --resume_from_checkpoint auto"

@@ -88,7 +88,7 @@ def main(argv=None):
         elif settings.output_dir and not settings.given("output_dir"):  # that of the checkpoint
             added = ["--output_dir", settings.output_dir]
         if own["detach"]:
-            if hardware.container() in ("cpu", "cuda") and os.getppid() == 1:  # the container ends with its command
+            if hardware.in_our_image() and os.getppid() == 1:  # the container ends with its command
                 raise RunError("--detach: the container would end at once, and the run with it",
                                fix="without it: make docker-run DETACH=1, or docker run --detach")
             return detach([*argv, *added], run_directory(settings))
