@@ -42,6 +42,7 @@ def test_the_tag(image):
     assert done.stdout.startswith("zero-offload-trainer:") and done.stdout.endswith("-cu130\n") and "-torch" in done.stdout
     assert image({}, "tag", "cuda", TORCH_INDEX="https://x/whl/cu126/").stdout.endswith("-cu126\n")
     assert image({}, "tag", "cpu").stdout.endswith("-cpu\n")
+    assert image({}, "tag", "cpu", IMAGE="ghcr.io/x/y:1").stdout.startswith("zero-offload-trainer:")  # that one is to be run
     assert image({}, "run", "tpu").returncode == 2
 
 
