@@ -31,8 +31,8 @@ setup(
     description="Fine-tune language models that do not fit the GPU, with DeepSpeed ZeRO-3 and offload to CPU and NVMe",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=["trainer", "trainer.offload", "data"],
-    package_data={"data": ["samples/*", "templates/*"], "trainer.offload": ["adam.c"]},
+    packages=["trainer", "trainer.engine", "data"],
+    package_data={"data": ["samples/*", "templates/*"], "trainer.engine": ["adam.c"]},
     install_requires=REQUIRES,
     extras_require={
         "gpu": ["liger-kernel>=0.8,<0.9"],  # Triton kernels: norms, rotary embedding, gated MLP, loss

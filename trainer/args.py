@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import RunError, did_you_mean
+from trainer.errors import RunError, did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 RESOLVED = "resolved_config.yaml"

@@ -3,7 +3,7 @@ import inspect
 
 import torch
 
-from .errors import RunError
+from trainer.errors import RunError
 
 # Proven by tests (logits of a packed sample against the same sample alone). `varlen` is registered below.
 EXACT = ("varlen", "sdpa", "eager")

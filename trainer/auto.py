@@ -4,8 +4,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from . import box, calibrate, hardware, plan, shapes, swap
-from .errors import DOES_NOT_FIT, RunError, say, table
+from trainer import box, calibrate, hardware, plan, shapes, swap
+from trainer.errors import DOES_NOT_FIT, RunError, say, table
 
 AUTO = "auto"
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")

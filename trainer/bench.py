@@ -17,10 +17,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import bench_box
-from .args import ROOT, parse_size
-from .errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
-from .run import _versions
+from trainer import bench_box
+from trainer.args import ROOT, parse_size
+from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
+from trainer.run import _versions
 
 SETTLED = 7  # updates before the counted ones: compilation, ZeRO's trace, the layers that keep their activations
 SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary: Llama's
@@ -307,7 +307,7 @@ def main(argv=None):
 
 
 def _train(options, command):
-    from .hardware import gpu_count
+    from trainer.hardware import gpu_count
 
     gpu = gpu_count() > 0
     names = options.cases or (["8b-lora", "3b-full"] if gpu else ["tiny"])

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from . import hardware, ops, swap
-from .box import disk_of, remember
-from .errors import FAILED, RunError
+from trainer import hardware, ops, swap
+from trainer.box import disk_of, remember
+from trainer.errors import FAILED, RunError
 
 BLOCKS, DEPTHS, THREADS = (2**20, 2**23), (16, 64), (1, 4, 8)
 
@@ -133,7 +133,7 @@ def _gpu(torch):
 
 def _ram(torch, count=10**8):
     """GB/s of RAM traffic in our Adam (28 bytes a parameter of bf16), all threads."""
-    from .offload import host_step
+    from trainer.engine import cpu_step
 
     adam, weight = ops.adam(), torch.zeros(count)
     state = {"step": 1, "exp_avg": torch.zeros(count), "exp_avg_sq": torch.ones(count)}
@@ -141,8 +141,8 @@ def _ram(torch, count=10**8):
     group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "bias_correction": True}
 
     def step():
-        update = host_step.update_of(weight, grad, state, group, 1.0, low)
-        host_step.run(adam, (host_step.Update * 1)(update), 16, torch.get_num_threads())
+        update = cpu_step.update_of(weight, grad, state, group, 1.0, low)
+        cpu_step.run(adam, (cpu_step.Update * 1)(update), 16, torch.get_num_threads())
     return 28 * count / statistics.median(_seconds(step, 1) for _ in range(3)) / 1e9
 
 

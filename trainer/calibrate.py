@@ -11,10 +11,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from . import box
-from .args import ROOT
-from .errors import DOES_NOT_FIT, RunError, say
-from .hardware import die_with_parent
+from trainer import box
+from trainer.args import ROOT
+from trainer.errors import DOES_NOT_FIT, RunError, say
+from trainer.hardware import die_with_parent
 
 UPDATES, SETTLED = 12, 8  # updates of a trial, and those of them that are not counted: recompute.py decides in the fourth
 MOST = 4  # trials, where one of them fits

@@ -7,9 +7,9 @@ from pathlib import Path
 import hjson
 import yaml
 
-from . import ds_schema
-from .args import ROOT
-from .errors import RunError, did_you_mean
+from trainer import ds_schema
+from trainer.args import ROOT
+from trainer.errors import RunError, did_you_mean
 
 CONFIGS = ROOT / "deepspeed_configs"
 

@@ -7,10 +7,9 @@ import numpy as np
 
 from data import DataError, dataset, source, validate
 from data.tokenize import Encoder, tokenized
-
-from . import embedded, rows
-from .args import all_keys, check_model, help_text, resolve
-from .errors import BAD_INPUT, DONE, FAILED, RunError, report
+from trainer import embedded, rows
+from trainer.args import all_keys, check_model, help_text, resolve
+from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, report
 
 USAGE = """python launch/data.py check [FILE …] [--json] [--rejected FILE] [--FLAG VALUE …]
 
@@ -84,7 +83,7 @@ def check(argv):
         check_model(settings.model_name_or_path)
     sources = source.resolve(specs, settings.dataset_dir)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would say that it looks for one
-    from .model import load_tokenizer
+    from trainer.model import load_tokenizer
 
     directory = embedded.ensure(quiet=as_json) if settings.model_name_or_path is None else settings.model_name_or_path
     tokenizer, given = load_tokenizer(str(directory), settings)

@@ -18,11 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import storage
-
-from . import embedded, hardware, ops, swap
-from .args import RunArguments
-from .errors import DOES_NOT_FIT, DONE, RunError, report, say, table
-from .servers import FAILURE, OK, WARNING, Check, clock, hub, wandb
+from trainer import embedded, hardware, ops, swap
+from trainer.args import RunArguments
+from trainer.errors import DOES_NOT_FIT, DONE, RunError, report, say, table
+from trainer.servers import FAILURE, OK, WARNING, Check, clock, hub, wandb
 
 GB, GIB = 1e9, 2**30
 SECONDS = 17  # that all checks together may take

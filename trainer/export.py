@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .errors import FAILED, RunError
+from trainer.errors import FAILED, RunError
 
 
 def _tensors(model, wanted):

@@ -4,7 +4,7 @@ import re
 import resource
 from pathlib import Path
 
-from .errors import DOES_NOT_FIT, RunError
+from trainer.errors import DOES_NOT_FIT, RunError
 
 # MB; larger blocks are neither rounded up nor kept when they are freed. Equal, or torch may write past a block (pytorch#192722).
 EXACT_PINNED = "pinned_max_round_threshold_mb:16,pinned_max_cached_size_mb:16"

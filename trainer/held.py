@@ -4,9 +4,9 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from . import box, plan, shapes
-from .checkpoint import gathered
-from .errors import RunError, is_main_process, say, table
+from trainer import box, plan, shapes
+from trainer.checkpoint import gathered
+from trainer.errors import RunError, is_main_process, say, table
 
 LIMIT = 0.15  # relative error from which a warning is printed
 SETTLED = 6  # updates that are not counted: compilation, ZeRO's trace, the layers that keep their activations

@@ -15,11 +15,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from data.dataset import IGNORED, Order, TrainLoader, collate, evaluation_batches
-
-from . import checkpoint, offload, recompute
-from .errors import FAILED, RunError, say
-from .loss import ChunkedHead, whole_logits
-from .telemetry import heartbeat
+from trainer import checkpoint, recompute
+from trainer.engine import patches
+from trainer.errors import FAILED, RunError, say
+from trainer.loss import ChunkedHead, whole_logits
+from trainer.telemetry import heartbeat
 
 FAILED_SAVES = 3  # in a row; then the run stops rather than go on without a net
 DUMPS = 10  # updates that were not finite whose rows are written down
@@ -193,7 +193,7 @@ class OffloadTrainer(Trainer):
         # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles and lose Adam's state on NVMe.
         made = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.fused_step:
-            how = offload.install_step(self.model_wrapped.optimizer, self.overlap_step)
+            how = patches.install_step(self.model_wrapped.optimizer, self.overlap_step)
             if how:
                 say(f"optimizer step on the CPU: {how}")
         if self.offloaded:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from .args import RESOLVED
-from .errors import DONE, RunError, report
-from .hardware import free_memory
+from trainer.args import RESOLVED
+from trainer.errors import DONE, RunError, report
+from trainer.hardware import free_memory
 
 
 def merge(run, output):

@@ -8,10 +8,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.template import prepare_tokenizer
-
-from . import embedded
-from .config import Shapes
-from .errors import BAD_INPUT, RunError, did_you_mean
+from trainer import embedded
+from trainer.config import Shapes
+from trainer.errors import BAD_INPUT, RunError, did_you_mean
 
 SWAPPED_BYTES = 2**20  # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

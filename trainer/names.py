@@ -2,8 +2,8 @@
 import time
 from pathlib import Path
 
-from . import embedded
-from .errors import RunError
+from trainer import embedded
+from trainer.errors import RunError
 
 
 def run_directory(settings, name=None):

@@ -19,8 +19,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from .errors import DOES_NOT_FIT, DONE, RunError, report
-from .hardware import gpu_count
+from trainer.errors import DOES_NOT_FIT, DONE, RunError, report
+from trainer.hardware import gpu_count
 
 BUILDERS = {"cpu_adam": "CPUAdamBuilder", "shm_comm": "ShareMemCommBuilder", "pin_memory": "PinMemoryBuilder",
             "async_io": "AsyncIOBuilder"}
@@ -158,7 +158,7 @@ def is_stale(lock):
 
 
 def _adam(root):
-    source = Path(__file__).parent / "offload" / "adam.c"
+    source = Path(__file__).parent / "engine" / "adam.c"
     name = hashlib.sha256(source.read_bytes() + platform.machine().encode()).hexdigest()[:16]
     return source, root / "zero-offload-adam" / f"{name}.so"
 
@@ -177,7 +177,7 @@ def adam_is_built():
 
 
 def adam():
-    """Our AdamW (offload/adam.c), loaded; compiled where it is not yet, in a second. RunError where that fails."""
+    """Our AdamW (engine/adam.c), loaded; compiled where it is not yet, in a second. RunError where that fails."""
     source, target = _adam(cache_directory())
     if not target.exists():
         compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
@@ -188,7 +188,7 @@ def adam():
         command = [*compiler.split(), "-O3", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", source]
         done = subprocess.run([*command, "-o", own, "-lm"], text=True, capture_output=True)
         if done.returncode:
-            raise RunError("offload/adam.c could not be compiled", found=" ".join(done.stderr.split())[-600:], code=DOES_NOT_FIT)
+            raise RunError("engine/adam.c could not be compiled", found=" ".join(done.stderr.split())[-600:], code=DOES_NOT_FIT)
         os.replace(own, target)
     library = ctypes.CDLL(str(target))
     library.adam_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]

@@ -7,8 +7,8 @@ import functools
 import math
 from dataclasses import asdict, dataclass, field, replace
 
-from .config import CONFIGS, locked_bytes, read_config, resolve_auto
-from .shapes import ITEMSIZE, Model
+from trainer.config import CONFIGS, locked_bytes, read_config, resolve_auto
+from trainer.shapes import ITEMSIZE, Model
 
 GIB = 2**30
 MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
@@ -28,7 +28,7 @@ BASE_RAM_CPU = 0.75 * GIB  # and the pieces that its heap keeps
 # On a CPU, of all layers' activations, kept or made again: what glibc's heap holds beside them (mallinfo2: as much free as used),
 # as sizes change from one batch to the next and the adapters' small results lie in between. From the runs of docs/planning.md.
 HEAP = {"full": 0.3, "lora": 0.65}
-STEP_BYTES = {2: 28, 4: 32}  # by itemsize: of RAM traffic a parameter in the CPU's step (offload/adam.c)
+STEP_BYTES = {2: 28, 4: 32}  # by itemsize: of RAM traffic a parameter in the CPU's step (engine/adam.c)
 HBM = 2.5e12  # bytes a second of a GPU's memory that plain kernels reach, H100
 SWAP_BYTES = 12  # read, and written, a parameter and step, with the optimizer on NVMe: weight and two moments in fp32
 SWAP_BYTES_STOCK = 16  # and the gradient, which --fused_step leaves in RAM

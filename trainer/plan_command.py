@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from . import box as boxes
-from . import plan, shapes
-from .args import RunArguments
-from .config import CONFIGS
-from .errors import BAD_INPUT, DOES_NOT_FIT, DONE, RunError, did_you_mean, report, table
+from trainer import box as boxes
+from trainer import plan, shapes
+from trainer.args import RunArguments
+from trainer.config import CONFIGS
+from trainer.errors import BAD_INPUT, DOES_NOT_FIT, DONE, RunError, did_you_mean, report, table
 
 GIB = 2**30
 MACHINE = {"gpu_memory": "memory of one GPU: 80GB", "ram": "of one machine: 1TB", "nvme": "free on a local NVMe: 4TB, 0 for none",

@@ -7,7 +7,7 @@ the same.
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from .errors import RunError
+from trainer.errors import RunError
 
 SPARE = 0.05  # of the GPU's memory that is left free: the allocator's gaps, and what libraries allocate by themselves
 MEASURED = 4  # the update whose memory decides

@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from . import errors, hardware
-from .errors import RunError
+from trainer import errors, hardware
+from trainer.errors import RunError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import DataError, source, storage
-
-from .args import ROOT
-from .errors import RunError, is_main_process
+from trainer.args import ROOT
+from trainer.errors import RunError, is_main_process
 
 SAMPLES = ROOT / "data" / "samples"
 LINE_EVERY = 15  # seconds

@@ -9,10 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 from data import DataError, storage
-
-from . import __version__, auto, doctor, embedded, hardware, offload, ops, resume, rows, swap
-from .args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
-from .config import (
+from trainer import __version__, auto, doctor, embedded, hardware, ops, resume, rows, swap
+from trainer.args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
+from trainer.config import (
     check_agreement,
     check_buffers,
     check_config,
@@ -23,8 +22,20 @@ from .config import (
     uses_nvme,
     write_yaml,
 )
-from .errors import BAD_INPUT, CRASHED, DONE, FAILED, STOPPED, RunError, is_main_process, report, say, table
-from .names import default_run_name, run_directory
+from trainer.engine import patches
+from trainer.errors import (
+    BAD_INPUT,
+    CRASHED,
+    DONE,
+    FAILED,
+    STOPPED,
+    RunError,
+    is_main_process,
+    report,
+    say,
+    table,
+)
+from trainer.names import default_run_name, run_directory
 
 SECRET = ("hub_token",)
 VERSIONED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "datasets", "safetensors", "wandb")
@@ -161,7 +172,7 @@ def _start_processes(gpu, config, fetch_ahead=False):
     deepspeed.logger.setLevel("WARNING")
     if os.environ["LOCAL_RANK"] == "0":  # the other ranks wait for it where they join
         ops.ensure(ops.needed(config, ranks_here, gpu))
-    offload.apply(fetch_ahead)
+    patches.apply(fetch_ahead)
     deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
     if not gpu:
         # DeepSpeed never removes the 66 MiB that each CPU rank shares. Once all have mapped them, the names are not needed.
@@ -174,7 +185,7 @@ def _start_processes(gpu, config, fetch_ahead=False):
 
 def _together(*steps):
     """Run each step on this rank; where one fails on any rank, raise that on all of them."""
-    from .checkpoint import gathered
+    from trainer.checkpoint import gathered
 
     failure = None
     try:
@@ -200,14 +211,14 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as transformers_logging
 
-    from . import attention, checkpoint, linear
-    from . import model as models
-    from .held import Held
-    from .loop import OffloadTrainer
-    from .recompute import AUTO, KeptLayers
-    from .signals import SAVE, STOP, Stopper, dump_stacks_on_signal
-    from .telemetry import Telemetry, heartbeat
-    from .tracking import Tracker
+    from trainer import attention, checkpoint, linear
+    from trainer import model as models
+    from trainer.held import Held
+    from trainer.loop import OffloadTrainer
+    from trainer.recompute import AUTO, KeptLayers
+    from trainer.signals import SAVE, STOP, Stopper, dump_stacks_on_signal
+    from trainer.telemetry import Telemetry, heartbeat
+    from trainer.tracking import Tracker
 
     world_size = torch.distributed.get_world_size()
     if not is_main_process():
@@ -424,8 +435,8 @@ def _evaluations(trainer):
 
 
 def _export(trainer, tokenizer, directory, settings, name, sources):
-    from .card import model_card
-    from .export import export
+    from trainer.card import model_card
+    from trainer.export import export
 
     target = directory / "export"
     say(f"exporting to {target}")

@@ -9,9 +9,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from .args import check_model
-from .config import Shapes
-from .errors import RunError, did_you_mean
+from trainer.args import check_model
+from trainer.config import Shapes
+from trainer.errors import RunError, did_you_mean
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied head, biases of q, k and v: the published config.json files
 BUILT_IN = {

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from .errors import STOPPED, drop_lost_terminal
+from trainer.errors import STOPPED, drop_lost_terminal
 
 STOP, SAVE = "STOP", "SAVE"  # files in the run directory
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGUSR1: "SIGUSR1"}

@@ -14,12 +14,22 @@ from pathlib import Path
 import psutil
 
 from data import storage
-
-from . import hardware, resume, swap
-from .args import help_text, resolve
-from .errors import BAD_INPUT, CRASHED, DOES_NOT_FIT, DONE, FAILED, STOPPED, RunError, drop_lost_terminal, report, table
-from .names import default_run_name, run_directory
-from .run import check_resume
+from trainer import hardware, resume, swap
+from trainer.args import help_text, resolve
+from trainer.errors import (
+    BAD_INPUT,
+    CRASHED,
+    DOES_NOT_FIT,
+    DONE,
+    FAILED,
+    STOPPED,
+    RunError,
+    drop_lost_terminal,
+    report,
+    table,
+)
+from trainer.names import default_run_name, run_directory
+from trainer.run import check_resume
 
 USAGE = """python launch/supervise.py [--num_gpus N] [--detach] [--max_restarts 3] [--hang_timeout SECONDS] [--FLAG VALUE ...]
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import psutil
 
 from data import storage
-
-from .errors import DOES_NOT_FIT, FAILED, RunError
-from .hardware import existing
+from trainer.errors import DOES_NOT_FIT, FAILED, RunError
+from trainer.hardware import existing
 
 MARKER = "zero-offload-swap.json"  # in every swap directory of ours, locked while its run lives
 _REFUSED = ("tmpfs", "ramfs", *storage.NETWORK_FILESYSTEMS)

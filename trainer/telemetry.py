@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from . import hardware
+from trainer import hardware
 
 GIB = 2**30
 

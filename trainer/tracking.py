@@ -3,8 +3,8 @@ import os
 import threading
 from pathlib import Path
 
-from .servers import logged_in
-from .telemetry import finite
+from trainer.servers import logged_in
+from trainer.telemetry import finite
 
 _GROUPS = {
     "train": ("loss", "learning_rate", "grad_norm"),

@@ -104,18 +104,18 @@ plain = run._start_processes
 
 def start(*args):
     ranks = plain(*args)
-    from trainer.offload import gather, host_step
-    gather.install()
-    handle = gather._Gathered
-    gather._Gathered = lambda params, work: print("gathered", len(params)) or handle(params, work)
-    run_plain = host_step.run
+    from trainer.engine import all_gather, cpu_step
+    all_gather.install()
+    handle = all_gather._Gathered
+    all_gather._Gathered = lambda params, work: print("gathered", len(params)) or handle(params, work)
+    run_plain = cpu_step.run
 
     def slowly(adam, updates, bits, threads):
         for i in range(len(updates)):
             time.sleep(0.05)
-            run_plain(adam, (host_step.Update * 1).from_buffer(updates, i * ctypes.sizeof(host_step.Update)), bits, threads)
+            run_plain(adam, (cpu_step.Update * 1).from_buffer(updates, i * ctypes.sizeof(cpu_step.Update)), bits, threads)
 
-    host_step.run = slowly
+    cpu_step.run = slowly
     return ranks
 
 run._start_processes = start

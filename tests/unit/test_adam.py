@@ -1,12 +1,12 @@
-"""Our AdamW (trainer/offload/adam.c) against torch's in double precision, in every type, size and number of threads."""
+"""Our AdamW (trainer/engine/adam.c) against torch's in double precision, in every type, size and number of threads."""
 import ctypes
 
 import pytest
 import torch
 
 from trainer import ops
+from trainer.engine import cpu_step
 from trainer.errors import RunError
-from trainer.offload import host_step
 
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "bias_correction": True}
 PIECE = 2**16  # of adam.c
@@ -25,16 +25,16 @@ def trained(sizes, dtype, threads=2, scale=0.5, low=True):
         updates = []
         for weight, grad, state, copy in zip(weights, grads[-1], states, copies, strict=True):
             state["step"] += 1
-            updates.append(host_step.update_of(weight, grad, state, GROUP, scale, copy))
-        updates = (host_step.Update * len(sizes))(*updates)
-        host_step.run(adam, updates, host_step.BITS[dtype], threads)
+            updates.append(cpu_step.update_of(weight, grad, state, GROUP, scale, copy))
+        updates = (cpu_step.Update * len(sizes))(*updates)
+        cpu_step.run(adam, updates, cpu_step.BITS[dtype], threads)
         for update in updates:
             assert update.left == 0
             adam.adam_wait(ctypes.byref(update))
     return [(w, s["exp_avg"], s["exp_avg_sq"], c) for w, s, c in zip(weights, states, copies, strict=True)], grads
 
 
-@pytest.mark.parametrize("dtype", host_step.BITS)
+@pytest.mark.parametrize("dtype", cpu_step.BITS)
 def test_against_torch(dtype):
     if dtype == torch.float16 and not ops.adam().adam_knows_fp16():
         pytest.skip("this compiler knows no fp16")
@@ -62,10 +62,10 @@ def test_threads_and_neighbours_change_nothing():
     adam, (weight, grad) = ops.adam(), torch.randn(2, 1000)
     state = {"step": 3, "exp_avg": torch.randn(1000), "exp_avg_sq": torch.rand(1000)}
     alone = weight.clone(), {"step": 3, "exp_avg": state["exp_avg"].clone(), "exp_avg_sq": state["exp_avg_sq"].clone()}
-    host_step.run(adam, (host_step.Update * 1)(host_step.update_of(weight, grad, state, GROUP, 1.0)), 32, 1)
-    parts = [host_step.update_of(alone[0][i:i + 1], grad[i:i + 1], {k: v if k == "step" else v[i:i + 1] for k, v in alone[1].items()},
+    cpu_step.run(adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, GROUP, 1.0)), 32, 1)
+    parts = [cpu_step.update_of(alone[0][i:i + 1], grad[i:i + 1], {k: v if k == "step" else v[i:i + 1] for k, v in alone[1].items()},
                                  GROUP, 1.0) for i in range(1000)]
-    host_step.run(adam, (host_step.Update * 1000)(*parts), 32, 2)
+    cpu_step.run(adam, (cpu_step.Update * 1000)(*parts), 32, 2)
     assert torch.equal(weight, alone[0]) and torch.equal(state["exp_avg"], alone[1]["exp_avg"])
 
 
@@ -78,7 +78,7 @@ def test_the_copy():
     state = {"step": 1, "exp_avg": zero.clone(), "exp_avg_sq": zero.clone()}
     group = {**GROUP, "weight_decay": 0.0}
     before = weight.clone()
-    host_step.run(adam, (host_step.Update * 1)(host_step.update_of(weight, grad, state, group, 1.0, low)), 16, 2)
+    cpu_step.run(adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, group, 1.0, low)), 16, 2)
     assert torch.equal(weight.nan_to_num(7), before.nan_to_num(7))
     assert torch.equal(low.float().nan_to_num(7), weight.bfloat16().float().nan_to_num(7)) and low[0].isnan()
     (with_copy,), (without,) = (trained([1000], torch.bfloat16, low=low)[0] for low in (True, False))

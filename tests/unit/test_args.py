@@ -1,7 +1,16 @@
 """Flags, recipes and their layers."""
 import pytest
 
-from trainer.args import LEARNING_RATE, ROOT, all_keys, check_model, help_text, parse_size, read_recipe, resolve
+from trainer.args import (
+    LEARNING_RATE,
+    ROOT,
+    all_keys,
+    check_model,
+    help_text,
+    parse_size,
+    read_recipe,
+    resolve,
+)
 from trainer.errors import RunError
 from trainer.names import run_directory
 

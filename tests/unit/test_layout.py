@@ -1,4 +1,4 @@
-"""The house: who may import whom, how long a file may be, and what stays without torch."""
+"""The layout of the code: who may import whom, and what stays without torch."""
 import ast
 import subprocess
 import sys
@@ -8,66 +8,76 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(p for d in ("launch", "trainer", "data") for p in (ROOT / d).rglob("*.py"))
-# Layers inside trainer: a module imports its own layer and those before it.
-LAYERS = [{"errors", "ds_schema", "args", "config"},
-          {"hardware", "ops", "embedded", "names", "resume", "swap", "shapes", "plan", "box", "plan_command", "doctor", "servers",
-           "calibrate", "auto"},
-          {"offload", "host_step"},
-          {"linear", "recompute", "attention", "rows", "model", "loss", "telemetry", "tracking", "export", "merge", "card",
-           "zero_state", "checkpoint", "signals"},
-          {"loop", "run", "held", "data_check", "supervise", "bench", "bench_box", "yardstick"}]
-TORCH_FREE = ["trainer.errors", "trainer.args", "trainer.config", "trainer.ds_schema", "trainer.hardware", "trainer.run",
-              "trainer.ops", "trainer.embedded", "trainer.rows", "trainer.names", "trainer.resume", "trainer.swap",
-              "trainer.supervise", "trainer.plan", "trainer.shapes", "trainer.box", "trainer.plan_command", "trainer.doctor",
-              "trainer.auto", "trainer.calibrate", "trainer.servers",
-              "data.formats", "data.records", "data.source",
-              "data.storage", "data.template", "data.tokenize", "data.pack", "data.validate"]
+# Inside trainer a module imports its own layer and those before it.
+LAYERS = [
+    ("errors", "console", "files", "distributed"),
+    ("system",),
+    ("config", "run_dir"),
+    ("plan",),
+    ("doctor",),
+    ("engine",),
+    ("modeling",),
+    ("checkpoint",),
+    ("monitor",),
+    ("export",),
+    ("data_setup",),
+    ("trainer",),
+    ("run",),
+    ("data_check", "supervise"),
+]
+WITHOUT_TORCH = ("config", "system", "plan", "doctor", "errors", "console", "files", "distributed", "run_dir", "data_setup",
+                 "run", "supervise")
+ENGINE_ONLY = ("deepspeed.runtime", "deepspeed.ops")
+
+
+def name_of(path):
+    """trainer/plan/machine.py -> trainer.plan.machine."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path):
     """Dotted names of what a file imports, wherever in the file."""
-    package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[:len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_import_rule(path):
-    here = path.relative_to(ROOT).parts[0]
-    below = {"launch": {"trainer"}, "trainer": {"trainer", "data"}, "data": {"data"}}
-    if here == "data" and "samples" in path.parts:
-        below["data"] = set()
-    for name in imports(path):
-        top = name.split(".")[0]
-        if top in ("launch", "trainer", "data"):
-            assert top in below[here], f"{path} imports {name}"
+            assert not node.level, f"{path}: imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def layer(module):
+    """The number of the layer of trainer.<package or file>."""
     return next(i for i, names in enumerate(LAYERS) if module in names)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parts[-2] in ("trainer", "offload") and p.name != "__init__.py"],
-                         ids=lambda p: p.stem)
-def test_layers(path):
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_launch_trainer_data(path):
+    here = path.relative_to(ROOT).parts[0]
+    below = {"launch": {"trainer"}, "trainer": {"trainer", "data"}, "data": set() if "samples" in path.parts else {"data"}}
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in ("launch", "trainer", "data") or top in below[here], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p).startswith("trainer.")], ids=name_of)
+def test_layers_inside_trainer(path):
+    own = name_of(path).split(".")[1]
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] == "trainer" and len(parts) > 1 and parts[1] not in ("__version__",):
-            assert layer(parts[1]) <= layer(path.stem), f"{path.name} imports {name}"
+        if parts[0] == "trainer" and len(parts) > 1 and parts[1] != "__version__":
+            assert layer(parts[1]) <= layer(own), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_length(path):
-    assert len(path.read_text().splitlines()) <= 450
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_the_engine_touches_the_inside_of_deepspeed(path):
+    if not name_of(path).startswith("trainer.engine."):
+        assert not [name for name in imports(path) if name.startswith(ENGINE_ONLY)]
 
 
-@pytest.mark.parametrize("module", TORCH_FREE)
+@pytest.mark.parametrize("module", [name_of(p) for p in FILES if name_of(p).split(".")[0] == "data" and "samples" not in p.parts
+                                    and name_of(p) != "data.dataset" or name_of(p).split(".")[1:2] in [[m] for m in WITHOUT_TORCH]
+                                    and name_of(p).startswith("trainer.")])
 def test_without_torch(module):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

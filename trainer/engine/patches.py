@@ -2,7 +2,7 @@
 import functools
 import weakref
 
-from ..errors import RunError
+from trainer.errors import RunError
 
 SUPPORTED = "0.19.8"
 stepping = []  # the host_step of the run, where its steps run beside the forward pass
@@ -17,11 +17,11 @@ def apply(fetch_ahead=False):
 
     if deepspeed.__version__.split("+")[0] != SUPPORTED:
         return []
-    from . import gather
+    from trainer.engine import all_gather
 
     mends = [_prefetch_each_parameter_once, _make_room_for_what_is_needed, _copy_out_of_swap_buffers, _give_back_the_first_moments,
              _start_in_less_memory]
-    for mend in mends + [_let_the_host_run_ahead, gather.install] * fetch_ahead:
+    for mend in mends + [_let_the_host_run_ahead, all_gather.install] * fetch_ahead:
         if mend not in _mended:
             _mended[mend] = mend()
     return list(_mended.values())
@@ -31,9 +31,9 @@ def install_step(zero, overlap=False):
     """Take over gradients and optimizer step of this ZeRO-3 optimizer where the extension knows how. Returns how, in words."""
     import deepspeed
 
-    from . import host_step
+    from trainer.engine import cpu_step
 
-    how = host_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
+    how = cpu_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
     if getattr(zero, "swap_optimizer", False) and not hasattr(zero, "host_step"):  # swap space and buffers have no room for gradients
         raise RunError("the fused optimizer step does not fit this run, whose optimizer is on NVMe",
                        found=how or f"deepspeed {deepspeed.__version__}, {type(zero.optimizer).__name__}", fix="--fused_step false")

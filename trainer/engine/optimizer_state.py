@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import RunError
-from .offload import SUPPORTED
+from trainer.engine.patches import SUPPORTED
+from trainer.errors import RunError
 
 CHUNK = 2**24  # bytes that are read or written at once
 WEIGHT = "weight"
