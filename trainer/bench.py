@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer import bench_box
 from trainer.args import ROOT, parse_size
 from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
+from trainer.plan import measure
 from trainer.run import _versions
 
 SETTLED = 7  # updates before the counted ones: compilation, ZeRO's trace, the layers that keep their activations
@@ -293,10 +293,10 @@ def main(argv=None):
             print(options.out)
             return DONE
         if options.command == "box":
-            print(json.dumps(bench_box.box(not options.no_links)))
+            print(json.dumps(measure.box(not options.no_links)))
             return DONE
         if options.command == "io":
-            bench_box.io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
+            measure.io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
             return DONE
         return _train(options, " ".join(["bench.py", *argv]))
     except (RunError, OSError, json.JSONDecodeError) as error:

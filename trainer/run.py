@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from data import DataError, storage
-from trainer import __version__, auto, doctor, embedded, hardware, ops, resume, rows, swap
+from trainer import __version__, doctor, embedded, hardware, ops, resume, rows, swap
 from trainer.args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
 from trainer.config import (
     check_agreement,
@@ -36,6 +36,7 @@ from trainer.errors import (
     table,
 )
 from trainer.names import default_run_name, run_directory
+from trainer.plan import auto
 
 SECRET = ("hub_token",)
 VERSIONED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "datasets", "safetensors", "wandb")
@@ -213,8 +214,8 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
 
     from trainer import attention, checkpoint, linear
     from trainer import model as models
-    from trainer.held import Held
     from trainer.loop import OffloadTrainer
+    from trainer.plan.report import Held
     from trainer.recompute import AUTO, KeptLayers
     from trainer.signals import SAVE, STOP, Stopper, dump_stacks_on_signal
     from trainer.telemetry import Telemetry, heartbeat

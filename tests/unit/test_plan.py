@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trainer import box, calibrate, config, plan, shapes
+from trainer import config
 from trainer.errors import RunError
+from trainer.plan import calibrate, estimate, machine, model_shapes
 
 GIB = 2**30
-H100 = box.given({"gpus": "1", "gpu_memory": "80GiB", "ram": "125GiB", "nvme": "64GB", "nvme_read": "1.35GB/s",
+H100 = machine.given({"gpus": "1", "gpu_memory": "80GiB", "ram": "125GiB", "nvme": "64GB", "nvme_read": "1.35GB/s",
                   "nvme_write": "1.4GB/s", "pcie": "54.6GB/s", "gpu_tflops": "790", "ram_rate": "86GB/s"})
 
 
@@ -32,7 +33,7 @@ def run(*arguments):
     ("llama-3.1-405b", 405_853_388_800), ("smollm2-135m", 134_515_008)])
 def test_published_counts(name, parameters):
     """The number of parameters that each model's card or safetensors index gives."""
-    assert shapes.built_in(name).parameters == parameters
+    assert model_shapes.built_in(name).parameters == parameters
 
 
 FAMILIES = [("Llama", {}), ("Llama", {"attention_bias": True}), ("Mistral", {"head_dim": 32}), ("Qwen2", {}),
@@ -53,7 +54,7 @@ def test_shapes_of_real_models(tmp_path, family, changes, method):
                                                     num_attention_heads=4, num_key_value_heads=2, **changes)
     made.architectures = [f"{family}ForCausalLM"]
     made.save_pretrained(tmp_path)
-    found = shapes.find(str(tmp_path))
+    found = model_shapes.find(str(tmp_path))
     settings = Settings({"trust_remote_code": False, "method": method, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0,
                          "lora_target_modules": "all-linear"}, {})
     with torch.device("meta"):
@@ -65,8 +66,8 @@ def test_shapes_of_real_models(tmp_path, family, changes, method):
 # -- memory ------------------------------------------------------------------------------------------------------------
 def test_full_offload_by_hand():
     """Llama-3-8B, full, CPU offload, one GPU: 2 bytes a parameter and 2 a gradient, 12 of master weights and moments in RAM."""
-    job = plan.Job(shapes.built_in("llama-3-8b"))
-    found = plan.evaluate(job, H100, "ds_z3_offload", 8)
+    job = estimate.Job(model_shapes.built_in("llama-3-8b"))
+    found = estimate.evaluate(job, H100, "ds_z3_offload", 8)
     n = 8_030_261_248
     assert found["host"]["parameters"] == 2 * n and found["host"]["gradients"] == 2 * n and found["host"]["optimizer"] == 12 * n
     # Four layers' worth at most are gathered: three layers of 218,112,000 and the embedding of 525,336,576, in bf16.
@@ -74,61 +75,61 @@ def test_full_offload_by_hand():
     assert found["gpu"]["inputs of layers"] == 32 * 8 * 2048 * 4096 * 2
     assert not found["fits"] and found["short"].keys() == {"RAM"}
     held = sum(found["host"].values())
-    assert held == pytest.approx(16 * n + plan.BASE_RAM) and found["short"]["RAM"] == pytest.approx(held - 0.97 * 125 * GIB)
+    assert held == pytest.approx(16 * n + estimate.BASE_RAM) and found["short"]["RAM"] == pytest.approx(held - 0.97 * 125 * GIB)
 
 
 def test_lora_by_hand():
     """Rank 16 on all seven matrices of Llama-3-8B: 16 (4096+4096 + 2 (4096+1024) + 4096+4096 + 3 (4096+14336)) a layer."""
-    model = shapes.built_in("llama-3-8b")
+    model = model_shapes.built_in("llama-3-8b")
     a_layer = 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert sum(model.adapters(16).values()) == a_layer and model.shapes("bf16", "lora", 16).trainable == 32 * a_layer == 41_943_040
     assert sum(model.adapters(16, "q_proj,v_proj").values()) == 16 * (8192 + 5120)
-    found = plan.evaluate(plan.Job(model, "lora"), H100, "ds_z3_offload", 6)
+    found = estimate.evaluate(estimate.Job(model, "lora"), H100, "ds_z3_offload", 6)
     assert found["host"]["parameters"] == 2 * (8_030_261_248 + 41_943_040) and found["host"]["optimizer"] == 12 * 41_943_040
 
 
 def test_activations_measured():
     """2.75 GiB for 32,768 tokens of Llama-3.2-3B, as KeptLayers measured it on an H100."""
-    one, inputs = plan.activations(shapes.built_in("llama-3.2-3b"), 32768, 2)
+    one, inputs = estimate.activations(model_shapes.built_in("llama-3.2-3b"), 32768, 2)
     assert round(one / GIB, 2) == 2.75 and inputs == 32768 * 3072 * 2
 
 
 def test_gpu_only_by_hand():
     """Everything on the GPU: 16 bytes a parameter of a 1.2B model."""
-    found = plan.evaluate(plan.Job(shapes.built_in("llama-3.2-1b")), H100, "ds_z3", 1)
+    found = estimate.evaluate(estimate.Job(model_shapes.built_in("llama-3.2-1b")), H100, "ds_z3", 1)
     n = 1_235_814_400
     assert found["gpu"]["parameters"] + found["gpu"]["optimizer"] + found["gpu"]["gradients"] == 16 * n
     assert "gathered layers" not in found["gpu"]
 
 
 def test_nvme_by_hand():
-    job = plan.Job(shapes.built_in("llama-3.2-3b"))
-    found = plan.evaluate(job, H100, "ds_z3_nvme_optimizer", 16)
+    job = estimate.Job(model_shapes.built_in("llama-3.2-3b"))
+    found = estimate.evaluate(job, H100, "ds_z3_nvme_optimizer", 16)
     assert found["nvme"] == {"optimizer": 12 * 3_212_749_824}
     # 9 buffers of a sub-group that closed at 1e8 elements and has at most the embedding more, in fp32
     assert found["host"]["NVMe buffers"] == 9 * (100_000_000 + 128256 * 3072) * 4
     assert found["host"]["first moments"] == 2 * (100_000_000 + 128256 * 3072) * 4
     assert found["time"]["io"] == pytest.approx(12 * 3_212_749_824 * (1 / H100.nvme_read + 1 / H100.nvme_write))
-    stock = plan.evaluate(replace(job, fused_step=False), H100, "ds_z3_nvme_optimizer", 16)  # writes the gradients too, in fp32
+    stock = estimate.evaluate(replace(job, fused_step=False), H100, "ds_z3_nvme_optimizer", 16)  # writes the gradients too, in fp32
     assert stock["host"]["NVMe buffers"] == 12 * (100_000_000 + 128256 * 3072) * 4
     assert stock["nvme"] == {"optimizer": 16 * 3_212_749_824} and stock["time"]["io"] == pytest.approx(found["time"]["io"] * 16 / 12)
 
 
 def test_more_gpus_share():
-    model, machine = shapes.built_in("llama-3.2-3b"), box.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB"})
-    one, four = (plan.evaluate(plan.Job(model), b, "ds_z3_offload", 1) for b in (H100, machine))
+    model, spec = model_shapes.built_in("llama-3.2-3b"), machine.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB"})
+    one, four = (estimate.evaluate(estimate.Job(model), b, "ds_z3_offload", 1) for b in (H100, spec))
     assert four["host"]["optimizer"] == one["host"]["optimizer"]  # of the machine, not of a rank
-    two_machines = box.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB", "nodes": "2"})
-    assert plan.evaluate(plan.Job(model), two_machines, "ds_z3_offload", 1)["host"]["optimizer"] == one["host"]["optimizer"] / 2
+    two_machines = machine.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB", "nodes": "2"})
+    assert estimate.evaluate(estimate.Job(model), two_machines, "ds_z3_offload", 1)["host"]["optimizer"] == one["host"]["optimizer"] / 2
 
 
 def test_deepspeeds_own_accounting():
     """DeepSpeed's estimate for the CPU, without its safety factor: 18 bytes a parameter, of which 2 are not held any more."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
-    model = shapes.built_in("llama-3-8b")
+    model = model_shapes.built_in("llama-3-8b")
     cpu, _, _ = estimate_zero3_model_states_mem_needs(model.parameters, model.embedding, 1, 1, True, True, False, 1.0)
-    host = plan.evaluate(plan.Job(model), H100, "ds_z3_offload", 1)["host"]
+    host = estimate.evaluate(estimate.Job(model), H100, "ds_z3_offload", 1)["host"]
     assert sum(v for k, v in host.items() if k != "processes") == pytest.approx(cpu * 16 / 18, rel=1e-6)
 
 
@@ -151,10 +152,10 @@ RUNS = [  # docs/benchmarks.md, calls d to h of 2026-11-25, the 24th for 12 and 
 @pytest.mark.parametrize("name, method, config, gpus, micro, length, step_s, kept, gpu_gib, host_gib", RUNS)
 def test_runs_on_an_h100(name, method, config, gpus, micro, length, step_s, kept, gpu_gib, host_gib):
     """Peaks within 10 %, the time of an update within 20 %. torch 2.11, which rounds pinned RAM up; untied heads."""
-    shape = shapes.built_in(name)
+    shape = model_shapes.built_in(name)
     shape.tied = False
-    machine = replace(H100, gpus=gpus, ram=gpus * H100.ram, ram_rate=155e9, exact_pinning=False)
-    found = plan.evaluate(plan.Job(shape, method, max_length=length), machine, config, micro)
+    spec = replace(H100, gpus=gpus, ram=gpus * H100.ram, ram_rate=155e9, exact_pinning=False)
+    found = estimate.evaluate(estimate.Job(shape, method, max_length=length), spec, config, micro)
     print(f"{name} {method} {config} {gpus} x {micro} x {length} | {sum(found['gpu'].values()) / GIB:.1f} -> {gpu_gib} | "
           f"{sum(found['host'].values()) / GIB:.1f} -> {host_gib} | {found['step_s']:.2f} -> {step_s:.2f}")
     assert found["step_s"] == pytest.approx(step_s, rel=0.2)
@@ -166,14 +167,14 @@ def test_runs_on_an_h100(name, method, config, gpus, micro, length, step_s, kept
 def test_pinned_rounding_by_hand():
     """70B on two ranks: a half of 28672 x 8192 in bf16 is 224 MiB and takes 256; of 8192 x 8192 64 and of 1024 x 8192 8 MiB, which
     they are; of the embedding 1,002 MiB, which takes 1,024."""
-    extra = plan.pinned_rounding(shapes.built_in("llama-3-70b"), 2, 2)
+    extra = estimate.pinned_rounding(model_shapes.built_in("llama-3-70b"), 2, 2)
     assert extra == (80 * 3 * (256 - 224) + 2 * (1024 - 1002)) * 2**20
 
 
 def test_the_step_beside_the_forward_pass():
     """8B on eight GPUs: what the CPU's step takes longer than the forward pass is what an update pays for it."""
-    job, machine = plan.Job(shapes.built_in("llama-3-8b")), replace(H100, gpus=8, ram=10**12)
-    beside, after = (plan.evaluate(replace(job, overlap_step=o), machine, "ds_z3_offload", 4) for o in (None, False))
+    job, spec = estimate.Job(model_shapes.built_in("llama-3-8b")), replace(H100, gpus=8, ram=10**12)
+    beside, after = (estimate.evaluate(replace(job, overlap_step=o), spec, "ds_z3_offload", 4) for o in (None, False))
     assert after["time"] == beside["time"] and after["time"]["optimizer"] == pytest.approx(8_030_261_248 * 28 / 86e9)
     assert 0 < after["step_s"] - beside["step_s"] <= after["time"]["optimizer"]
 
@@ -210,9 +211,9 @@ def test_trial(tmp_path, monkeypatch, output, code, rate):
     settings, way = resolve(["--deepspeed", "auto", "--lora_r", "8"]), {"micro_batch": 2, "accumulation": 1}
     if isinstance(rate, str):
         with pytest.raises(RunError, match=rate):
-            calibrate._trial(settings, plan.Job(shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path)
+            calibrate._trial(settings, estimate.Job(model_shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path)
     else:
-        assert calibrate._trial(settings, plan.Job(shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path) == rate
+        assert calibrate._trial(settings, estimate.Job(model_shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path) == rate
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_json_and_time():
     best = found["recommended"]
     assert best["config"] == "ds_z3_offload.json"
     assert best["per_device_train_batch_size"] * best["gradient_accumulation_steps"] * 2 * 2048 == pytest.approx(131072, rel=0.2)
-    assert [m["name"] for m in found["modes"]] == list(plan.MODES)
+    assert [m["name"] for m in found["modes"]] == list(estimate.MODES)
     for mode in found["modes"]:
         assert {"fits", "gpu_bytes", "host_bytes", "nvme_bytes", "step_s", "tokens_per_s_per_gpu", "shortfall_bytes"} <= mode.keys()
         assert mode["fits"] == (mode["shortfall_bytes"] == 0)
@@ -247,7 +248,7 @@ def test_the_remedy_mends():
     tight = {"gpus": "1", "gpu_memory": "24GB", "ram": "64GB"}
     for model, method, flags in (("llama-3-8b", "full", tight), ("llama-3-70b", "lora", tight),
                                  ("llama-3-8b", "lora", {**tight, "ram": "128GB", "gpu_memory": "4GB"})):
-        ways = plan.remedy(plan.Job(shapes.built_in(model), method), box.given(flags))
+        ways = estimate.remedy(estimate.Job(model_shapes.built_in(model), method), machine.given(flags))
         assert ways, (model, method)
         for words in ways.split("; or "):
             more = {}
@@ -259,36 +260,36 @@ def test_the_remedy_mends():
                 more["gpu_memory"] = words.split()[2] + "GB"
             if "machines" in words:
                 more["nodes"] = words.split()[0]
-            job = plan.Job(shapes.built_in(model), "lora" if "--method lora" in words else method,
+            job = estimate.Job(model_shapes.built_in(model), "lora" if "--method lora" in words else method,
                            activation_offload="--activation_offload" in words,
                            max_length=int(words.split("--max_length ")[1].split()[0]) if "--max_length" in words else 2048)
-            assert plan.compare(job, box.given({**flags, **more}))[0]["fits"], words
+            assert estimate.compare(job, machine.given({**flags, **more}))[0]["fits"], words
 
 
 @pytest.mark.parametrize("ram, nvme, most_ram, most_nvme", [("140GB", "0", 160, 160), ("64GB", "0", 160, 160)])
 def test_the_remedy_is_no_more_than_needed(ram, nvme, most_ram, most_nvme):
     """70B LoRA is 141 GB of weights: neither 1,450 GB of NVMe nor 200 GB of RAM."""
     flags = {"gpus": "1", "gpu_memory": "80GB", "ram": ram, "nvme": nvme}
-    words = plan.remedy(plan.Job(shapes.built_in("llama-3-70b"), "lora"), box.given(flags))
+    words = estimate.remedy(estimate.Job(model_shapes.built_in("llama-3-70b"), "lora"), machine.given(flags))
     sizes = {kind: int(n) for n, kind in re.findall(r"(\d+) GB (free|of RAM)", words)}
     assert 140 < sizes["free"] <= most_nvme and 140 < sizes["of RAM"] <= most_ram
 
 
 @pytest.mark.parametrize("tokens, rows", [(6144, 3), (10240, 5), (14336, 7), (2049, 1), (65536, 32)])
 def test_an_update_has_the_tokens_that_were_asked(tokens, rows):
-    job = plan.Job(shapes.built_in("llama-3-8b"), tokens_per_step=tokens)
-    for found in plan.compare(job, replace(H100, ram=10**12)):
+    job = estimate.Job(model_shapes.built_in("llama-3-8b"), tokens_per_step=tokens)
+    for found in estimate.compare(job, replace(H100, ram=10**12)):
         assert found["micro_batch"] * found["accumulation"] == rows
 
 
 def test_directions():
     """fp32 is slower on a GPU, several machines are slower than their network allows, and writes include the parameters."""
-    job, machine = plan.Job(shapes.built_in("llama-3-8b"), "lora"), replace(H100, gpus=8, ram=10**12, nvme=10**13)
-    bf16, fp32 = (plan.evaluate(replace(job, precision=p), machine, "ds_z3_offload", 2)["time"]["compute"] for p in ("bf16", "fp32"))
+    job, spec = estimate.Job(model_shapes.built_in("llama-3-8b"), "lora"), replace(H100, gpus=8, ram=10**12, nvme=10**13)
+    bf16, fp32 = (estimate.evaluate(replace(job, precision=p), spec, "ds_z3_offload", 2)["time"]["compute"] for p in ("bf16", "fp32"))
     assert fp32 > 8 * bf16
-    one, four = (plan.evaluate(job, replace(machine, nodes=n), "ds_z3", 1)["step_s"] for n in (1, 4))
+    one, four = (estimate.evaluate(job, replace(spec, nodes=n), "ds_z3", 1)["step_s"] for n in (1, 4))
     assert four > 1.5 * one
-    optimizer, both = (plan.evaluate(plan.Job(shapes.built_in("llama-3-8b")), machine, m, 1)["written"] / 8_030_261_248
+    optimizer, both = (estimate.evaluate(estimate.Job(model_shapes.built_in("llama-3-8b")), spec, m, 1)["written"] / 8_030_261_248
                        for m in ("ds_z3_nvme_optimizer", "ds_z3_nvme"))
     assert (optimizer, both) == (12, 14)
 

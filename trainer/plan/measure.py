@@ -1,6 +1,6 @@
 """What the machine gives: the disk through DeepSpeed's own libaio op, the GPUs, PCIe, RAM, and what lies between GPUs.
 
-`python launch/bench.py io PATH` and `… box`. Both keep their figures for the plan (trainer/box.py).
+`python launch/bench.py io PATH` and `… box`. Both keep their figures for the plan (trainer/plan/machine.py).
 """
 import json
 import os
@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from trainer import hardware, ops, swap
-from trainer.box import disk_of, remember
 from trainer.errors import FAILED, RunError
+from trainer.plan.machine import disk_of, remember
 
 BLOCKS, DEPTHS, THREADS = (2**20, 2**23), (16, 64), (1, 4, 8)
 
@@ -152,7 +152,7 @@ def _links(torch):
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count()),
                "-m",
-               "trainer.bench_box"]
+               "trainer.plan.measure"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
     except subprocess.TimeoutExpired:

@@ -4,9 +4,9 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import box, plan, shapes
 from trainer.checkpoint import gathered
 from trainer.errors import RunError, is_main_process, say, table
+from trainer.plan import estimate, machine, model_shapes
 
 LIMIT = 0.15  # relative error from which a warning is printed
 SETTLED = 6  # updates that are not counted: compilation, ZeRO's trace, the layers that keep their activations
@@ -32,13 +32,13 @@ class Held:
             some = lengths[:len(lengths) // micro * micro] if len(lengths) >= micro else lengths
             mean = float(some.reshape(-1, min(micro, len(some))).max(1).mean())
         try:
-            model = shapes.from_dict(model_config.to_dict(), "model")
-            machine = box.probe(settings.nvme_path, ranks[1] if gpu else 0)
-            machine.nodes = ranks[0] // ranks[1]
+            model = model_shapes.from_dict(model_config.to_dict(), "model")
+            spec = machine.probe(settings.nvme_path, ranks[1] if gpu else 0)
+            spec.nodes = ranks[0] // ranks[1]
             if not gpu:  # ranks that share one CPU
-                machine.flops /= ranks[1]
-            job = replace(plan.job_of(settings, model, precision, gpu), longest=longest, mean=mean, labelled=labelled)
-            self.found = plan.prediction(job, machine, config, micro, settings.gradient_accumulation_steps)
+                spec.flops /= ranks[1]
+            job = replace(estimate.job_of(settings, model, precision, gpu), longest=longest, mean=mean, labelled=labelled)
+            self.found = estimate.prediction(job, spec, config, micro, settings.gradient_accumulation_steps)
         except RunError as error:
             say(f"plan: none, {str(error).splitlines()[0]}")
             return

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from trainer import box as boxes
-from trainer import plan, shapes
 from trainer.args import RunArguments
 from trainer.config import CONFIGS
 from trainer.errors import BAD_INPUT, DOES_NOT_FIT, DONE, RunError, did_you_mean, report, table
+from trainer.plan import estimate, model_shapes
+from trainer.plan import machine as boxes
 
 GIB = 2**30
 MACHINE = {"gpu_memory": "memory of one GPU: 80GB", "ram": "of one machine: 1TB", "nvme": "free on a local NVMe: 4TB, 0 for none",
@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(prog="plan.py", description="What fits which configuration and how fast, before anything is loaded.",
                      allow_abbrev=False)
-    parser.add_argument("--model", help=f"a model directory, a config.json, or one of {', '.join(shapes.BUILT_IN)} (default: "
+    parser.add_argument("--model", help=f"a model directory, a config.json, or one of {', '.join(model_shapes.BUILT_IN)} (default: "
                         "smollm2-135m, the embedded model)", default="smollm2-135m")
     defaults = RunArguments()
     parser.add_argument("--method", default=defaults.method)
@@ -82,10 +82,10 @@ def job_and_box(options):
         here = boxes.probe(options.nvme_path, None if options.gpus is None else _whole(options.gpus, "gpus", 0))
     box = boxes.given(machine, here) if asked - {"gpus"} or not here else here
     precision = options.precision or ("bf16" if box.gpus else "fp32")
-    job = plan.Job(shapes.find(options.model), _choice(options.method, "method", ("full", "lora")), _whole(options.lora_r, "lora_r"),
+    job = estimate.Job(model_shapes.find(options.model), _choice(options.method, "method", ("full", "lora")), _whole(options.lora_r, "lora_r"),
                    options.lora_target_modules, _whole(options.max_length, "max_length", 2),
                    options.tokens_per_step and _whole(options.tokens_per_step, "tokens_per_step"),
-                   _choice(precision, "precision", tuple(shapes.ITEMSIZE)),
+                   _choice(precision, "precision", tuple(model_shapes.ITEMSIZE)),
                    _choice(options.activation_offload.lower(), "activation_offload", ("true", "false")) == "true")
     if precision == "fp16" and not box.gpus:
         raise RunError("--precision fp16 needs a GPU", found="no GPUs", fix="--precision fp32")
@@ -113,7 +113,7 @@ def text(job, box, found, dataset_tokens=None):
              f"{box.nvme / 1e9:,.0f} GB free; {box.flops / 1e12:,.4g} TFLOP/s"
              + (f", {box.pcie / 1e9:.0f} GB/s to a GPU" if box.gpus else "") + f", {box.ram_rate / 1e9:.0f} GB/s of RAM",
              *(f"note: {note}" for note in box.notes)]
-    if job.tokens_per_step and job.tokens_per_step != (tokens := plan.rows_of(job, box) * box.ranks * job.max_length):
+    if job.tokens_per_step and job.tokens_per_step != (tokens := estimate.rows_of(job, box) * box.ranks * job.max_length):
         lines.append(f"note: an update is whole rows on every GPU: {tokens:,} tokens in place of {job.tokens_per_step:,}")
     head = ["configuration", "fits", "rows x steps", "GPU GiB", "RAM GiB", "NVMe GB", "s an update", "compute", "transfer",
             "optimizer", "I/O", "tok/s a GPU", *(["hours"] if dataset_tokens else []), ""]
@@ -124,7 +124,7 @@ def text(job, box, found, dataset_tokens=None):
                      _size(sum(one["gpu"].values())), _size(sum(one["host"].values())), f"{sum(one['nvme'].values()) / 1e9:,.0f}",
                      f"{one['step_s']:.3g}", *(f"{one['time'][k]:.3g}" for k in ("compute", "transfer", "optimizer", "io")),
                      f"{one['tokens_per_s']:,.0f}", *hours,
-                     "recommended" if one is best and one["fits"] else plan.why_not(one, best)])
+                     "recommended" if one is best and one["fits"] else estimate.why_not(one, best)])
     lines += ["", table(rows), "", "The four times would be taken alone; an update overlaps them. What lies where, GiB:"]
     for one in found:
         lines += [f"  {one['name']}: {label}: " + ", ".join(f"{k} {_size(v)}" for k, v in one[tier].items())
@@ -134,10 +134,10 @@ def text(job, box, found, dataset_tokens=None):
         lines.append(f"NVMe is written {best['written'] / 1e9:,.0f} GB an update: 1 PB of its life in "
                      f"{1e15 / best['written']:,.0f} updates")
     if not best["fits"]:
-        mend = plan.remedy(job, box)
+        mend = estimate.remedy(job, box)
         lines.append(f"does not fit; the least that would mend it: {mend or 'none of the changes that the plan knows'}")
     else:
-        shown = plan.as_json(job, box, found)["recommended"]
+        shown = estimate.as_json(job, box, found)["recommended"]
         lines.append("settings: " + ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in shown.items()))
         lines.append("Numbers are predictions; each run prints its own beside them.")
     return "\n".join(lines)
@@ -145,7 +145,7 @@ def text(job, box, found, dataset_tokens=None):
 
 def write(folder, options, job, box, found):
     """The recommended configuration, comments kept, with its numbers in the place of "auto"; and a recipe. Returns the paths."""
-    chosen = plan.as_json(job, box, found)["recommended"]
+    chosen = estimate.as_json(job, box, found)["recommended"]
     content = (CONFIGS / chosen["config"]).read_text()
     numbers = {k: v for k, v in chosen.items() if isinstance(v, int)}
     content = re.sub(r'"(\w+)": "auto"', lambda m: f'"{m[1]}": {numbers[m[1]]}' if m[1] in numbers
@@ -168,7 +168,7 @@ def write(folder, options, job, box, found):
     if path.exists():
         recipe["model_name_or_path"] = str((path if path.is_dir() else path.parent).absolute())
     elif job.model.name != "smollm2-135m":  # which is the embedded model
-        recipe["model_name_or_path"] = shapes.HUB[job.model.name]
+        recipe["model_name_or_path"] = model_shapes.HUB[job.model.name]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / chosen["config"]
     recipe["deepspeed"] = str(target.absolute())
@@ -187,7 +187,7 @@ def draw(job, box, found, path):
 
     tiers = [(t, label, room) for t, label, room in (("gpu", "one GPU", box.gpu_memory), ("host", "RAM of a machine", box.ram),
                                                      ("nvme", "NVMe of a machine", box.nvme)) if any(f[t] for f in found)]
-    modes = sorted(found, key=lambda f: plan.MODES.index(f["name"]))
+    modes = sorted(found, key=lambda f: estimate.MODES.index(f["name"]))
     names = list(dict.fromkeys(k for t in ("gpu", "host", "nvme") for f in modes for k in f[t]))
     colours = pyplot.get_cmap("tab20")  # one for one thing
     figure, axes = pyplot.subplots(1, len(tiers), figsize=(5 * len(tiers), 4.5), squeeze=False)
@@ -212,15 +212,15 @@ def main(argv=None):
     try:
         options = _parser().parse_args(argv)
         job, box = job_and_box(options)
-        found = plan.compare(job, box)
+        found = estimate.compare(job, box)
         tokens = options.dataset_tokens and _whole(options.dataset_tokens, "dataset_tokens")
         if options.json:
-            shown = plan.as_json(job, box, found)
+            shown = estimate.as_json(job, box, found)
             if tokens:
                 for mode in shown["modes"]:
                     mode["hours"] = tokens / (mode["tokens_per_s_per_gpu"] * box.ranks) / 3600
             if not found[0]["fits"]:
-                shown["remedy"] = plan.remedy(job, box)
+                shown["remedy"] = estimate.remedy(job, box)
             print(json.dumps(shown, indent=1))
         else:
             print(text(job, box, found, tokens))

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer import embedded, hardware, swap
 from trainer.args import parse_size
 from trainer.errors import RunError
-from trainer.plan import NETWORK, Box
+from trainer.plan.estimate import NETWORK, Box
 
 # bf16 dense product rate in operations a second, PCIe each way and link between two GPUs in bytes a second. H100 and H200 SXM were
 # measured; the others are the vendors' figures, times 0.8 for the products and the PCIe that H100 reaches of its 63 GB/s.

@@ -11,10 +11,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer import box
 from trainer.args import ROOT
 from trainer.errors import DOES_NOT_FIT, RunError, say
 from trainer.hardware import die_with_parent
+from trainer.plan import machine
 
 UPDATES, SETTLED = 12, 8  # updates of a trial, and those of them that are not counted: recompute.py decides in the fourth
 MOST = 4  # trials, where one of them fits
@@ -39,7 +39,7 @@ def fastest(settings, job, mode, ways, planned, here):
              [_version(p) for p in ("torch", "deepspeed", "transformers", "liger-kernel", "zero-offload-trainer")],
              [os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]]
     key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
-    path = box.measured_path().parent / "calibrated" / f"{key}.json"
+    path = machine.measured_path().parent / "calibrated" / f"{key}.json"
     if int(os.environ.get("LOCAL_RANK") or 0) == 0 and _answer(path) is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

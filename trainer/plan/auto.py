@@ -4,8 +4,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import box, calibrate, hardware, plan, shapes, swap
+from trainer import hardware, swap
 from trainer.errors import DOES_NOT_FIT, RunError, say, table
+from trainer.plan import calibrate, estimate, machine, model_shapes
 
 AUTO = "auto"
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -14,13 +15,13 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 def model_of(name):
     """The shapes of a model by directory, hub name, or None for the embedded default."""
     if name is None:
-        return shapes.built_in("smollm2-135m")
+        return model_shapes.built_in("smollm2-135m")
     if Path(name).is_dir():
-        return shapes.find(name)
+        return model_shapes.find(name)
     try:
         from huggingface_hub import hf_hub_download
 
-        return shapes.from_dict(json.loads(Path(hf_hub_download(name, "config.json")).read_text()), name, f"{name}/config.json")
+        return model_shapes.from_dict(json.loads(Path(hf_hub_download(name, "config.json")).read_text()), name, f"{name}/config.json")
     except RunError:
         raise
     except Exception as error:  # a dozen kinds, by network, right and name
@@ -32,7 +33,7 @@ def model_of(name):
 def machine(settings, gpu):
     """This machine as a plan.Box, by what does not change from one rank or moment to the next."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    found = box.probe(settings.nvme_path, here if gpu else 0, measure=False)
+    found = machine.probe(settings.nvme_path, here if gpu else 0, measure=False)
     found.nodes = max(1, int(os.environ.get("WORLD_SIZE") or here) // here)
     try:
         swap.check_directory(settings.nvme_path)
@@ -46,15 +47,15 @@ def choose(settings):
     RunError with exit code 3 where nothing fits. Returns what is left to be done once the rest of the input was checked: a function
     that tries the micro-batch out, or None."""
     gpu = hardware.uses_gpu(settings)
-    precision, _ = hardware.choose_precision(settings, plan.read_config(plan.CONFIGS / "ds_z3.json"), gpu, "--deepspeed auto")
-    job = plan.job_of(settings, model_of(settings.model_name_or_path), precision, gpu)
+    precision, _ = hardware.choose_precision(settings, estimate.read_config(estimate.CONFIGS / "ds_z3.json"), gpu, "--deepspeed auto")
+    job = estimate.job_of(settings, model_of(settings.model_name_or_path), precision, gpu)
     here, rows = machine(settings, gpu), None
     if any(settings.given(key) for key in _BATCH):
         rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     found, tried = [], {}
-    for mode in plan.MODES:
-        sizes = [rows // n for n in range(1, rows + 1) if rows % n == 0] if rows else plan.MICRO_BATCHES
-        ways = [plan.evaluate(replace(job, tokens_per_step=(rows or micro) * job.max_length * here.ranks), here, mode, micro)
+    for mode in estimate.MODES:
+        sizes = [rows // n for n in range(1, rows + 1) if rows % n == 0] if rows else estimate.MICRO_BATCHES
+        ways = [estimate.evaluate(replace(job, tokens_per_step=(rows or micro) * job.max_length * here.ranks), here, mode, micro)
                 for micro in sizes]
         tried[mode] = ways
         limit = hardware.memlock_limit()
@@ -62,14 +63,14 @@ def choose(settings):
             if limit is not None and way["locked"] > limit:
                 way["fits"], way["short"]["locked memory"] = False, way["locked"] - limit
         found.append(max(ways, key=lambda w: (w["fits"], w["tokens_per_s"] if w["fits"] else -sum(w["short"].values()))))
-    found = plan.ordered(found)
+    found = estimate.ordered(found)
     best = found[0]
     if not best["fits"]:
-        raise RunError("no configuration fits this machine", found="; ".join(f"{f['name']}: {plan.why_not(f, best)}" for f in found),
-                       needed=plan.remedy(job, here) or "another machine", fix="python launch/plan.py --help", code=DOES_NOT_FIT)
+        raise RunError("no configuration fits this machine", found="; ".join(f"{f['name']}: {estimate.why_not(f, best)}" for f in found),
+                       needed=estimate.remedy(job, here) or "another machine", fix="python launch/plan.py --help", code=DOES_NOT_FIT)
     rows = [("configuration", "rows x steps", "s an update", "tok/s", "")] + [
         (f["name"], f"{f['micro_batch']} x {f['accumulation']}", f"{f['step_s']:.3g}", f"{f['tokens_per_s']:,.0f}",
-         "chosen" if f is best else plan.why_not(f, best)) for f in found]
+         "chosen" if f is best else estimate.why_not(f, best)) for f in found]
     say(f"--deepspeed auto\n{table(rows)}\n")
     if settings.calibrate and here.nodes > 1:
         raise RunError("--calibrate true is for one machine", found=f"{here.nodes} machines", fix="leave --calibrate out")

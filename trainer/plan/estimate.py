@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 
 from trainer.config import CONFIGS, locked_bytes, read_config, resolve_auto
-from trainer.shapes import ITEMSIZE, Model
+from trainer.plan.model_shapes import ITEMSIZE, Model
 
 GIB = 2**30
 MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
