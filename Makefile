@@ -85,12 +85,12 @@ EXTENSIONS := $(or $(TORCH_EXTENSIONS_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache
 built = $(wildcard $(EXTENSIONS)/$(1)/$(1).so $(EXTENSIONS)/*/$(1)/$(1).so)
 
 $(VENV)/.ops: $(if $(call built,cpu_adam),,rebuild) | $(VENV)/.ready
-	$(BIN)/python -m trainer.ops cpu_adam shm_comm pin_memory
+	$(BIN)/python -m trainer.system.ops cpu_adam shm_comm pin_memory
 	@touch $@
 
 $(VENV)/.ops-aio: $(if $(call built,async_io),,rebuild) | $(VENV)/.ops
 	@./launch/debian.sh $(DEBIAN_AIO)
-	$(BIN)/python -m trainer.ops async_io
+	$(BIN)/python -m trainer.system.ops async_io
 	@touch $@
 
 rebuild:

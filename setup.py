@@ -1,5 +1,5 @@
 """Packages and dependency ranges. Exact versions that were tested together: constraints.txt."""
-from setuptools import setup
+from setuptools import find_packages, setup
 
 REQUIRES = [
     "torch>=2.7",
@@ -31,7 +31,7 @@ setup(
     description="Fine-tune language models that do not fit the GPU, with DeepSpeed ZeRO-3 and offload to CPU and NVMe",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=["trainer", "trainer.engine", "data"],
+    packages=find_packages(include=["trainer*", "data"]),
     package_data={"data": ["samples/*", "templates/*"], "trainer.engine": ["adam.c"]},
     install_requires=REQUIRES,
     extras_require={

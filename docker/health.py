@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainer.supervise import heartbeat, patience  # noqa: E402
-from trainer.swap import is_held  # noqa: E402
+from trainer.system.swap_dir import is_held  # noqa: E402
 
 
 def ours(lock):

@@ -53,7 +53,7 @@ def run(work, args):
     from transformers import AutoTokenizer
 
     from data import dataset, pack, source, template, tokenize
-    from trainer import embedded
+    from trainer.system import default_model
 
     generate(work / "rows.jsonl", args.rows)
     (one,) = source.resolve([str(work / "rows.jsonl")])
@@ -62,7 +62,7 @@ def run(work, args):
     seconds = time.perf_counter() - began
     print(f"check      {checked.rows / seconds:12,.0f} rows/s   {seconds:7.1f} s   peak RSS {peak():.2f} GiB", flush=True)
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model or embedded.ensure())
+    tokenizer = AutoTokenizer.from_pretrained(args.model or default_model.ensure())
     template.prepare_tokenizer(tokenizer)
     encoder = tokenize.Encoder(tokenizer)
 

@@ -307,7 +307,7 @@ def main(argv=None):
 
 
 def _train(options, command):
-    from trainer.hardware import gpu_count
+    from trainer.system.hardware import gpu_count
 
     gpu = gpu_count() > 0
     names = options.cases or (["8b-lora", "3b-full"] if gpu else ["tiny"])

@@ -7,9 +7,10 @@ import numpy as np
 
 from data import DataError, dataset, source, validate
 from data.tokenize import Encoder, tokenized
-from trainer import embedded, rows
+from trainer import rows
 from trainer.args import all_keys, check_model, help_text, resolve
 from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, report
+from trainer.system import default_model
 
 USAGE = """python launch/data.py check [FILE …] [--json] [--rejected FILE] [--FLAG VALUE …]
 
@@ -85,7 +86,7 @@ def check(argv):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would say that it looks for one
     from trainer.model import load_tokenizer
 
-    directory = embedded.ensure(quiet=as_json) if settings.model_name_or_path is None else settings.model_name_or_path
+    directory = default_model.ensure(quiet=as_json) if settings.model_name_or_path is None else settings.model_name_or_path
     tokenizer, given = load_tokenizer(str(directory), settings)
     rows.check_vocabulary(tokenizer, rows.vocabulary_of(directory))
     encoder = Encoder(tokenizer, settings.last_turn_only)

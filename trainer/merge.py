@@ -8,7 +8,7 @@ import yaml
 
 from trainer.args import RESOLVED
 from trainer.errors import DONE, RunError, report
-from trainer.hardware import free_memory
+from trainer.system.hardware import free_memory
 
 
 def merge(run, output):

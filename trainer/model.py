@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.template import prepare_tokenizer
-from trainer import embedded
 from trainer.config import Shapes
 from trainer.errors import BAD_INPUT, RunError, did_you_mean
+from trainer.system import default_model
 
 SWAPPED_BYTES = 2**20  # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def locate(name):
     """The model's directory or hub name; the embedded default where there is none."""
-    return str(embedded.ensure()) if name is None else name
+    return str(default_model.ensure()) if name is None else name
 
 
 def load_config(name, settings):

@@ -2,8 +2,8 @@
 import time
 from pathlib import Path
 
-from trainer import embedded
 from trainer.errors import RunError
+from trainer.system import default_model
 
 
 def run_directory(settings, name=None):
@@ -21,6 +21,6 @@ def run_directory(settings, name=None):
 
 def default_run_name(settings):
     """<model>-<method>-<configuration>-<time>."""
-    model = Path(settings.model_name_or_path or embedded.NAME).name.lower()
+    model = Path(settings.model_name_or_path or default_model.NAME).name.lower()
     stem = Path(settings.deepspeed).stem if isinstance(settings.deepspeed, str) else "ds"
     return f"{model}-{settings.method}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"

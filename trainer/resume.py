@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from trainer import errors, hardware
+from trainer import errors
 from trainer.errors import RunError
+from trainer.system import hardware
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from data import DataError, storage
-from trainer import __version__, doctor, embedded, hardware, ops, resume, rows, swap
+from trainer import __version__, resume, rows
 from trainer.args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
 from trainer.config import (
     check_agreement,
@@ -22,6 +22,7 @@ from trainer.config import (
     uses_nvme,
     write_yaml,
 )
+from trainer.doctor import checks
 from trainer.engine import patches
 from trainer.errors import (
     BAD_INPUT,
@@ -37,6 +38,7 @@ from trainer.errors import (
 )
 from trainer.names import default_run_name, run_directory
 from trainer.plan import auto
+from trainer.system import default_model, hardware, ops, swap_dir
 
 SECRET = ("hub_token",)
 VERSIONED = ("torch", "deepspeed", "transformers", "accelerate", "peft", "datasets", "safetensors", "wandb")
@@ -109,8 +111,8 @@ def prepare(settings):
         raise RunError("--random_weights needs a shape", needed="--model_name_or_path with a config.json")
     check_resume(settings)
     if uses_nvme(config):
-        swap.check_directory(settings.nvme_path)
-    doctor.quick(gpu, uses_nvme(config))
+        swap_dir.check_directory(settings.nvme_path)
+    checks.quick(gpu, uses_nvme(config))
     data = rows.plan(settings, rows.progress("looking at rows"))
     if calibrate:
         calibrate()
@@ -233,7 +235,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     def begin():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            swap.take(directory / ".running", f"the run {directory}", "make stop, or another --run_name")
+            swap_dir.take(directory / ".running", f"the run {directory}", "make stop, or another --run_name")
             heartbeat(directory, 0, "load")
             if os.environ.get("ZERO_OFFLOAD_SUPERVISED", "1") == "1":  # what was asked of this run stays asked when it is restarted
                 for name in (STOP, SAVE):
@@ -317,11 +319,11 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     tracker = telemetry = space = saves = None
     try:
         if uses_nvme(config):
-            space, first_here = swap.SwapSpace(swap_directory), int(os.environ["LOCAL_RANK"]) == 0
-            size = swap.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size, settings.fused_step)
-            _together(lambda: first_here and swap.reclaim(settings.nvme_path, say), lambda: first_here and space.own())
+            space, first_here = swap_dir.SwapSpace(swap_directory), int(os.environ["LOCAL_RANK"]) == 0
+            size = swap_dir.needed_bytes(config, parameters, shapes.trainable, shapes.itemsize, world_size, settings.fused_step)
+            _together(lambda: first_here and swap_dir.reclaim(settings.nvme_path, say), lambda: first_here and space.own())
             _together(lambda: space.reserve_space(torch.distributed.get_rank(), size, ranks_here))
-            swap.watch(space)
+            swap_dir.watch(space)
         model = models.build(name, model_config, settings, precision, backend)
         if leaf:
             say(f"leaf module: {models.make_leaves(model)}")
@@ -441,7 +443,7 @@ def _export(trainer, tokenizer, directory, settings, name, sources):
 
     target = directory / "export"
     say(f"exporting to {target}")
-    base = embedded.HUB_NAME if name == str(embedded.model_directory()) else name
+    base = default_model.HUB_NAME if name == str(default_model.model_directory()) else name
     data = ", ".join(os.path.relpath(s, ROOT) if Path(s).is_relative_to(ROOT) else s for s in sources)
     card = model_card(settings, base, data, _evaluations(trainer), directory)
     limit = parse_size(settings.max_shard_size, "max_shard_size")

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from data import storage
-from trainer import hardware, resume, swap
+from trainer import resume
 from trainer.args import help_text, resolve
 from trainer.errors import (
     BAD_INPUT,
@@ -30,6 +30,7 @@ from trainer.errors import (
 )
 from trainer.names import default_run_name, run_directory
 from trainer.run import check_resume
+from trainer.system import hardware, swap_dir
 
 USAGE = """python launch/supervise.py [--num_gpus N] [--detach] [--max_restarts 3] [--hang_timeout SECONDS] [--FLAG VALUE ...]
 
@@ -149,7 +150,7 @@ def stop(directory):
 def patience(directory, phase):
     """Seconds that the run may be silent in `phase`: as its supervisor has it now, else the phase's own."""
     try:
-        if swap.is_held(directory / ".supervised"):
+        if swap_dir.is_held(directory / ".supervised"):
             return float((directory / ".patience").read_text())
     except (OSError, ValueError):
         pass
@@ -158,7 +159,7 @@ def patience(directory, phase):
 
 def is_alive(directory):
     """Whether a rank or a supervisor holds the run."""
-    return any((directory / name).exists() and swap.is_held(directory / name) for name in (".running", ".supervised"))
+    return any((directory / name).exists() and swap_dir.is_held(directory / name) for name in (".running", ".supervised"))
 
 
 def status():
@@ -197,7 +198,7 @@ class Supervisor:
         """Exit code."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            swap.take(self.directory / ".supervised", f"the run {self.directory}", "make stop, or another --run_name")
+            swap_dir.take(self.directory / ".supervised", f"the run {self.directory}", "make stop, or another --run_name")
         except OSError as error:
             raise RunError(f"the run directory {self.directory} cannot be written to", found=error.strerror,
                            fix="--output_dir") from None

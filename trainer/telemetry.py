@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from trainer import hardware
+from trainer.system import hardware
 
 GIB = 2**30
 

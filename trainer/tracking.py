@@ -3,7 +3,7 @@ import os
 import threading
 from pathlib import Path
 
-from trainer.servers import logged_in
+from trainer.doctor.network import logged_in
 from trainer.telemetry import finite
 
 _GROUPS = {

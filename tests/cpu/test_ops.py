@@ -2,7 +2,7 @@
 import shutil
 from pathlib import Path
 
-from trainer import ops
+from trainer.system import ops
 
 FLAGS = ["--max_steps", 1, "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false", "--save_strategy", "no",
          "--per_device_train_batch_size", 2]

@@ -45,10 +45,10 @@ def test_swap_disk_fills_up(starts, disk, solo, row):
 
 def test_no_room_for_a_file(disk):
     """Beyond what was reserved: refused before the write."""
-    from trainer import swap
     from trainer.errors import RunError
+    from trainer.system import swap_dir
 
-    space = swap.SwapSpace(disk(20) / "own")
+    space = swap_dir.SwapSpace(disk(20) / "own")
     space.own()
     space.reserve_space(0, 4 * 2**20, 1)
     space.prepare(str(space.folder / "a.swp"), 4 * 2**20)

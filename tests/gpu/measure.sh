@@ -21,7 +21,7 @@ part() {
     3b-tuned) bench 3b-full --yardstick tuned --updates 12 --timeout 150 ;;
     3b-plain) bench 3b-full --only ours --updates 12 --timeout 150 --flags="--overlap_step false" ;;
     3b-gpu) bench 3b-full-gpu --only ours --updates 12 --timeout 120 ;;
-    io) python3 -m trainer.ops async_io && python3 launch/bench.py io /tmp/bench-work --bytes 4GB --seconds 40 ;;
+    io) python3 -m trainer.system.ops async_io && python3 launch/bench.py io /tmp/bench-work --bytes 4GB --seconds 40 ;;
     3b-nvme) bench 3b-full-nvme --only ours --updates 5 --timeout 380; rm -rf /tmp/bench-work/swap ;;
     1b) bench 1b-full --only ours --updates 12 --timeout 120 ;;
     70b) bench 70b-lora --only ours --micro_batches 4 16 --updates 11 --timeout 300 ;;
@@ -38,6 +38,6 @@ part() {
   esac
 }
 # First, and to its end: a build that a time limit kills leaves a lock behind.
-python3 -m trainer.ops cpu_adam
+python3 -m trainer.system.ops cpu_adam
 for name in "$@"; do part "$name" 2>&1 | grep -v "^$"; done
 (cd "$out" && tar czf logs.tgz bench/*.log && rm -f bench/*.log)

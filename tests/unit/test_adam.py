@@ -4,9 +4,9 @@ import ctypes
 import pytest
 import torch
 
-from trainer import ops
 from trainer.engine import cpu_step
 from trainer.errors import RunError
+from trainer.system import ops
 
 GROUP = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "bias_correction": True}
 PIECE = 2**16  # of adam.c

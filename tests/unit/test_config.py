@@ -18,7 +18,7 @@ from trainer.config import (
     resolve_auto,
 )
 from trainer.errors import RunError
-from trainer.hardware import choose_precision
+from trainer.system.hardware import choose_precision
 
 SHIPPED = sorted(p.name for p in CONFIGS.glob("*.json"))
 LLAMA_8B = Shapes(layer=218_112_000, layer_tensors=9, largest=525_336_576, trainable=8_030_261_248, largest_trainable=525_336_576,
@@ -153,8 +153,8 @@ def test_unreadable(tmp_path, text, word):
     (["--precision", "fp32"], True, True, "fp32"), (["--bf16", "false"], True, True, "fp32"), (["--bf16"], False, False, "bf16"),
 ])
 def test_precision(monkeypatch, flags, gpu, hardware_has, expected):
-    monkeypatch.setattr("trainer.hardware.cpu_has_bf16", lambda: hardware_has)
-    monkeypatch.setattr("trainer.hardware.gpu_has_bf16", lambda: hardware_has)
+    monkeypatch.setattr("trainer.system.hardware.cpu_has_bf16", lambda: hardware_has)
+    monkeypatch.setattr("trainer.system.hardware.gpu_has_bf16", lambda: hardware_has)
     config = shipped()
     chosen, _ = choose_precision(resolve(["--model_name_or_path", "x", *flags]), config, gpu, "my.json")
     assert chosen == expected
@@ -163,6 +163,6 @@ def test_precision(monkeypatch, flags, gpu, hardware_has, expected):
 
 @pytest.mark.parametrize("flags, gpu", [(["--fp16"], False), (["--bf16", "--fp16"], True), (["--precision", "bf16"], True)])
 def test_precision_refused(monkeypatch, flags, gpu):
-    monkeypatch.setattr("trainer.hardware.gpu_has_bf16", lambda: False)
+    monkeypatch.setattr("trainer.system.hardware.gpu_has_bf16", lambda: False)
     with pytest.raises(RunError):
         choose_precision(resolve(["--model_name_or_path", "x", *flags]), copy.deepcopy(shipped()), gpu, "my.json")

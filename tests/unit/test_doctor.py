@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trainer import hardware, ops
+from trainer.system import hardware, ops
 
 PYNVML = '''
 """Two GPUs behind a slow link, by the names that NVML has."""
@@ -91,7 +91,7 @@ def test_no_compiler(tmp_path):
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
     assert doctor(env=bare)[0]["compiler"]["status"] == "failure"  # our own step is still to be compiled
-    from trainer import ops
+    from trainer.system import ops
 
     ops._adam(tmp_path)[1].parent.mkdir()
     ops._adam(tmp_path)[1].touch()
@@ -133,7 +133,7 @@ def test_in_a_container(tmp_path):
 def test_directories_of_somebody_else(tmp_path, monkeypatch, image, fix):
     from types import SimpleNamespace
 
-    from trainer import doctor as checks
+    from trainer.doctor import checks as checks
 
     (tmp_path / "runs").mkdir(mode=0o755)
     monkeypatch.chdir(tmp_path)
@@ -230,7 +230,7 @@ def test_gpus(tmp_path):
 
 def test_driver_too_old(tmp_path, monkeypatch):
     """CUDA 12.2's driver beside a torch for CUDA 13."""
-    from trainer import doctor as module
+    from trainer.doctor import checks as module
 
     (tmp_path / "pynvml.py").write_text(PYNVML)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -248,7 +248,7 @@ def test_driver_too_old(tmp_path, monkeypatch):
 
 def test_before_every_run(tmp_path, monkeypatch, capsys):
     """A limit is a warning in the run's output; a driver that is too old ends it with exit code 3, before torch is imported."""
-    from trainer import doctor as module
+    from trainer.doctor import checks as module
     from trainer.errors import RunError
 
     done = subprocess.run([sys.executable, "launch/train.py", "--dataset", tmp_path / "missing.jsonl", "--use_cpu"], cwd=ROOT,

@@ -1,10 +1,10 @@
 """CPU cores for each rank, and what a run is on."""
 import pytest
 
-from trainer import hardware
 from trainer.args import resolve
 from trainer.errors import RunError
-from trainer.hardware import share_cores
+from trainer.system import hardware
+from trainer.system.hardware import share_cores
 
 
 def hyperthreads(count):

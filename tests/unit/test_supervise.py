@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import resume, supervise, swap
+from trainer import resume, supervise
 from trainer.errors import RunError
+from trainer.system import swap_dir
 
 
 def test_split():
@@ -94,22 +95,22 @@ def test_trimmed_metrics(tmp_path):
 
 
 def test_a_lock_names_its_holder(tmp_path):
-    handle = swap.take(tmp_path / "lock", "the run", "wait")
+    handle = swap_dir.take(tmp_path / "lock", "the run", "wait")
     with pytest.raises(RunError, match=f"pid {os.getpid()} on"):
-        swap.take(tmp_path / "lock", "the run", "wait")
+        swap_dir.take(tmp_path / "lock", "the run", "wait")
     os.close(handle)
-    os.close(swap.take(tmp_path / "lock", "the run", "wait"))
+    os.close(swap_dir.take(tmp_path / "lock", "the run", "wait"))
 
 
 def test_only_our_dead_directories_are_reclaimed(tmp_path):
-    living, dead, foreign = swap.SwapSpace(tmp_path / "living"), swap.SwapSpace(tmp_path / "dead"), tmp_path / "foreign"
+    living, dead, foreign = swap_dir.SwapSpace(tmp_path / "living"), swap_dir.SwapSpace(tmp_path / "dead"), tmp_path / "foreign"
     for space in (living, dead):
         space.own()
         (space.folder / "a.swp").write_bytes(b"x" * 10**6)
     foreign.mkdir()
     os.close(dead.handle)
     said = []
-    swap.reclaim(tmp_path, said.append)
+    swap_dir.reclaim(tmp_path, said.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "living"] and "reclaimed (dead)" in said[0]
     living.close()
 
@@ -121,9 +122,9 @@ def test_the_image_is_as_patient_as_the_supervisor(tmp_path):
 
     def health(silent, patience=None, started=9000, host=None):
         (run / "heartbeat.json").write_text(json.dumps({"step": 1, "phase": "train", "time": time.time() - silent}))
-        held = [swap.take(run / ".running", "the run", "wait")]
+        held = [swap_dir.take(run / ".running", "the run", "wait")]
         if patience:
-            held.append(swap.take(run / ".supervised", "the run", "wait"))
+            held.append(swap_dir.take(run / ".supervised", "the run", "wait"))
             (run / ".patience").write_text(str(patience))
             os.utime(run / ".supervised", (time.time() - started,) * 2)
         if host:

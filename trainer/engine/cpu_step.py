@@ -16,9 +16,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from trainer import ops
 from trainer.engine.patches import stepping
 from trainer.errors import RunError
+from trainer.system import ops
 
 BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: -16}  # as adam.c has them
 SMALL = 2**22  # elements; smaller tensors that lie side by side on the host travel together

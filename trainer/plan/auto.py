@@ -4,9 +4,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import hardware, swap
 from trainer.errors import DOES_NOT_FIT, RunError, say, table
 from trainer.plan import calibrate, estimate, machine, model_shapes
+from trainer.system import hardware, swap_dir
 
 AUTO = "auto"
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -36,7 +36,7 @@ def machine(settings, gpu):
     found = machine.probe(settings.nvme_path, here if gpu else 0, measure=False)
     found.nodes = max(1, int(os.environ.get("WORLD_SIZE") or here) // here)
     try:
-        swap.check_directory(settings.nvme_path)
+        swap_dir.check_directory(settings.nvme_path)
     except RunError:
         found.nvme = 0
     return found

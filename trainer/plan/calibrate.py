@@ -13,8 +13,8 @@ from pathlib import Path
 
 from trainer.args import ROOT
 from trainer.errors import DOES_NOT_FIT, RunError, say
-from trainer.hardware import die_with_parent
 from trainer.plan import machine
+from trainer.system.hardware import die_with_parent
 
 UPDATES, SETTLED = 12, 8  # updates of a trial, and those of them that are not counted: recompute.py decides in the fourth
 MOST = 4  # trials, where one of them fits

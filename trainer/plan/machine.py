@@ -7,10 +7,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import embedded, hardware, swap
 from trainer.args import parse_size
 from trainer.errors import RunError
 from trainer.plan.estimate import NETWORK, Box
+from trainer.system import default_model, hardware, swap_dir
 
 # bf16 dense product rate in operations a second, PCIe each way and link between two GPUs in bytes a second. H100 and H200 SXM were
 # measured; the others are the vendors' figures, times 0.8 for the products and the PCIe that H100 reaches of its 63 GB/s.
@@ -26,7 +26,7 @@ CPU_FLOPS = 1e11
 
 def measured_path():
     """Where the benches keep what they measured."""
-    return Path(os.environ.get("ZERO_OFFLOAD_CACHE") or embedded.cache_directory()).expanduser() / "box.json"
+    return Path(os.environ.get("ZERO_OFFLOAD_CACHE") or default_model.cache_directory()).expanduser() / "box.json"
 
 
 def measured():
@@ -67,7 +67,7 @@ def probe(nvme_path, use_gpus=None, measure=True):
     elif "flops" not in have:
         notes.append(f"rates of {name if flops != DEFAULT[0] else 'a small GPU'} assumed (make bench-box measures them)")
     try:
-        swap.check_place(nvme_path)
+        swap_dir.check_place(nvme_path)
         nvme = shutil.disk_usage(hardware.existing(nvme_path)).free
     except RunError as error:
         nvme = 0

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from trainer import hardware, ops, swap
 from trainer.errors import FAILED, RunError
 from trainer.plan.machine import disk_of, remember
+from trainer.system import hardware, ops, swap_dir
 
 BLOCKS, DEPTHS, THREADS = (2**20, 2**23), (16, 64), (1, 4, 8)
 
@@ -31,7 +31,7 @@ def io(path, size, seconds, out=None):
         raise RunError("--out cannot be written", found=f"no directory {Path(out).absolute().parent}")
     # The op gives each thread an equal part, and writes less, without a word, where that is no multiple of a page.
     size = size // 2**23 * 2**23
-    swap.check_directory(path)
+    swap_dir.check_directory(path)
     free = shutil.disk_usage(hardware.existing(path)).free
     if size > free:
         raise RunError("the disk is too small for the test", found=f"{free / 1e9:.2f} GB free", needed=f"{size / 1e9:.2f} GB",
@@ -154,7 +154,7 @@ def _links(torch):
                "-m",
                "trainer.plan.measure"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent.parent)
     except subprocess.TimeoutExpired:
         raise RunError("the links between the GPUs could not be measured", found="no end after 120 s", code=FAILED) from None
     line = next((line for line in done.stdout.splitlines() if line.startswith("LINKS ")), None)

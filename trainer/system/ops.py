@@ -1,6 +1,6 @@
 """Build DeepSpeed's compiled ops once, into torch's extension cache, with progress.
 
-Run as: python -m trainer.ops cpu_adam async_io
+Run as: python -m trainer.system.ops cpu_adam async_io
 """
 import argparse
 import ctypes
@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, report
-from trainer.hardware import gpu_count
+from trainer.system.hardware import gpu_count
 
 BUILDERS = {"cpu_adam": "CPUAdamBuilder", "shm_comm": "ShareMemCommBuilder", "pin_memory": "PinMemoryBuilder",
             "async_io": "AsyncIOBuilder"}
@@ -158,7 +158,7 @@ def is_stale(lock):
 
 
 def _adam(root):
-    source = Path(__file__).parent / "engine" / "adam.c"
+    source = Path(__file__).parent.parent / "engine" / "adam.c"
     name = hashlib.sha256(source.read_bytes() + platform.machine().encode()).hexdigest()[:16]
     return source, root / "zero-offload-adam" / f"{name}.so"
 
@@ -244,8 +244,8 @@ def _build_one(name):
 
 
 def main(argv=None):
-    """Exit code of `python -m trainer.ops`."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.ops", description=__doc__.splitlines()[0])
+    """Exit code of `python -m trainer.system.ops`."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.system.ops", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="+", choices=BUILDERS)
     try:
         build(parser.parse_args(argv).ops)

@@ -18,7 +18,7 @@ import psutil
 
 from data import storage
 from trainer.errors import DOES_NOT_FIT, FAILED, RunError
-from trainer.hardware import existing
+from trainer.system.hardware import existing
 
 MARKER = "zero-offload-swap.json"  # in every swap directory of ours, locked while its run lives
 _REFUSED = ("tmpfs", "ramfs", *storage.NETWORK_FILESYSTEMS)

@@ -18,10 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import storage
-from trainer import embedded, hardware, ops, swap
 from trainer.args import RunArguments
+from trainer.doctor.network import FAILURE, OK, WARNING, Check, clock, hub, wandb
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, report, say, table
-from trainer.servers import FAILURE, OK, WARNING, Check, clock, hub, wandb
+from trainer.system import default_model, hardware, ops, swap_dir
 
 GB, GIB = 1e9, 2**30
 SECONDS = 17  # that all checks together may take
@@ -275,7 +275,7 @@ def nvme(options):
     if hardware.container() and path.is_dir() and (wrong := _unwritable(path)):
         return Check("nvme", FAILURE, wrong, "a directory on a local NVMe, writable for this user", _make_writable(path.absolute()))
     try:
-        swap.check_place(path) if not path.is_dir() else swap.check_directory(path)
+        swap_dir.check_place(path) if not path.is_dir() else swap_dir.check_directory(path)
     except RunError as error:
         found = _from_error("nvme", error)
         found.status = FAILURE if options.nvme else WARNING
@@ -342,7 +342,7 @@ def run_disk(options):
 
 def cache(options):
     """The directory of converted models, tokenised data and what the benches measured."""
-    path = embedded.cache_directory()
+    path = default_model.cache_directory()
     there = hardware.existing(path)
     if wrong := _unwritable(there):
         return Check("cache", FAILURE, wrong, "a directory that this user can write to",
