@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.args import ROOT, parse_size
+from trainer.config.flags import ROOT, parse_size
 from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
 from trainer.plan import measure
 from trainer.run import _versions

@@ -8,7 +8,7 @@ import numpy as np
 from data import DataError, dataset, source, validate
 from data.tokenize import Encoder, tokenized
 from trainer import rows
-from trainer.args import all_keys, check_model, help_text, resolve
+from trainer.config.flags import all_keys, check_model, help_text, resolve
 from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, report
 from trainer.system import default_model
 

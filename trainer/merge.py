@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from trainer.args import RESOLVED
+from trainer.config.flags import RESOLVED
 from trainer.errors import DONE, RunError, report
 from trainer.system.hardware import free_memory
 

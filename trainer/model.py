@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.template import prepare_tokenizer
-from trainer.config import Shapes
+from trainer.config.ds_config import Shapes
 from trainer.errors import BAD_INPUT, RunError, did_you_mean
 from trainer.system import default_model
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from data import DataError, storage
 from trainer import __version__, resume, rows
-from trainer.args import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
-from trainer.config import (
+from trainer.config.ds_config import (
     check_agreement,
     check_buffers,
     check_config,
@@ -22,6 +21,7 @@ from trainer.config import (
     uses_nvme,
     write_yaml,
 )
+from trainer.config.flags import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
 from trainer.doctor import checks
 from trainer.engine import patches
 from trainer.errors import (
@@ -36,8 +36,8 @@ from trainer.errors import (
     say,
     table,
 )
-from trainer.names import default_run_name, run_directory
 from trainer.plan import auto
+from trainer.run_dir import default_run_name, run_directory
 from trainer.system import default_model, hardware, ops, swap_dir
 
 SECRET = ("hub_token",)

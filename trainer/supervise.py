@@ -15,7 +15,7 @@ import psutil
 
 from data import storage
 from trainer import resume
-from trainer.args import help_text, resolve
+from trainer.config.flags import help_text, resolve
 from trainer.errors import (
     BAD_INPUT,
     CRASHED,
@@ -28,8 +28,8 @@ from trainer.errors import (
     report,
     table,
 )
-from trainer.names import default_run_name, run_directory
 from trainer.run import check_resume
+from trainer.run_dir import default_run_name, run_directory
 from trainer.system import hardware, swap_dir
 
 USAGE = """python launch/supervise.py [--num_gpus N] [--detach] [--max_restarts 3] [--hang_timeout SECONDS] [--FLAG VALUE ...]

@@ -9,7 +9,7 @@ from conftest import samples
 
 from data.dataset import collate
 from trainer import attention
-from trainer.args import resolve
+from trainer.config.flags import resolve
 from trainer.errors import RunError
 
 SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,

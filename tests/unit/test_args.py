@@ -1,7 +1,7 @@
 """Flags, recipes and their layers."""
 import pytest
 
-from trainer.args import (
+from trainer.config.flags import (
     LEARNING_RATE,
     ROOT,
     all_keys,
@@ -12,7 +12,7 @@ from trainer.args import (
     resolve,
 )
 from trainer.errors import RunError
-from trainer.names import run_directory
+from trainer.run_dir import run_directory
 
 
 def refused(argv, *words):

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from trainer.args import resolve
-from trainer.config import (
+from trainer.config.ds_config import (
     CONFIGS,
     Shapes,
     check_agreement,
@@ -17,6 +16,7 @@ from trainer.config import (
     read_config,
     resolve_auto,
 )
+from trainer.config.flags import resolve
 from trainer.errors import RunError
 from trainer.system.hardware import choose_precision
 

@@ -272,7 +272,7 @@ def test_before_every_run(tmp_path, monkeypatch, capsys):
 
 def test_bench_io(tmp_path):
     """The block that it writes has DeepSpeed's own key names, and the plan takes the figures."""
-    from trainer import ds_schema
+    from trainer.config import ds_schema
 
     cache = tmp_path / "cache"
     environment = {**os.environ, "ZERO_OFFLOAD_CACHE": str(cache)}

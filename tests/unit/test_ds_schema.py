@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import ds_schema
+from trainer.config import ds_schema
 
 RUNTIME = Path(importlib.util.find_spec("deepspeed").origin).parent / "runtime"
 

@@ -1,7 +1,7 @@
 """CPU cores for each rank, and what a run is on."""
 import pytest
 
-from trainer.args import resolve
+from trainer.config.flags import resolve
 from trainer.errors import RunError
 from trainer.system import hardware
 from trainer.system.hardware import share_cores

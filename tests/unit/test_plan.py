@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trainer import config
+from trainer.config import ds_config
 from trainer.errors import RunError
 from trainer.plan import calibrate, estimate, machine, model_shapes
 
@@ -48,7 +48,7 @@ def test_shapes_of_real_models(tmp_path, family, changes, method):
     import transformers
 
     from trainer import model as models
-    from trainer.args import Settings
+    from trainer.config.flags import Settings
 
     made = getattr(transformers, f"{family}Config")(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
                                                     num_attention_heads=4, num_key_value_heads=2, **changes)
@@ -197,7 +197,7 @@ def test_search(rates, start, best, tried):
                                                 ("error: no model", 2, "no model")])
 def test_trial(tmp_path, monkeypatch, output, code, rate):
     """What a trial makes of a run's end: its rate, that it does not fit, or what else was wrong."""
-    from trainer.args import resolve
+    from trainer.config.flags import resolve
 
     def run(command, stdout, **_):
         stdout.write(output)
@@ -361,9 +361,9 @@ def test_written_files_are_taken(tmp_path):
     (path,) = (tmp_path / "made").glob("*.json")
     text = path.read_text()
     assert "//" in text and '"reduce_bucket_size": 500000000' in text
-    content = config.check_config(config.read_config(path), path)
+    content = ds_config.check_config(ds_config.read_config(path), path)
     assert content["zero_optimization"]["stage3_prefetch_bucket_size"] == 218_112_000
-    from trainer.args import resolve
+    from trainer.config.flags import resolve
 
     settings = resolve(["--config", str(tmp_path / "made" / "recipe.yaml"), "--model_name_or_path", "x/y"])
     assert settings.deepspeed == str(path) and settings.per_device_train_batch_size >= 1 and settings.method == "full"

@@ -55,7 +55,7 @@ def test_the_rows_of_an_update_stay(ranks, now, batch, accumulate):
 
 
 def test_what_the_checkpoint_decides_reaches_the_trainer():
-    from trainer.args import resolve
+    from trainer.config.flags import resolve
 
     settings = resolve(["--model_name_or_path", "x"])
     saved = {**settings.values, "seed": 7, "data_seed": 5, "train_sampling_strategy": "sequential"}
@@ -69,8 +69,8 @@ def test_what_the_checkpoint_decides_reaches_the_trainer():
                                    ["--model_name_or_path", "x"]])
 def test_a_resolved_configuration_says_all(tmp_path, flags):
     """Every key comes back as it was, also a learning rate that happens to be transformers' default."""
-    from trainer.args import resolve
-    from trainer.config import write_yaml
+    from trainer.config.ds_config import write_yaml
+    from trainer.config.flags import resolve
     from trainer.run import _public
 
     first = resolve(flags)

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import storage
-from trainer.args import RunArguments
+from trainer.config.flags import RunArguments
 from trainer.doctor.network import FAILURE, OK, WARNING, Check, clock, hub, wandb
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, report, say, table
 from trainer.system import default_model, hardware, ops, swap_dir

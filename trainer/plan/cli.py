@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from trainer.args import RunArguments
-from trainer.config import CONFIGS
+from trainer.config.ds_config import CONFIGS
+from trainer.config.flags import RunArguments
 from trainer.errors import BAD_INPUT, DOES_NOT_FIT, DONE, RunError, did_you_mean, report, table
 from trainer.plan import estimate, model_shapes
 from trainer.plan import machine as boxes

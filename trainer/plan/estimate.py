@@ -7,7 +7,7 @@ import functools
 import math
 from dataclasses import asdict, dataclass, field, replace
 
-from trainer.config import CONFIGS, locked_bytes, read_config, resolve_auto
+from trainer.config.ds_config import CONFIGS, locked_bytes, read_config, resolve_auto
 from trainer.plan.model_shapes import ITEMSIZE, Model
 
 GIB = 2**30

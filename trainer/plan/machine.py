@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.args import parse_size
+from trainer.config.flags import parse_size
 from trainer.errors import RunError
 from trainer.plan.estimate import NETWORK, Box
 from trainer.system import default_model, hardware, swap_dir

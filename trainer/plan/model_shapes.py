@@ -9,8 +9,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.args import check_model
-from trainer.config import Shapes
+from trainer.config.ds_config import Shapes
+from trainer.config.flags import check_model
 from trainer.errors import RunError, did_you_mean
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied head, biases of q, k and v: the published config.json files

@@ -17,7 +17,7 @@ import yaml
 
 from trainer.errors import RunError, did_you_mean
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 RESOLVED = "resolved_config.yaml"
 
 
