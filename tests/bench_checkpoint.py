@@ -75,11 +75,11 @@ def inside():
     from trainer import run
 
     def install():
-        from trainer import checkpoint
+        from trainer.checkpoint import checkpoints
 
         folder = os.environ["BENCH_FOLDER"]
-        checkpoint.Checkpointer.save = measured("save", checkpoint.Checkpointer.save, folder)
-        checkpoint.restore = measured("resume", checkpoint.restore, folder)
+        checkpoints.Checkpointer.save = measured("save", checkpoints.Checkpointer.save, folder)
+        checkpoints.restore = measured("resume", checkpoints.restore, folder)
 
     install()
     run.leave(run.main())

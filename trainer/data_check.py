@@ -84,7 +84,7 @@ def check(argv):
         check_model(settings.model_name_or_path)
     sources = source.resolve(specs, settings.dataset_dir)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would say that it looks for one
-    from trainer.model import load_tokenizer
+    from trainer.modeling.load import load_tokenizer
 
     directory = default_model.ensure(quiet=as_json) if settings.model_name_or_path is None else settings.model_name_or_path
     tokenizer, given = load_tokenizer(str(directory), settings)

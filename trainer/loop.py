@@ -15,10 +15,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from data.dataset import IGNORED, Order, TrainLoader, collate, evaluation_batches
-from trainer import checkpoint, recompute
+from trainer.checkpoint import checkpoints
 from trainer.engine import patches
 from trainer.errors import FAILED, RunError, say
-from trainer.loss import ChunkedHead, whole_logits
+from trainer.modeling import activations
+from trainer.modeling.loss import ChunkedHead, whole_logits
 from trainer.telemetry import heartbeat
 
 FAILED_SAVES = 3  # in a row; then the run stops rather than go on without a net
@@ -197,12 +198,12 @@ class OffloadTrainer(Trainer):
             if how:
                 say(f"optimizer step on the CPU: {how}")
         if self.offloaded:
-            recompute.offload_inputs(self.offloaded, say)
+            activations.offload_inputs(self.offloaded, say)
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json brings the saved run's intervals
         if self.resume:
             folder, manifest = self.resume
             engine = self.model_wrapped
-            checkpoint.restore(engine, folder, manifest, self.space)
+            checkpoints.restore(engine, folder, manifest, self.space)
             scheduler = self._plain_scheduler()
             if manifest["schedule"] == self._schedule():
                 scheduler.load_state_dict(manifest["scheduler"])
@@ -240,7 +241,7 @@ class OffloadTrainer(Trainer):
 
     def _load_rng_state(self, folder):
         if self.resume:
-            checkpoint.restore_rng(self.resume[0])
+            checkpoints.restore_rng(self.resume[0])
 
     def _load_optimizer_and_scheduler(self, folder):
         pass  # done with the engine at hand, above

@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from data import DataError, storage
-from trainer import __version__, resume, rows
+from trainer import __version__, rows
+from trainer.checkpoint import resume
 from trainer.config.ds_config import (
     check_agreement,
     check_buffers,
@@ -188,7 +189,7 @@ def _start_processes(gpu, config, fetch_ahead=False):
 
 def _together(*steps):
     """Run each step on this rank; where one fails on any rank, raise that on all of them."""
-    from trainer.checkpoint import gathered
+    from trainer.checkpoint.checkpoints import gathered
 
     failure = None
     try:
@@ -214,11 +215,12 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as transformers_logging
 
-    from trainer import attention, checkpoint, linear
-    from trainer import model as models
+    from trainer.checkpoint import checkpoints
     from trainer.loop import OffloadTrainer
+    from trainer.modeling import attention, linear
+    from trainer.modeling import load as models
+    from trainer.modeling.activations import AUTO, KeptLayers
     from trainer.plan.report import Held
-    from trainer.recompute import AUTO, KeptLayers
     from trainer.signals import SAVE, STOP, Stopper, dump_stacks_on_signal
     from trainer.telemetry import Telemetry, heartbeat
     from trainer.tracking import Tracker
@@ -228,9 +230,9 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     name = models.locate(settings.model_name_or_path)
-    directory = Path(checkpoint.from_main(str(run_directory(settings, settings.run_name or default_run_name(settings)))))
+    directory = Path(saves.from_main(str(run_directory(settings, settings.run_name or default_run_name(settings)))))
     run_name = directory.name
-    swap_directory = Path(checkpoint.from_main(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
+    swap_directory = Path(saves.from_main(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
 
     def begin():
         try:
@@ -251,12 +253,12 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     say(f"precision: {precision} ({reason}); {'CUDA' if gpu else 'CPU'}, {world_size} rank(s)")
     found = None
     if settings.resume_from_checkpoint:
-        found, manifest = checkpoint.choose(directory, settings.resume_from_checkpoint, say)
+        found, manifest = saves.choose(directory, settings.resume_from_checkpoint, say)
         if found is None:
             say("resume: no checkpoint yet, so from the beginning")
         else:
             if is_main_process() and settings.resume_from_checkpoint != "auto":
-                for path in checkpoint.supersede(directory, manifest["step"]):
+                for path in saves.supersede(directory, manifest["step"]):
                     say(f"resume: {path.name} is of the line that is left here")
             differing = resume.settle(settings, _public(settings), manifest, world_size)
             if differing:
@@ -277,7 +279,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     parameters = sum(p.numel() for p in skeleton.parameters())
     backend = attention.choose(skeleton, settings, gpu, precision)
     if found:
-        checkpoint.check_fits({n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}, manifest, found)
+        saves.check_fits({n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}, manifest, found)
     del skeleton
     config = resolve_auto(config, shapes, world_size, swap_directory, settings.fused_step)
     check_buffers(config, shapes, world_size, config_path, settings.fused_step)
@@ -346,7 +348,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         facts["config_hash"] = storage.digest(json.dumps(facts["settings"], sort_keys=True))
         if found and manifest["data"] != tokens.key:
             say("resume: the training rows are not those of the saved run: the order of the new ones goes on at the same step")
-        saves = checkpoint.Checkpointer(directory, settings.save_total_limit, facts)
+        saves = saves.Checkpointer(directory, settings.save_total_limit, facts)
         state_bytes = 12 * shapes.trainable / world_size
         stopper = Stopper(directory, settings.grace_seconds, lambda left: (saves.seconds or state_bytes / 5e8) * 1.2 < left,
                           arguments.device)
@@ -368,7 +370,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         if settings.export:
             trainer._beat("export")
             _export(trainer, tokenizer, directory, settings, name, [s.shown for s in data.train])
-        peaks = sum(checkpoint.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)[:ranks_here])
+        peaks = sum(saves.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)[:ranks_here])
         if is_main_process():
             heartbeat(directory, trainer.state.global_step, "done")
             held.compare(trainer.state.log_history, peaks, space.size() if space else 0)
@@ -447,7 +449,7 @@ def _export(trainer, tokenizer, directory, settings, name, sources):
     data = ", ".join(os.path.relpath(s, ROOT) if Path(s).is_relative_to(ROOT) else s for s in sources)
     card = model_card(settings, base, data, _evaluations(trainer), directory)
     limit = parse_size(settings.max_shard_size, "max_shard_size")
-    export(trainer.model, tokenizer, target, card, limit, is_main_process())
+    export(trainer.modeling.load, tokenizer, target, card, limit, is_main_process())
 
 
 def _closing_words(trainer, directory, settings):

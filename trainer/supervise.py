@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from data import storage
-from trainer import resume
+from trainer.checkpoint import resume
 from trainer.config.flags import help_text, resolve
 from trainer.errors import (
     BAD_INPUT,

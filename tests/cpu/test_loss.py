@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trainer import loss as losses
+from trainer.modeling import loss as losses
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -8,9 +8,9 @@ import transformers
 from conftest import samples
 
 from data.dataset import collate
-from trainer import attention
 from trainer.config.flags import resolve
 from trainer.errors import RunError
+from trainer.modeling import attention
 
 SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0}

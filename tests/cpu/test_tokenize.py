@@ -471,7 +471,7 @@ def test_evaluation_covers_every_row_once(tokenizer, rows_file):
 def test_decoder_layers_are_found_by_structure(kind):
     import transformers
 
-    from trainer.model import decoder_layers
+    from trainer.modeling.load import decoder_layers
 
     config = getattr(transformers, f"{kind}Config")(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
                                                     num_attention_heads=4, num_key_value_heads=4, pad_token_id=0)

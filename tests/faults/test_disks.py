@@ -172,7 +172,7 @@ def test_every_file_damaged(saved, tmp_path, row):
     """Each file of the newest checkpoint, cut, changed by a bit, and gone: named, and the older one is taken."""
     import torch.distributed as dist
 
-    from trainer import checkpoint
+    from trainer.checkpoint import checkpoints
     from trainer.errors import RunError
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
@@ -185,15 +185,15 @@ def test_every_file_damaged(saved, tmp_path, row):
                 shutil.copytree(saved, tmp_path / "run")
                 damage(tmp_path / "run" / "checkpoint-6" / name, kind)
                 said = []
-                folder, manifest = checkpoint.choose(tmp_path / "run", "auto", said.append)
+                folder, manifest = checkpoints.choose(tmp_path / "run", "auto", said.append)
                 assert folder.name == "checkpoint-4" and manifest["step"] == 4
                 assert "skipped checkpoint-6" in said[0] and name in said[0]
                 with pytest.raises(RunError, match="cannot be used"):
-                    checkpoint.choose(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"), said.append)
+                    checkpoints.choose(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"), said.append)
         for step in (2, 4, 6):
             (tmp_path / "run" / f"checkpoint-{step}" / "manifest.json").unlink(missing_ok=True)
         with pytest.raises(RunError, match="no checkpoint of .* is whole"):
-            checkpoint.choose(tmp_path / "run", "auto", said.append)
+            checkpoints.choose(tmp_path / "run", "auto", said.append)
     finally:
         dist.destroy_process_group()
     row("a file of a checkpoint truncated, changed or missing", f"named, the next older is taken ({len(names)} files, 3 ways each)")

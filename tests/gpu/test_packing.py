@@ -23,7 +23,7 @@ SHAPES = {"Llama": {}, "Qwen2": {}, "Mistral": {"sliding_window": 128}}
 def make(kind, backend, dtype, layers=4, hidden=1024, heads=16, kv_heads=4):
     import transformers
 
-    from trainer import attention
+    from trainer.modeling import attention
 
     transformers.AttentionInterface.register("varlen", attention.varlen_attention)
     config = getattr(transformers, f"{kind}Config")(vocab_size=1024, hidden_size=hidden, intermediate_size=3 * hidden, pad_token_id=0,

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from trainer import linear
+from trainer.modeling import linear
 
 
 def make(method="lora", kind="Llama", **changes):
@@ -32,7 +32,7 @@ def step(model):
 
 
 def decoder(model):
-    from trainer.model import decoder_layers
+    from trainer.modeling.load import decoder_layers
 
     return decoder_layers(model)
 

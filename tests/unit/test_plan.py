@@ -47,8 +47,8 @@ def test_shapes_of_real_models(tmp_path, family, changes, method):
     import torch
     import transformers
 
-    from trainer import model as models
     from trainer.config.flags import Settings
+    from trainer.modeling import load as models
 
     made = getattr(transformers, f"{family}Config")(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
                                                     num_attention_heads=4, num_key_value_heads=2, **changes)

@@ -2,7 +2,7 @@
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from trainer import recompute
+from trainer.modeling import activations
 
 
 class Layer(torch.nn.Module):
@@ -34,7 +34,7 @@ def test_inputs_come_back(monkeypatch):
         return torch.autograd.grad(out.square().sum(), [x, *(p for layer in layers for p in layer.parameters())])
 
     before = gradients()
-    recompute.offload_inputs(layers, said.append)
+    activations.offload_inputs(layers, said.append)
     for _ in range(3):
         for a, b in zip(before, gradients(), strict=True):
             assert torch.equal(a, b)
@@ -54,12 +54,12 @@ def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(monkeypatch):
     layers, said = [Layer() for _ in range(20)], []
     for layer in layers:
         layer.gradient_checkpointing = True
-    kept = recompute.KeptLayers(layers, "auto", 10, False, said.append)
+    kept = activations.KeptLayers(layers, "auto", 10, False, said.append)
     counts = []
     for update, more in enumerate([0, 0, 0, 0, 3, 2, 1, 1, 0, 0, 5, 5], 1):
         stats["num_alloc_retries"] += 7  # an evaluation's, which does not count
         kept.begin()
-        if update == recompute.MEASURED:
+        if update == activations.MEASURED:
             layers[-1](torch.ones(1, 16))
         stats["num_alloc_retries"] += more
         kept.end(10)

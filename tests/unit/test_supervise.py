@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import resume, supervise
+from trainer import supervise
+from trainer.checkpoint import resume
 from trainer.errors import RunError
 from trainer.system import swap_dir
 

@@ -4,7 +4,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.checkpoint import gathered
+from trainer.checkpoint.checkpoints import gathered
 from trainer.errors import RunError, is_main_process, say, table
 from trainer.plan import estimate, machine, model_shapes
 

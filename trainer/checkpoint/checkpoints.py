@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from trainer.checkpoint.resume import checkpoints
 from trainer.engine.optimizer_state import CHUNK, ZeroState
 from trainer.errors import FAILED, RunError
-from trainer.resume import checkpoints
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
