@@ -4,7 +4,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer.merge import main  # noqa: E402
+from trainer.export.merge import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ import numpy as np
 
 from data import DataError, dataset, source, validate
 from data.tokenize import Encoder, tokenized
-from trainer import rows
+from trainer import data_setup
 from trainer.config.flags import all_keys, check_model, help_text, resolve
 from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, report
 from trainer.system import default_model
@@ -79,7 +79,7 @@ def _split(argv):
 def check(argv):
     """Print the report; the exit code."""
     settings, as_json, rejected = _split(argv)
-    specs = settings.dataset or [str(rows.SAMPLES / "train.jsonl"), str(rows.SAMPLES / "validation.jsonl")]
+    specs = settings.dataset or [str(data_setup.SAMPLES / "train.jsonl"), str(data_setup.SAMPLES / "validation.jsonl")]
     if settings.model_name_or_path is not None:
         check_model(settings.model_name_or_path)
     sources = source.resolve(specs, settings.dataset_dir)
@@ -88,11 +88,11 @@ def check(argv):
 
     directory = default_model.ensure(quiet=as_json) if settings.model_name_or_path is None else settings.model_name_or_path
     tokenizer, given = load_tokenizer(str(directory), settings)
-    rows.check_vocabulary(tokenizer, rows.vocabulary_of(directory))
+    data_setup.check_vocabulary(tokenizer, data_setup.vocabulary_of(directory))
     encoder = Encoder(tokenizer, settings.last_turn_only)
-    files = [tokenized(s, encoder, rows.progress(s.shown)) for s in sources]
+    files = [tokenized(s, encoder, data_setup.progress(s.shown)) for s in sources]
     for s, file in zip(sources, files):
-        rows.check_weights(s, file, settings)
+        data_setup.check_weights(s, file, settings)
     samples, _ = dataset.cut(files, [(n, np.arange(len(f))) for n, f in enumerate(files)], settings.max_length, settings.too_long,
                              settings.train_on_prompt)
     result = validate.report(sources, files, samples, settings.max_length)
@@ -108,7 +108,7 @@ def check(argv):
                   + validate.example(tokenizer, samples, n, sys.stdout.isatty()))
     if bad and settings.on_bad_row == "skip":
         try:
-            rows.write_rejected(rejected, bad)
+            data_setup.write_rejected(rejected, bad)
         except OSError as error:
             raise RunError(f"the rejected rows cannot be written to {rejected}", found=error.strerror,
                            needed="--rejected FILE") from None

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from data import DataError, storage
-from trainer import __version__, rows
+from trainer import __version__, data_setup
 from trainer.checkpoint import resume
 from trainer.config.ds_config import (
     check_agreement,
@@ -114,7 +114,7 @@ def prepare(settings):
     if uses_nvme(config):
         swap_dir.check_directory(settings.nvme_path)
     checks.quick(gpu, uses_nvme(config))
-    data = rows.plan(settings, rows.progress("looking at rows"))
+    data = data_setup.plan(settings, data_setup.progress("looking at rows"))
     if calibrate:
         calibrate()
     return config, path, data, precision, gpu, reason
@@ -216,14 +216,14 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     from transformers.utils import logging as transformers_logging
 
     from trainer.checkpoint import checkpoints
-    from trainer.loop import OffloadTrainer
     from trainer.modeling import attention, linear
     from trainer.modeling import load as models
     from trainer.modeling.activations import AUTO, KeptLayers
+    from trainer.monitor.signals import SAVE, STOP, Stopper, dump_stacks_on_signal
+    from trainer.monitor.telemetry import Telemetry, heartbeat
+    from trainer.monitor.tracking import Tracker
     from trainer.plan.report import Held
-    from trainer.signals import SAVE, STOP, Stopper, dump_stacks_on_signal
-    from trainer.telemetry import Telemetry, heartbeat
-    from trainer.tracking import Tracker
+    from trainer.trainer import OffloadTrainer
 
     world_size = torch.distributed.get_world_size()
     if not is_main_process():
@@ -267,7 +267,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     tokenizer, added = models.load_tokenizer(name, settings)
     for what in added:
         say(f"tokenizer: given {what}")
-    tokens = rows.build(data, settings, tokenizer, model_config.get_text_config().vocab_size, rows.progress("tokenizing"))
+    tokens = data_setup.build(data, settings, tokenizer, model_config.get_text_config().vocab_size, data_setup.progress("tokenizing"))
     for line in tokens.lines:
         say(line)
     if settings.bind_cores if settings.bind_cores is not None else gpu and ranks_here > 1:
@@ -312,7 +312,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         settings.values.update(output_dir=str(directory), run_name=run_name)
         _write_resolved(directory, settings, arguments, name)
         if tokens.refused:
-            rows.write_rejected(directory / "rejected.jsonl", tokens.refused)
+            data_setup.write_rejected(directory / "rejected.jsonl", tokens.refused)
             say(f"refused rows: {directory / 'rejected.jsonl'}")
         _print_settings(settings)
     held = Held(directory, settings, config, model_config, precision, gpu, (world_size, ranks_here), tokens.train.lengths,
@@ -440,8 +440,8 @@ def _evaluations(trainer):
 
 
 def _export(trainer, tokenizer, directory, settings, name, sources):
-    from trainer.card import model_card
-    from trainer.export import export
+    from trainer.export.model import export
+    from trainer.export.model_card import model_card
 
     target = directory / "export"
     say(f"exporting to {target}")

@@ -11,7 +11,7 @@ from trainer.run import leave, main  # noqa: E402
 
 
 def install():
-    from trainer.loop import OffloadTrainer
+    from trainer.trainer import OffloadTrainer
 
     plain, count = OffloadTrainer._loss_and_hits, [0]
 

@@ -51,9 +51,9 @@ def summary(profiler, seconds):
 def install():
     import torch
 
-    from trainer import loop
+    from trainer import trainer
 
-    plain, at = loop.OffloadTrainer._update_ended, int(os.environ.get("PROFILE_AT", 6))
+    plain, at = trainer.OffloadTrainer._update_ended, int(os.environ.get("PROFILE_AT", 6))
     state = {"updates": 0}
 
     def ended(self):
@@ -70,7 +70,7 @@ def install():
             state["profiler"].stop()
             Path(os.environ["PROFILE_OUT"]).write_text(json.dumps(summary(state["profiler"], seconds), indent=1))
 
-    loop.OffloadTrainer._update_ended = ended
+    trainer.OffloadTrainer._update_ended = ended
 
 
 def plot(arguments):

@@ -1,7 +1,7 @@
 """Whether W&B knows the user: `wandb login` leaves the key in netrc, under the server's name."""
 import pytest
 
-from trainer.tracking import logged_in
+from trainer.monitor.tracking import logged_in
 
 
 @pytest.mark.parametrize("url, host, known", [

@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 
 from trainer.doctor.network import logged_in
-from trainer.telemetry import finite
+from trainer.monitor.telemetry import finite
 
 _GROUPS = {
     "train": ("loss", "learning_rate", "grad_norm"),

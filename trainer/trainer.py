@@ -20,7 +20,7 @@ from trainer.engine import patches
 from trainer.errors import FAILED, RunError, say
 from trainer.modeling import activations
 from trainer.modeling.loss import ChunkedHead, whole_logits
-from trainer.telemetry import heartbeat
+from trainer.monitor.telemetry import heartbeat
 
 FAILED_SAVES = 3  # in a row; then the run stops rather than go on without a net
 DUMPS = 10  # updates that were not finite whose rows are written down
