@@ -175,13 +175,13 @@ test-default: setup-aio ## the embedded default through every configuration, ful
 	$(BIN)/python -m pytest -q tests/default
 
 bench: setup-aio ## speed and memory of training beside the stock engine (CASE="8b-lora 3b-full"; ARGS)
-	$(BIN)/python launch/bench.py train $(CASE) $(ARGS)
+	$(BIN)/python tests/bench/train.py train $(CASE) $(ARGS)
 
 bench-data: $(VENV)/.ready ## speed and memory of checking, tokenising and packing a million rows
-	$(BIN)/python tests/bench_data.py
+	$(BIN)/python tests/bench/data.py
 
 bench-checkpoint: setup-aio ## time and memory of saving and resuming 1.2 GB of state, beside the disk's speed
-	$(BIN)/python tests/bench_checkpoint.py
+	$(BIN)/python tests/bench/checkpoint.py
 
 lint: $(VENV)/.ready ## ruff
 	$(BIN)/ruff check .

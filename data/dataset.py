@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from . import DataError, pack
+from data import DataError, pack
 
 IGNORED = -100  # the label that the loss skips
 LENGTH_GROUPS = 50  # updates whose rows are sorted by length together

@@ -5,7 +5,7 @@ tool_call_id as there). Raw text, which gets no chat template, has the one role 
 """
 from dataclasses import dataclass
 
-from . import RowError, records
+from data import RowError, records
 
 FORMATS = {"alpaca": "instruction and output", "sharegpt": "conversations", "messages": "messages",
            "prompt-completion": "prompt and completion", "text": "text"}

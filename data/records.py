@@ -7,7 +7,7 @@ import re
 import zlib
 from pathlib import Path
 
-from . import DataError, RowError
+from data import DataError, RowError
 
 BLOCK = 2**22
 MAX_ROW = 2**24  # bytes; a longer line is a missing line break, not a row

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import DataError, RowError, formats, records, storage
+from data import DataError, RowError, formats, records, storage
 
 SHOWN = 10  # bad rows that an error lists
 KEPT = 100  # bad rows that are remembered of a check

@@ -12,7 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
-from . import DataError, records
+from data import DataError, records
 
 ATTEMPTS = 4  # of one download; the waits between them double from a second
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "ceph", "glusterfs", "beegfs", "fuse.s3fs", "fuse.gcsfuse",

@@ -3,7 +3,7 @@ import os
 import re
 from pathlib import Path
 
-from . import DataError, RowError
+from data import DataError, RowError
 
 TEMPLATES = Path(__file__).parent / "templates"
 NAMES = sorted(p.stem for p in TEMPLATES.glob("*.jinja"))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import DataError, RowError, storage
-from . import source as sources
-from .template import Template
+from data import DataError, RowError, storage
+from data import source as sources
+from data.template import Template
 
 CHUNK = 1024  # rows that are rendered and encoded together; fewer where they have more than
 CHARACTERS = 2**22

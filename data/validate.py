@@ -1,7 +1,7 @@
 """What `data check` reports of the files: rows, tokens, refusals, packing fill, and examples with the trained tokens in colour."""
 import numpy as np
 
-from . import pack
+from data import pack
 
 COLOURS = {"trained": "\033[32m", "off": "\033[0m", "dim": "\033[2m"}
 EXAMPLES = 2

@@ -22,9 +22,9 @@ atexit.register(shutil.rmtree, os.environ["ZERO_OFFLOAD_CACHE"], ignore_errors=T
 
 def make_tokenizer(folder):
     """A byte-level BPE of 512 entries, trained on the bundled samples, with a ChatML template."""
-    from trainer import bench
+    from tests.tiny import make_tokenizer as train_tokenizer
 
-    return bench.make_tokenizer(folder, (ROOT / "data" / "samples" / "validation.jsonl").read_text().splitlines())
+    return train_tokenizer(folder, (ROOT / "data" / "samples" / "validation.jsonl").read_text().splitlines())
 
 
 def make_model(folder, **changes):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import DataError, source, storage
-from trainer.config.flags import ROOT
+from trainer import ROOT
 from trainer.errors import RunError, is_main_process
 
 SAMPLES = ROOT / "data" / "samples"

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from data import DataError, storage
-from trainer import __version__, data_setup
+from trainer import ROOT, __version__, data_setup
 from trainer.checkpoint import resume
 from trainer.config.ds_config import (
     check_agreement,
@@ -22,7 +22,7 @@ from trainer.config.ds_config import (
     uses_nvme,
     write_yaml,
 )
-from trainer.config.flags import RESOLVED, ROOT, all_keys, check_model, help_text, parse_size, resolve
+from trainer.config.flags import RESOLVED, all_keys, check_model, help_text, parse_size, resolve
 from trainer.doctor import checks
 from trainer.engine import patches
 from trainer.errors import (
@@ -230,9 +230,9 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     name = models.locate(settings.model_name_or_path)
-    directory = Path(saves.from_main(str(run_directory(settings, settings.run_name or default_run_name(settings)))))
+    directory = Path(checkpoints.from_main(str(run_directory(settings, settings.run_name or default_run_name(settings)))))
     run_name = directory.name
-    swap_directory = Path(saves.from_main(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
+    swap_directory = Path(checkpoints.from_main(f"{Path(settings.nvme_path).absolute()}/{run_name}-{os.getpid()}"))
 
     def begin():
         try:
@@ -253,12 +253,12 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     say(f"precision: {precision} ({reason}); {'CUDA' if gpu else 'CPU'}, {world_size} rank(s)")
     found = None
     if settings.resume_from_checkpoint:
-        found, manifest = saves.choose(directory, settings.resume_from_checkpoint, say)
+        found, manifest = checkpoints.choose(directory, settings.resume_from_checkpoint, say)
         if found is None:
             say("resume: no checkpoint yet, so from the beginning")
         else:
             if is_main_process() and settings.resume_from_checkpoint != "auto":
-                for path in saves.supersede(directory, manifest["step"]):
+                for path in checkpoints.supersede(directory, manifest["step"]):
                     say(f"resume: {path.name} is of the line that is left here")
             differing = resume.settle(settings, _public(settings), manifest, world_size)
             if differing:
@@ -279,7 +279,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
     parameters = sum(p.numel() for p in skeleton.parameters())
     backend = attention.choose(skeleton, settings, gpu, precision)
     if found:
-        saves.check_fits({n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}, manifest, found)
+        checkpoints.check_fits({n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}, manifest, found)
     del skeleton
     config = resolve_auto(config, shapes, world_size, swap_directory, settings.fused_step)
     check_buffers(config, shapes, world_size, config_path, settings.fused_step)
@@ -348,7 +348,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         facts["config_hash"] = storage.digest(json.dumps(facts["settings"], sort_keys=True))
         if found and manifest["data"] != tokens.key:
             say("resume: the training rows are not those of the saved run: the order of the new ones goes on at the same step")
-        saves = saves.Checkpointer(directory, settings.save_total_limit, facts)
+        saves = checkpoints.Checkpointer(directory, settings.save_total_limit, facts)
         state_bytes = 12 * shapes.trainable / world_size
         stopper = Stopper(directory, settings.grace_seconds, lambda left: (saves.seconds or state_bytes / 5e8) * 1.2 < left,
                           arguments.device)
@@ -370,7 +370,7 @@ def train(settings, config, config_path, data, precision, gpu, reason, begun):
         if settings.export:
             trainer._beat("export")
             _export(trainer, tokenizer, directory, settings, name, [s.shown for s in data.train])
-        peaks = sum(saves.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)[:ranks_here])
+        peaks = sum(checkpoints.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)[:ranks_here])
         if is_main_process():
             heartbeat(directory, trainer.state.global_step, "done")
             held.compare(trainer.state.log_history, peaks, space.size() if space else 0)

@@ -1,16 +1,8 @@
 """Flags, recipes and their layers."""
 import pytest
 
-from trainer.config.flags import (
-    LEARNING_RATE,
-    ROOT,
-    all_keys,
-    check_model,
-    help_text,
-    parse_size,
-    read_recipe,
-    resolve,
-)
+from trainer import ROOT
+from trainer.config.flags import LEARNING_RATE, all_keys, check_model, help_text, parse_size, read_recipe, resolve
 from trainer.errors import RunError
 from trainer.run_dir import run_directory
 

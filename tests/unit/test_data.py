@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data import DataError, RowError, formats, pack, records, source
-from trainer.config.flags import ROOT
+from trainer import ROOT
 
 DATA = ROOT / "tests" / "data"
 SAMPLES = ROOT / "data" / "samples"

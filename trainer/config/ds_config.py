@@ -7,8 +7,8 @@ from pathlib import Path
 import hjson
 import yaml
 
+from trainer import ROOT
 from trainer.config import ds_schema
-from trainer.config.flags import ROOT
 from trainer.errors import RunError, did_you_mean
 
 CONFIGS = ROOT / "deepspeed_configs"

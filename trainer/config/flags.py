@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from trainer import ROOT
 from trainer.errors import RunError, did_you_mean
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RESOLVED = "resolved_config.yaml"
 
 

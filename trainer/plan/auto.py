@@ -30,7 +30,7 @@ def model_of(name):
                        fix="--deepspeed ds_z3_offload.json") from None
 
 
-def machine(settings, gpu):
+def machine_of(settings, gpu):
     """This machine as a plan.Box, by what does not change from one rank or moment to the next."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     found = machine.probe(settings.nvme_path, here if gpu else 0, measure=False)
@@ -49,7 +49,7 @@ def choose(settings):
     gpu = hardware.uses_gpu(settings)
     precision, _ = hardware.choose_precision(settings, estimate.read_config(estimate.CONFIGS / "ds_z3.json"), gpu, "--deepspeed auto")
     job = estimate.job_of(settings, model_of(settings.model_name_or_path), precision, gpu)
-    here, rows = machine(settings, gpu), None
+    here, rows = machine_of(settings, gpu), None
     if any(settings.given(key) for key in _BATCH):
         rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     found, tried = [], {}

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer.config.flags import ROOT
+from trainer import ROOT
 from trainer.errors import DOES_NOT_FIT, RunError, say
 from trainer.plan import machine
 from trainer.system.hardware import die_with_parent

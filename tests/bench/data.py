@@ -1,6 +1,6 @@
 """Speed and memory of the data path on generated rows: checking, tokenising beside the bare tokenizer, packing.
 
-    python tests/bench_data.py [--rows 1000000] [--model DIR]        (make bench-data)
+    python tests/bench/data.py [--rows 1000000] [--model DIR]        (make bench-data)
 
 Rows are alpaca rows of sentences from the bundled samples, about 300 tokens each. The cache is a temporary one. Prints a table.
 """
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

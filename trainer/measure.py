@@ -2,6 +2,7 @@
 
 `python launch/bench.py io PATH` and `… box`. Both keep their figures for the plan (trainer/plan/machine.py).
 """
+import argparse
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.errors import FAILED, RunError
+from trainer import ROOT
+from trainer.config.flags import parse_size
+from trainer.errors import DONE, FAILED, RunError, report
 from trainer.plan.machine import disk_of, remember
 from trainer.system import hardware, ops, swap_dir
 
@@ -152,9 +155,9 @@ def _links(torch):
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count()),
                "-m",
-               "trainer.plan.measure"]
+               "trainer.measure"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent.parent)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     except subprocess.TimeoutExpired:
         raise RunError("the links between the GPUs could not be measured", found="no end after 120 s", code=FAILED) from None
     line = next((line for line in done.stdout.splitlines() if line.startswith("LINKS ")), None)
@@ -183,5 +186,30 @@ def _rank():
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Exit code of launch/bench.py."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    machine = commands.add_parser("box", help="what GPU, PCIe, RAM and the links between GPUs give, as JSON; the plan remembers it")
+    machine.add_argument("--no_links", action="store_true", help="not between the GPUs")
+    disk = commands.add_parser("io", help="the disk through DeepSpeed's libaio op: the best aio block; the plan remembers it")
+    disk.add_argument("path", nargs="?", default=".swap", help="directory on it (default: %(default)s)")
+    disk.add_argument("--bytes", default="1GB", help="of the file (default: %(default)s)")
+    disk.add_argument("--seconds", type=float, default=60, help="in all (default: %(default)s)")
+    disk.add_argument("--out", type=Path, help="the result as JSON")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "box":
+            print(json.dumps(box(not options.no_links)))
+        else:
+            io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
+        return DONE
+    except (RunError, OSError) as error:
+        if not isinstance(error, RunError):
+            error = RunError("it could not be measured", found=str(error))
+        report(error)
+        return error.code
+
+
+if __name__ == "__main__":  # one rank of `_links`
     _rank()

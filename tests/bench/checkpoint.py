@@ -1,6 +1,6 @@
 """Time and memory of saving and resuming, beside the disk's own speed in the same run.
 
-    python tests/bench_checkpoint.py [--config ds_z3_offload] [--ranks 1] [--saves 6] [--folder DIR] [--gpu]   (make bench-checkpoint)
+    python tests/bench/checkpoint.py [--config ds_z3_offload] [--ranks 1] [--saves 6] [--folder DIR] [--gpu]   (make bench-checkpoint)
 
 A random Llama of 114 million parameters (1.4 GB of fp32 weights and moments);
 --gpu: of 540 million (6.5 GB), in bf16 on CUDA. For every save: seconds, the seconds that writing and
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 GIB = 2**30
 

@@ -1,6 +1,6 @@
 """Speed and memory of training, ours and the stock engine's in one run. Random weights in the shapes of real models.
 
-`python launch/bench.py train CASE …` starts launch/train.py as a user would and the yardstick (trainer/yardstick.py, the plain
+`python tests/bench/train.py train CASE …` starts launch/train.py as a user would and the baseline (tests/bench/baseline.py, the plain
 DeepSpeed engine) after it, on the same machine; prints a table, and writes OUT/bench.jsonl, a log for each run and, where asked,
 a section of docs/benchmarks.md. `plot` draws tokens/s against the micro-batch with the roofline.
 """
@@ -17,9 +17,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.config.flags import ROOT, parse_size
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from tests.tiny import make_tokenizer
+from trainer import ROOT
 from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
-from trainer.plan import measure
 from trainer.run import _versions
 
 SETTLED = 7  # updates before the counted ones: compilation, ZeRO's trace, the layers that keep their activations
@@ -40,7 +42,7 @@ class Case:
     gpus: int = 1
     layers: int | None = None
     flags: list = field(default_factory=list)
-    stock: int | None = None  # the yardstick's best micro-batch, where it is another
+    stock: int | None = None  # the baseline's best micro-batch, where it is another
     mixed: bool = False  # rows of all lengths, most of them short, instead of rows that fill max_length
     settled: int = SETTLED  # a disk's time outweighs what settles: fewer where an update takes a minute
 
@@ -65,27 +67,7 @@ CASES = {
 }
 DEVICES = {"ds_z3.json": ("none", "none"), "ds_z3_offload.json": ("cpu", "cpu"), "ds_z3_nvme_optimizer.json": ("cpu", "nvme"),
            "ds_z3_nvme.json": ("nvme", "nvme")}
-YARDSTICK = {"peer": ["--zero", "peer"], "tuned": ["--zero", "tuned", "--leaf", "--liger"]}
-
-
-def make_tokenizer(folder, text):
-    """A byte-level BPE of 512 entries with a ChatML template, trained on `text` (lines), saved beside a model's configuration."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    raw.train_from_iterator(text, trainers.BpeTrainer(vocab_size=512, special_tokens=specials, show_progress=False,
-                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>",
-                                        unk_token="<|endoftext|>", pad_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+BASELINE = {"peer": ["--zero", "peer"], "tuned": ["--zero", "tuned", "--leaf", "--liger"]}
 
 
 def _inputs(work, case, updates):
@@ -170,12 +152,12 @@ def ours(name, case, out, work, updates, seconds, gpu, flags=()):
     return result
 
 
-def yardstick(name, case, kind, out, work, updates, seconds):
+def baseline(name, case, kind, out, work, updates, seconds):
     """The stock engine with the configuration `kind`; peer: at its documented micro-batch of 1, four accumulated."""
     micro, accumulate = (1, 4) if kind == "peer" else (case.stock or case.micro_batch, 1)
     label = f"{name}-{kind}-m{micro}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", case.gpus, "trainer/yardstick.py",
-               "--size", case.shape, "--method", case.method, *YARDSTICK[kind], "--micro-batch", micro, "--accumulate", accumulate,
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", case.gpus, "tests/bench/baseline.py",
+               "--size", case.shape, "--method", case.method, *BASELINE[kind], "--micro-batch", micro, "--accumulate", accumulate,
                "--steps", updates - case.settled, "--seq", case.max_length, *(["--layers", case.layers] if case.layers else []),
                "--warmup", 2, *(word for tier, device in zip(("param", "optimizer"), DEVICES[case.config])
                                 for word in (f"--{tier}-device", device)), "--nvme-path", work / "swap"]
@@ -254,26 +236,19 @@ def plot(results, machine, path):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train each case, ours and the yardstick's")
+    train = commands.add_parser("train", help="train each case, ours and the baseline's")
     train.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; none: 8b-lora and 3b-full with a GPU, else tiny")
     train.add_argument("--micro_batches", type=int, nargs="+", help="in place of the case's own")
-    train.add_argument("--yardstick", nargs="*", choices=YARDSTICK, default=list(YARDSTICK), help="the stock engine beside it")
-    train.add_argument("--only", choices=("ours", "yardstick"), help="one of the two")
+    train.add_argument("--baseline", nargs="*", choices=BASELINE, default=list(BASELINE), help="the stock engine beside it")
+    train.add_argument("--only", choices=("ours", "baseline"), help="one of the two")
     train.add_argument("--updates", type=int, default=SETTLED + 6, help=f"the first {SETTLED} are not counted, of NVMe the first 2")
     train.add_argument("--timeout", type=int, default=600, help="seconds a run")
     train.add_argument("--out", type=Path, default=Path("bench"), help="bench.jsonl and logs")
     train.add_argument("--work", type=Path, help="inputs, runs and swap files (default: OUT/work)")
     train.add_argument("--flags", default="", help="more flags for launch/train.py, in one string")
     train.add_argument("--append", type=Path, help="add a section to this document, docs/benchmarks.md")
-    machine = commands.add_parser("box", help="what GPU, PCIe, RAM and the links between GPUs give, as JSON; the plan remembers it")
-    machine.add_argument("--no_links", action="store_true", help="not between the GPUs")
-    disk = commands.add_parser("io", help="the disk through DeepSpeed's libaio op: the best aio block; the plan remembers it")
-    disk.add_argument("path", nargs="?", default=".swap", help="directory on it (default: %(default)s)")
-    disk.add_argument("--bytes", default="1GB", help="of the file (default: %(default)s)")
-    disk.add_argument("--seconds", type=float, default=60, help="in all (default: %(default)s)")
-    disk.add_argument("--out", type=Path, help="the result as JSON")
     draw = commands.add_parser("plot", help="tokens/s against the micro-batch from a bench.jsonl")
     draw.add_argument("results", type=Path)
     draw.add_argument("--case")
@@ -282,7 +257,7 @@ def _parser():
 
 
 def main(argv=None):
-    """Exit code of launch/bench.py: 1 where a run failed."""
+    """Exit code of tests/bench/train.py: 1 where a run failed."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     try:
@@ -292,13 +267,7 @@ def main(argv=None):
             plot([r for r in lines if "case" in r and options.case in (None, r["case"])], machine, options.out)
             print(options.out)
             return DONE
-        if options.command == "box":
-            print(json.dumps(measure.box(not options.no_links)))
-            return DONE
-        if options.command == "io":
-            measure.io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
-            return DONE
-        return _train(options, " ".join(["bench.py", *argv]))
+        return _train(options, " ".join(["tests/bench/train.py", *argv]))
     except (RunError, OSError, json.JSONDecodeError) as error:
         if not isinstance(error, RunError):
             error = RunError("the bench could not be made", found=str(error))
@@ -315,7 +284,7 @@ def _train(options, command):
         if name not in CASES:
             raise RunError(f"no case {name}{did_you_mean(name, CASES)}", needed=", ".join(CASES), code=BAD_INPUT)
         if CASES[name].gpus > max(gpu_count(), 1) or (not gpu and name != "tiny"):
-            raise RunError(f"the case {name} needs {CASES[name].gpus} GPU(s)", found=gpu_count(), fix="bench.py train tiny", code=3)
+            raise RunError(f"the case {name} needs {CASES[name].gpus} GPU(s)", found=gpu_count(), fix="python tests/bench/train.py train tiny", code=3)
     least = max(CASES[name].settled for name in names)
     if options.updates <= least:
         raise RunError("--updates is too small", found=options.updates, needed=f"more than {least}, which are not counted")
@@ -336,15 +305,19 @@ def _train(options, command):
             base = CASES[name]
             for micro in options.micro_batches or [base.micro_batch]:
                 case = Case(**{**vars(base), "micro_batch": micro, "stock": None if options.micro_batches else base.stock})
-                if options.only != "yardstick":
+                if options.only != "baseline":
                     results.append(ours(name, case, out, work, options.updates, options.timeout, gpu, options.flags.split()))
                     keep(results[-1])
-                for kind in options.yardstick if gpu and base.shape != "tiny" and options.only != "ours" else ():
+                for kind in options.baseline if gpu and base.shape != "tiny" and options.only != "ours" else ():
                     if kind == "peer" and any(r["case"] == name and r["what"] == "peer" for r in results):
                         continue  # its micro-batch is always the same
-                    results.append(yardstick(name, case, kind, out, work, options.updates, options.timeout))
+                    results.append(baseline(name, case, kind, out, work, options.updates, options.timeout))
                     keep(results[-1])
     print("\n" + table([HEAD, *map(_row, results)]) + f"\n\n{out / 'bench.jsonl'}")
     if options.append:
         append(options.append, results, machine, command)
     return FAILED if any(r["exit"] for r in results) else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
