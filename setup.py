@@ -1,4 +1,5 @@
 """Packages and dependency ranges. Exact versions that were tested together: constraints.txt."""
+
 from setuptools import find_packages, setup
 
 REQUIRES = [
@@ -35,8 +36,19 @@ setup(
     package_data={"data": ["samples/*", "templates/*"], "trainer.engine": ["adam.c"]},
     install_requires=REQUIRES,
     extras_require={
-        "gpu": ["liger-kernel>=0.8,<0.9"],  # Triton kernels: norms, rotary embedding, gated MLP, loss
+        "gpu": [
+            "liger-kernel>=0.8,<0.9"
+        ],  # Triton kernels: norms, rotary embedding, gated MLP, loss
         "notebook": ["jupyterlab>=4", "ipykernel>=6", "nbclient>=0.10"],  # launch/notebooks/
-        "test": ["pytest>=8", "ruff>=0.9", "moto>=5", "flask>=3", "flask-cors>=4", "tiktoken>=0.9", "nbclient>=0.10", "ipykernel>=6"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "moto>=5",
+            "flask>=3",
+            "flask-cors>=4",
+            "tiktoken>=0.9",
+            "nbclient>=0.10",
+            "ipykernel>=6",
+        ],
     },
 )

@@ -1,4 +1,5 @@
 """Which rows, in which order, in which batch. Order is a pure function of seed, epoch and position, whatever the world size."""
+
 import functools
 import math
 import random
@@ -29,9 +30,15 @@ class Summary:
     def __str__(self):
         text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained"
         if self.too_long:
-            done = {"truncate": "truncated", "split": "split", "drop": "dropped as too long"}[self.policy]
+            done = {"truncate": "truncated", "split": "split", "drop": "dropped as too long"}[
+                self.policy
+            ]
             text += f", {self.too_long:,} {done}"
-        return text + (f", {self.left_out:,} left out (no answer token within max_length)" if self.left_out else "")
+        return text + (
+            f", {self.left_out:,} left out (no answer token within max_length)"
+            if self.left_out
+            else ""
+        )
 
 
 class Samples(Dataset):
@@ -81,7 +88,11 @@ def cut(files, rows, max_length, too_long="truncate", train_on_prompt=False):
         summary.too_long += int(long.sum())
         if too_long == "drop":
             chosen, lengths = chosen[~long], lengths[~long]
-        pieces = np.ones(len(lengths), np.int64) if too_long != "split" else np.maximum(-(-lengths // max_length), 1)
+        pieces = (
+            np.ones(len(lengths), np.int64)
+            if too_long != "split"
+            else np.maximum(-(-lengths // max_length), 1)
+        )
         row = np.repeat(chosen, pieces)
         begin = (np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_length
         size = np.minimum(np.repeat(lengths, pieces) - begin, max_length)
@@ -89,7 +100,9 @@ def cut(files, rows, max_length, too_long="truncate", train_on_prompt=False):
         kept = trained > 0
         summary.left_out += len(np.unique(row)) - len(np.unique(row[kept]))
         summary.trained += int(trained[kept].sum())
-        parts.append(np.stack([np.full(int(kept.sum()), number), row[kept], begin[kept], size[kept]], axis=1))
+        parts.append(
+            np.stack([np.full(int(kept.sum()), number), row[kept], begin[kept], size[kept]], axis=1)
+        )
     table = np.concatenate(parts) if parts else np.empty((0, 4), np.int64)
     summary.rows, summary.tokens = len(table), int(table[:, 3].sum())
     return Samples(files, table, train_on_prompt), summary
@@ -99,7 +112,11 @@ def _trained(file, row, begin, size):
     """Tokens of [begin, begin + size) of each row that are trained and have a token before them: int64 [rows]."""
     counts = np.diff(file.first_span)[row]
     owner = np.repeat(np.arange(len(row)), counts)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(file.first_span[row], counts)
+    index = (
+        np.arange(len(owner))
+        - np.repeat(np.cumsum(counts) - counts, counts)
+        + np.repeat(file.first_span[row], counts)
+    )
     first = np.maximum(file.spans[index, 0], begin[owner] + 1)
     end = np.minimum(file.spans[index, 1], (begin + size)[owner])
     return np.bincount(owner, np.maximum(end - first, 0), len(row)).astype(np.int64)
@@ -124,8 +141,10 @@ def split(files, wanted, seed):
     unique, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     count = round(number * len(keys)) if number < 1 else int(number)
     if not 0 < count < len(keys) or len(unique) < 2:
-        raise DataError(f"validation_split {wanted} leaves nothing to train on or to validate with\n  found:  {len(keys)} rows, "
-                        f"{len(unique)} different\n  needed: a share or count that leaves rows on both sides")
+        raise DataError(
+            f"validation_split {wanted} leaves nothing to train on or to validate with\n  found:  {len(keys)} rows, "
+            f"{len(unique)} different\n  needed: a share or count that leaves rows on both sides"
+        )
     order = np.argsort(_mixed(unique, seed), kind="stable")
     chosen, left = np.zeros(len(unique), bool), count
     for group, size in zip(order.tolist(), sizes[order].tolist()):
@@ -139,8 +158,10 @@ def split(files, wanted, seed):
     held_out = chosen[inverse]
     ends = np.cumsum([len(file) for file in files])
     parts = np.split(held_out, ends[:-1])
-    return ([(n, np.flatnonzero(~part)) for n, part in enumerate(parts)],
-            [(n, np.flatnonzero(part)) for n, part in enumerate(parts) if part.any()])
+    return (
+        [(n, np.flatnonzero(~part)) for n, part in enumerate(parts)],
+        [(n, np.flatnonzero(part)) for n, part in enumerate(parts) if part.any()],
+    )
 
 
 def _mixed(keys, seed):
@@ -155,7 +176,9 @@ def _mixed(keys, seed):
 def without(files, train_files):
     """(rows of `files` that no training row equals, number of those left out)."""
     known = np.unique(np.concatenate(content_keys(train_files)))
-    rows = [(n, np.flatnonzero(~np.isin(keys, known))) for n, keys in enumerate(content_keys(files))]
+    rows = [
+        (n, np.flatnonzero(~np.isin(keys, known))) for n, keys in enumerate(content_keys(files))
+    ]
     return rows, sum(map(len, files)) - sum(len(r) for _, r in rows)
 
 
@@ -170,10 +193,15 @@ class Mixture:
         self.samples = {g: np.flatnonzero(groups == g) for g in weights}
         empty = [g for g, s in self.samples.items() if not len(s)]
         if empty:
-            raise DataError(f"source {empty[0] + 1} of the mixture has no sample left\n  needed: rows in every source with a share")
+            raise DataError(
+                f"source {empty[0] + 1} of the mixture has no sample left\n  needed: rows in every source with a share"
+            )
         total = sum(weights.values())
         size = min(len(self.samples[g]) / (w / total) for g, w in weights.items())
-        self.taken = {g: max(1, min(round(size * w / total), len(self.samples[g]))) for g, w in weights.items()}
+        self.taken = {
+            g: max(1, min(round(size * w / total), len(self.samples[g])))
+            for g, w in weights.items()
+        }
 
     def rows(self, epoch):
         """The samples of an epoch."""
@@ -183,7 +211,9 @@ class Mixture:
             order = list(range(len(own)))
             random.Random(f"{self.seed}/{group}").shuffle(order)
             # Round and round the same circle: an epoch takes no more than one lap, so none twice.
-            parts.append(own[np.take(order, range(epoch * taken, (epoch + 1) * taken), mode="wrap")])
+            parts.append(
+                own[np.take(order, range(epoch * taken, (epoch + 1) * taken), mode="wrap")]
+            )
         return np.concatenate(parts)
 
 
@@ -197,7 +227,18 @@ class Order:
     group_by_length, which fills whole updates with rows of about one length; random does so with the micro-batches of an update.
     """
 
-    def __init__(self, lengths, batch, accumulate, rank, world_size, seed, strategy="random", capacity=None, mixture=None):
+    def __init__(
+        self,
+        lengths,
+        batch,
+        accumulate,
+        rank,
+        world_size,
+        seed,
+        strategy="random",
+        capacity=None,
+        mixture=None,
+    ):
         self.lengths, self.batch, self.accumulate = np.asarray(lengths), batch, accumulate
         self.rank, self.world_size, self.seed, self.strategy = rank, world_size, seed, strategy
         self.capacity, self.mixture = capacity, mixture
@@ -233,13 +274,16 @@ class Order:
             shuffler.shuffle(order)
         if self.capacity:
             order = np.asarray(order)
-            bins = [tuple(order[m].tolist()) for m in pack.members(pack.best_fit(self.lengths[order], self.capacity))]
+            bins = [
+                tuple(order[m].tolist())
+                for m in pack.members(pack.best_fit(self.lengths[order], self.capacity))
+            ]
             if self.strategy != "sequential":
                 shuffler.shuffle(bins)
             return bins
         if self.strategy == "group_by_length":
             order = self._by_length(order, self.update * LENGTH_GROUPS)
-            updates = [order[at:at + self.update] for at in range(0, len(order), self.update)]
+            updates = [order[at : at + self.update] for at in range(0, len(order), self.update)]
             last = updates.pop() if len(updates[-1]) < self.update else []
             shuffler.shuffle(updates)
             order = [i for update in [*updates, last] for i in update]
@@ -251,7 +295,10 @@ class Order:
     def _by_length(self, order, span):
         """The samples sorted by length, the longest first, within every `span` of them."""
         lengths = self.lengths[order]
-        parts = [np.argsort(-lengths[at:at + span], kind="stable") + at for at in range(0, len(order), span)]
+        parts = [
+            np.argsort(-lengths[at : at + span], kind="stable") + at
+            for at in range(0, len(order), span)
+        ]
         return np.asarray(order)[np.concatenate(parts)].tolist()
 
     def __iter__(self):
@@ -290,21 +337,34 @@ def collate(units, pad_token_id, size=None):
         at = 0
         for ids, targets in unit:
             end = at + len(ids)
-            input_ids[row, at:end], labels[row, at:end], positions[row, at:end] = ids, targets, np.arange(len(ids))
+            input_ids[row, at:end], labels[row, at:end], positions[row, at:end] = (
+                ids,
+                targets,
+                np.arange(len(ids)),
+            )
             labels[row, at] = IGNORED
             borders.append(row * longest + at)
             at = end
         tokens += at
         positions[row, at:] = positions[row, at - 1] + 1 + np.arange(longest - at)
     borders = np.asarray([*borders, len(units) * longest], np.int32)
-    return {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(positions), "labels": torch.from_numpy(labels),
-            "cu_seq_lens": torch.from_numpy(borders), "max_length": int(np.diff(borders).max()), "tokens": tokens}
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+        "cu_seq_lens": torch.from_numpy(borders),
+        "max_length": int(np.diff(borders).max()),
+        "tokens": tokens,
+    }
 
 
 def evaluation_batches(samples, batch, rank, world_size):
     """This rank's evaluation batches as lists of sample numbers, longest first; the same number on every rank, as ZeRO-3 gathers in
     step. A rank with nothing left gets an empty list in its turn."""
     order = np.argsort(-samples.lengths, kind="stable").tolist()
-    batches = [order[i:i + batch] for i in range(0, len(order), batch)]
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     turns = math.ceil(len(batches) / world_size)
-    return [batches[t * world_size + rank] if t * world_size + rank < len(batches) else [] for t in range(turns)]
+    return [
+        batches[t * world_size + rank] if t * world_size + rank < len(batches) else []
+        for t in range(turns)
+    ]

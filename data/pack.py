@@ -1,4 +1,5 @@
 """Best-fit decreasing: samples into bins of a fixed number of tokens."""
+
 import numpy as np
 
 
@@ -42,4 +43,6 @@ def fill(lengths, capacity):
     """Share of the bins' tokens that are samples, 0 to 1."""
     if not len(lengths):
         return 0.0
-    return float(np.sum(lengths, dtype=np.int64)) / (capacity * (int(best_fit(lengths, capacity).max()) + 1))
+    return float(np.sum(lengths, dtype=np.int64)) / (
+        capacity * (int(best_fit(lengths, capacity).max()) + 1)
+    )

@@ -1,4 +1,5 @@
 """Files → raw records with their line numbers, block by block: a file never has to fit memory. Imports no torch."""
+
 import codecs
 import gzip
 import io
@@ -22,7 +23,11 @@ def kind_of(path):
     suffixes = [s.lower() for s in Path(path).suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else None
     suffix = suffixes[-1] if suffixes else None
-    return (suffix, packed) if suffix in SUFFIXES and not (packed and suffix == ".parquet") else (None, None)
+    return (
+        (suffix, packed)
+        if suffix in SUFFIXES and not (packed and suffix == ".parquet")
+        else (None, None)
+    )
 
 
 def _open(path, packed):
@@ -31,7 +36,9 @@ def _open(path, packed):
     if packed == ".zst":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), BLOCK)
+        return io.BufferedReader(
+            pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), BLOCK
+        )
     return open(path, "rb")
 
 
@@ -48,7 +55,9 @@ def _integer(digits):
     try:
         return int(digits)
     except ValueError:  # Python converts at most 4,300 digits
-        raise RowError(f"a number of {len(digits):,} digits; needed: at most 4,300, or text") from None
+        raise RowError(
+            f"a number of {len(digits):,} digits; needed: at most 4,300, or text"
+        ) from None
 
 
 _DEEP = "JSON that is nested too deeply; needed: what Python's json reads (some hundred levels)"
@@ -65,7 +74,9 @@ def _check_text(record, raw):
     try:
         plain.encode()
     except UnicodeEncodeError:
-        raise RowError("half of a surrogate pair (\\ud800 to \\udfff); needed: whole characters") from None
+        raise RowError(
+            "half of a surrogate pair (\\ud800 to \\udfff); needed: whole characters"
+        ) from None
     return record
 
 
@@ -74,7 +85,9 @@ def loads(text, name):
     try:
         return _check_text(_decoder.decode(text), text)
     except json.JSONDecodeError as error:
-        raise RowError(f"{name} is not JSON: {error.msg} at character {error.pos + 1}; needed: JSON text") from None
+        raise RowError(
+            f"{name} is not JSON: {error.msg} at character {error.pos + 1}; needed: JSON text"
+        ) from None
     except RecursionError:
         raise RowError(f"{name}: {_DEEP}") from None
 
@@ -82,15 +95,25 @@ def loads(text, name):
 def parse(line):
     """The record of one JSON line (bytes). RowError says what is wrong and where."""
     if b"\0" in line:
-        raise RowError(f"a NUL byte at column {line.index(0) + 1}; needed: text, not a binary or half-written file")
+        raise RowError(
+            f"a NUL byte at column {line.index(0) + 1}; needed: text, not a binary or half-written file"
+        )
     try:
         text = line.decode("utf-8")
         return _check_text(_decoder.decode(text), text)
     except UnicodeDecodeError as error:
-        raise RowError(f"invalid UTF-8 at byte {error.start + 1}; mend: iconv -f LATIN1 -t UTF-8") from None
+        raise RowError(
+            f"invalid UTF-8 at byte {error.start + 1}; mend: iconv -f LATIN1 -t UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        alone = "; are its lines ended by CR alone? mend: tr '\\r' '\\n'" if b"\r" in line.rstrip() else ""
-        raise RowError(f"broken JSON at column {error.pos + 1}: {error.msg}{alone or '; needed: one JSON object a line'}") from None
+        alone = (
+            "; are its lines ended by CR alone? mend: tr '\\r' '\\n'"
+            if b"\r" in line.rstrip()
+            else ""
+        )
+        raise RowError(
+            f"broken JSON at column {error.pos + 1}: {error.msg}{alone or '; needed: one JSON object a line'}"
+        ) from None
     except RecursionError:
         raise RowError(_DEEP) from None
 
@@ -115,7 +138,9 @@ def _lines(stream):
 
 
 def _too_long(size):
-    return RowError(f"a row of {size:,} bytes; needed: at most {MAX_ROW:,}. Is a line break missing?")
+    return RowError(
+        f"a row of {size:,} bytes; needed: at most {MAX_ROW:,}. Is a line break missing?"
+    )
 
 
 def _json_lines(stream, note):
@@ -126,7 +151,10 @@ def _json_lines(stream, note):
                 yield 1, RowError("UTF-16, not UTF-8; mend: iconv -f UTF-16 -t UTF-8")
                 return
             if line.startswith(codecs.BOM_UTF8):
-                note(1, "a byte order mark, ignored; iconv or `sed -i '1s/^\\xEF\\xBB\\xBF//'` takes it out")
+                note(
+                    1,
+                    "a byte order mark, ignored; iconv or `sed -i '1s/^\\xEF\\xBB\\xBF//'` takes it out",
+                )
                 line = line[3:]
         if line is None:
             yield number, _too_long(size)
@@ -160,14 +188,24 @@ def _json_list(stream):
         if at == len(buffer):
             more = True
         elif expect == "end":
-            yield line, RowError(f"broken JSON: {buffer[at]!r} after the list's end; needed: one list, or one object a line")
+            yield (
+                line,
+                RowError(
+                    f"broken JSON: {buffer[at]!r} after the list's end; needed: one list, or one object a line"
+                ),
+            )
             return
         elif buffer[at] == "]" and expect in ("first", ","):
             at, expect = at + 1, "end"
             continue
         elif expect in ("[", ","):
             if buffer[at] != expect:
-                yield line, RowError(f"broken JSON: {buffer[at]!r} where {expect!r} is needed; what follows was not read")
+                yield (
+                    line,
+                    RowError(
+                        f"broken JSON: {buffer[at]!r} where {expect!r} is needed; what follows was not read"
+                    ),
+                )
                 return
             at, expect = at + 1, "first" if expect == "[" else "value"
             continue
@@ -182,34 +220,65 @@ def _json_list(stream):
                     at, expect = end, ","
             except json.JSONDecodeError as error:
                 if ended:
-                    yield line, RowError(f"broken JSON: {error.msg}; is the file half-written? What follows was not read")
+                    yield (
+                        line,
+                        RowError(
+                            f"broken JSON: {error.msg}; is the file half-written? What follows was not read"
+                        ),
+                    )
                     return
                 if len(buffer) - at > MAX_ROW:
-                    yield line, RowError(f"broken JSON, or an element of over {MAX_ROW:,} bytes; what follows was not read")
+                    yield (
+                        line,
+                        RowError(
+                            f"broken JSON, or an element of over {MAX_ROW:,} bytes; what follows was not read"
+                        ),
+                    )
                     return
                 more = True
             except (RowError, RecursionError) as error:
-                yield line, error if isinstance(error, RowError) else RowError(_DEEP + "; what follows was not read")
+                yield (
+                    line,
+                    error
+                    if isinstance(error, RowError)
+                    else RowError(_DEEP + "; what follows was not read"),
+                )
                 if isinstance(error, RecursionError):
                     return
-                _, end = json.JSONDecoder(parse_int=str).raw_decode(buffer, at)  # the same element, to find its end
+                _, end = json.JSONDecoder(parse_int=str).raw_decode(
+                    buffer, at
+                )  # the same element, to find its end
                 line += buffer.count("\n", at, end)
                 at, expect = end, ","
         if more:
             if ended and expect == "end":
                 return
             if ended:
-                yield line, RowError("the list does not end with ]: is the file half-written? needed: the whole file")
+                yield (
+                    line,
+                    RowError(
+                        "the list does not end with ]: is the file half-written? needed: the whole file"
+                    ),
+                )
                 return
             try:
                 added = reader.read(BLOCK)
             except UnicodeDecodeError:
-                yield line, RowError("invalid UTF-8; what follows was not read; mend: iconv -f LATIN1 -t UTF-8")
+                yield (
+                    line,
+                    RowError(
+                        "invalid UTF-8; what follows was not read; mend: iconv -f LATIN1 -t UTF-8"
+                    ),
+                )
                 return
             ended = not added
             if "\0" in added:
-                yield (line + buffer.count("\n", at) + added.count("\n", 0, added.index("\0")),
-                       RowError("a NUL byte; needed: text, not a binary or half-written file; what follows was not read"))
+                yield (
+                    line + buffer.count("\n", at) + added.count("\n", 0, added.index("\0")),
+                    RowError(
+                        "a NUL byte; needed: text, not a binary or half-written file; what follows was not read"
+                    ),
+                )
                 return
             buffer, at = buffer[at:] + added, 0
 
@@ -232,7 +301,9 @@ def _parquet(path):
             size = sum(file.metadata.row_group(g).total_byte_size for g in groups) // max(rows, 1)
             # Times are no text, and some have no Python value.
             columns = [c.name for c in file.schema_arrow if not pyarrow.types.is_temporal(c.type)]
-            for batch in file.iter_batches(batch_size=min(max(BLOCK // max(size, 1), 1), 1024), columns=columns):
+            for batch in file.iter_batches(
+                batch_size=min(max(BLOCK // max(size, 1), 1), 1024), columns=columns
+            ):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, {k: _without_nulls(v) for k, v in record.items()}
@@ -272,9 +343,18 @@ def read(path, name=None, note=lambda line, text: None):
                 if not stream.seekable():
                     stream.close()
                     stream = _open(path, packed)
-                records = _json_list(stream) if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"[" else _json_lines(stream, note)
+                records = (
+                    _json_list(stream)
+                    if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"["
+                    else _json_lines(stream, note)
+                )
             for line, record in records:
-                if first and suffix == ".json" and isinstance(record, RowError) and (whole := _one_object(path, packed)):
+                if (
+                    first
+                    and suffix == ".json"
+                    and isinstance(record, RowError)
+                    and (whole := _one_object(path, packed))
+                ):
                     yield line, whole
                     return
                 first = False
@@ -282,5 +362,10 @@ def read(path, name=None, note=lambda line, text: None):
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
             raise
-        yield line + 1, RowError(f"the compressed file is damaged or half-written ({' '.join(str(error).split())[:120]}); "
-                                 "what follows was not read")
+        yield (
+            line + 1,
+            RowError(
+                f"the compressed file is damaged or half-written ({' '.join(str(error).split())[:120]}); "
+                "what follows was not read"
+            ),
+        )

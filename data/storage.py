@@ -1,4 +1,5 @@
 """Where data lies: a cache on a local disk, and files of s3://, gs://, https:// and file:// brought there. Imports no torch."""
+
 import contextlib
 import errno
 import hashlib
@@ -15,13 +16,34 @@ from pathlib import Path
 from data import DataError, records
 
 ATTEMPTS = 4  # of one download; the waits between them double from a second
-NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "ceph", "glusterfs", "beegfs", "fuse.s3fs", "fuse.gcsfuse",
-                       "9p", "afs")
+NETWORK_FILESYSTEMS = (
+    "nfs",
+    "cifs",
+    "smb",
+    "lustre",
+    "gpfs",
+    "ceph",
+    "glusterfs",
+    "beegfs",
+    "fuse.s3fs",
+    "fuse.gcsfuse",
+    "9p",
+    "afs",
+)
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-_CREDENTIALS = {"s3fs": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or the machine's role",
-                "gcsfs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
-                "aiohttp": "an address that needs no login, such as a pre-signed one"}
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
+_CREDENTIALS = {
+    "s3fs": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or the machine's role",
+    "gcsfs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
+    "aiohttp": "an address that needs no login, such as a pre-signed one",
+}
 
 
 def is_url(path):
@@ -43,7 +65,9 @@ def filesystem_of(path):
     try:
         for line in Path("/proc/mounts").read_text().splitlines():
             _, mount, type_, *_ = line.split()
-            if len(mount) > len(best) and (path == Path(mount) or Path(mount) in path.resolve().parents):
+            if len(mount) > len(best) and (
+                path == Path(mount) or Path(mount) in path.resolve().parents
+            ):
                 best, kind = mount, type_
     except OSError:
         pass
@@ -56,17 +80,27 @@ def cache_directory():
     if given:
         folder = Path(given)
     else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zero-offload-trainer" / "data"
+        folder = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            / "zero-offload-trainer"
+            / "data"
+        )
         if filesystem_of(folder).startswith(NETWORK_FILESYSTEMS):
             folder = Path(f"/var/tmp/zero-offload-trainer-{os.getuid()}/data")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise DataError(f"the data cache {folder} cannot be made\n  found:  {error.strerror}\n  needed: a directory that can be "
-                        "written to; ZERO_OFFLOAD_CACHE names another one") from None
+        raise DataError(
+            f"the data cache {folder} cannot be made\n  found:  {error.strerror}\n  needed: a directory that can be "
+            "written to; ZERO_OFFLOAD_CACHE names another one"
+        ) from None
     # In /var/tmp somebody else may have come first.
-    if not os.access(folder, os.W_OK) or ("/var/tmp/" in str(folder) and folder.parent.stat().st_uid not in (0, os.getuid())):
-        raise DataError(f"the data cache {folder} cannot be written to\n  needed: the right; ZERO_OFFLOAD_CACHE names another place")
+    if not os.access(folder, os.W_OK) or (
+        "/var/tmp/" in str(folder) and folder.parent.stat().st_uid not in (0, os.getuid())
+    ):
+        raise DataError(
+            f"the data cache {folder} cannot be written to\n  needed: the right; ZERO_OFFLOAD_CACHE names another place"
+        )
     return folder
 
 
@@ -91,9 +125,20 @@ def content_hash(path):
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read\n  found:  {error.strerror}\n  needed: a file that is there") from None
-    memo = cache_directory() / "hashes" / digest(Path(path).absolute(), status.st_ino, status.st_size, status.st_mtime_ns,
-                                                 status.st_ctime_ns)
+        raise DataError(
+            f"{path} cannot be read\n  found:  {error.strerror}\n  needed: a file that is there"
+        ) from None
+    memo = (
+        cache_directory()
+        / "hashes"
+        / digest(
+            Path(path).absolute(),
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+    )
     if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}", found := memo.read_bytes()):
         return found.decode()
     hashed = hashlib.sha256()
@@ -102,7 +147,9 @@ def content_hash(path):
             while block := file.read(2**24):
                 hashed.update(block)
     except OSError as error:
-        raise DataError(f"{path} cannot be read\n  found:  {error.strerror}\n  needed: the right to read it") from None
+        raise DataError(
+            f"{path} cannot be read\n  found:  {error.strerror}\n  needed: the right to read it"
+        ) from None
     write_atomically(memo, hashed.hexdigest().encode())
     return hashed.hexdigest()
 
@@ -115,8 +162,10 @@ def write_atomically(path, content):
             file.write(content)
         os.replace(file.name, path)
     except OSError as error:
-        raise DataError(f"{path.parent} cannot be written to\n  found:  {error.strerror}\n  needed: space and the right to; "
-                        "ZERO_OFFLOAD_CACHE names another place for the data cache") from None
+        raise DataError(
+            f"{path.parent} cannot be written to\n  found:  {error.strerror}\n  needed: space and the right to; "
+            "ZERO_OFFLOAD_CACHE names another place for the data cache"
+        ) from None
 
 
 def checksums(folder):
@@ -164,12 +213,18 @@ def _filesystem(url):
     scheme = scheme.lower()
     package = _PACKAGES.get(scheme)
     if package is None and scheme != "file":
-        raise DataError(f"{shown(url)}: the scheme {scheme}:// is not supported\n  needed: s3://, gs://, https:// or file://")
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of each bucket whose kind it may not ask for
+        raise DataError(
+            f"{shown(url)}: the scheme {scheme}:// is not supported\n  needed: s3://, gs://, https:// or file://"
+        )
+    logging.getLogger("gcsfs").setLevel(
+        logging.ERROR
+    )  # it warns of each bucket whose kind it may not ask for
     try:
         return fsspec.core.url_to_fs(f"{scheme}://{rest}")
     except ImportError:
-        raise DataError(f"{scheme}:// needs the package {package}\n  mend: pip install {package}, or make setup") from None
+        raise DataError(
+            f"{scheme}:// needs the package {package}\n  mend: pip install {package}, or make setup"
+        ) from None
 
 
 def _attempt(url, act, what):
@@ -182,22 +237,45 @@ def _attempt(url, act, what):
             raise
         except Exception as error:  # each backend raises its own kinds
             # fsspec's HTTP calls every failure FileNotFoundError; the one behind it knows the status.
-            cause = error.__cause__ or error.__context__ if isinstance(error, FileNotFoundError) and package == "aiohttp" else None
+            cause = (
+                error.__cause__ or error.__context__
+                if isinstance(error, FileNotFoundError) and package == "aiohttp"
+                else None
+            )
             error = cause or error
             status = getattr(error, "status", None) or getattr(error, "code", None)
             text = " ".join(str(error).split())
             kind = type(error).__name__
             needed = "an address that exists"
             lasting = isinstance(error, (FileNotFoundError, ValueError)) or status in (404, 410)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                lasting, needed = True, f"space in {cache_directory()}; ZERO_OFFLOAD_CACHE names another place"
-            if isinstance(error, PermissionError) or status in (401, 403) or "credential" in f"{kind} {text}".lower():
-                lasting, needed = True, f"the right to read it: {_CREDENTIALS.get(package, 'credentials')}"
+            if isinstance(error, OSError) and error.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EROFS,
+            ):
+                lasting, needed = (
+                    True,
+                    f"space in {cache_directory()}; ZERO_OFFLOAD_CACHE names another place",
+                )
+            if (
+                isinstance(error, PermissionError)
+                or status in (401, 403)
+                or "credential" in f"{kind} {text}".lower()
+            ):
+                lasting, needed = (
+                    True,
+                    f"the right to read it: {_CREDENTIALS.get(package, 'credentials')}",
+                )
             if lasting or attempt == ATTEMPTS - 1:
                 found = re.sub(re.escape(url), shown(url), re.sub(r"\?\S+", "", text))[:200]
                 tries = "" if lasting else f" after {ATTEMPTS} attempts"
-                raise DataError(f"{shown(url)} cannot be {what}{tries}\n  found:  {kind}: {found}\n  needed: {needed}") from None
-            print(f"{shown(url)}: {kind}; attempt {attempt + 2} of {ATTEMPTS} in {2**attempt} s", file=sys.stderr)
+                raise DataError(
+                    f"{shown(url)} cannot be {what}{tries}\n  found:  {kind}: {found}\n  needed: {needed}"
+                ) from None
+            print(
+                f"{shown(url)}: {kind}; attempt {attempt + 2} of {ATTEMPTS} in {2**attempt} s",
+                file=sys.stderr,
+            )
             time.sleep(2**attempt)
     return None
 
@@ -227,8 +305,21 @@ def fetch(url):
         return Path(path)
     info = _attempt(url, lambda: filesystem.info(path), "read")
     if info.get("type") == "directory":
-        raise DataError(f"{shown(url)} is a folder\n  needed: a file; a folder of http(s) cannot be listed")
-    version = [info.get(k) for k in ("ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "mtime", "updated")]
+        raise DataError(
+            f"{shown(url)} is a folder\n  needed: a file; a folder of http(s) cannot be listed"
+        )
+    version = [
+        info.get(k)
+        for k in (
+            "ETag",
+            "etag",
+            "LastModified",
+            "Last-Modified",
+            "Content-MD5",
+            "mtime",
+            "updated",
+        )
+    ]
     if not any(version):  # nothing tells a change: one copy a run, whose ranks have the same parent
         process = os.getppid() if "LOCAL_RANK" in os.environ else os.getpid()
         version = [process, psutil.Process(process).create_time()]

@@ -1,4 +1,5 @@
 """What this machine gives: its disk, GPU, PCIe and RAM. Run as: python launch/bench.py io [DIRECTORY] | box"""
+
 import sys
 from pathlib import Path
 

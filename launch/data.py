@@ -1,4 +1,5 @@
 """Look at data before training. Run as: python launch/data.py check [FILE ...] [--model_name_or_path MODEL] [--json]"""
+
 import sys
 from pathlib import Path
 

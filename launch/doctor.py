@@ -1,4 +1,5 @@
 """Is this machine ready to train? Run as: python launch/doctor.py [--json] [--io] [--nvme]"""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Shared: a tiny random Llama that really trains, its tokenizer, the command as a user types it; and runs to which things happen."""
+
 import atexit
 import json
 import os
@@ -16,7 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(prefix="zero-offload-test-")  # tests neither read nor fill the user's cache
+os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(
+    prefix="zero-offload-test-"
+)  # tests neither read nor fill the user's cache
 atexit.register(shutil.rmtree, os.environ["ZERO_OFFLOAD_CACHE"], ignore_errors=True)
 
 
@@ -24,7 +27,9 @@ def make_tokenizer(folder):
     """A byte-level BPE of 512 entries, trained on the bundled samples, with a ChatML template."""
     from tests.tiny import make_tokenizer as train_tokenizer
 
-    return train_tokenizer(folder, (ROOT / "data" / "samples" / "validation.jsonl").read_text().splitlines())
+    return train_tokenizer(
+        folder, (ROOT / "data" / "samples" / "validation.jsonl").read_text().splitlines()
+    )
 
 
 def make_model(folder, **changes):
@@ -33,8 +38,16 @@ def make_model(folder, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4,
-                 "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False}
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }
     LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
 
 
@@ -57,8 +70,13 @@ def write_rows(path, rows):
 def rows_file(tmp_path_factory):
     """60 instruction rows of different lengths, and 11 for validation: (train file, validation file)."""
     folder = tmp_path_factory.mktemp("rows")
-    lines = [json.loads(line) for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()[:71]]
-    return write_rows(folder / "train.jsonl", lines[:60]), write_rows(folder / "validation.jsonl", lines[60:])
+    lines = [
+        json.loads(line)
+        for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()[:71]
+    ]
+    return write_rows(folder / "train.jsonl", lines[:60]), write_rows(
+        folder / "validation.jsonl", lines[60:]
+    )
 
 
 def samples(tokenizer, path, max_length=96, **options):
@@ -81,7 +99,9 @@ class Run:
 
     @property
     def records(self):
-        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()
+        ]
 
     @property
     def steps(self):
@@ -100,43 +120,113 @@ class Run:
 
     def parts(self, step):
         """{file: hash} of a checkpoint's weights and moments."""
-        return {n: f["xxh3_128"] for n, f in self.manifest(step)["files"].items() if n.endswith(".safetensors")}
+        return {
+            n: f["xxh3_128"]
+            for n, f in self.manifest(step)["files"].items()
+            if n.endswith(".safetensors")
+        }
 
 
-def train(directory, *flags, ranks=1, launcher=True, env=None, timeout=600, script="launch/train.py", **popen):
+def train(
+    directory,
+    *flags,
+    ranks=1,
+    launcher=True,
+    env=None,
+    timeout=600,
+    script="launch/train.py",
+    **popen,
+):
     """`deepspeed launch/train.py …` from the repository root; the run directory is `directory`."""
     own = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a box without an environment has it elsewhere
-    binary = [shutil.which("deepspeed", path=own), "--num_gpus", str(ranks), "--master_port",
-              str(29600 + os.getpid() % 300)] if launcher else [sys.executable]
+    binary = (
+        [
+            shutil.which("deepspeed", path=own),
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(29600 + os.getpid() % 300),
+        ]
+        if launcher
+        else [sys.executable]
+    )
     command = [*binary, script, "--output_dir", str(directory), *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=timeout, **popen)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        timeout=timeout,
+        **popen,
+    )
     return Run(done.returncode, done.stdout, Path(directory))
 
 
 def command(*flags, env=None, timeout=600, **options):
     """launch/train.py without a launcher: the finished process."""
-    return subprocess.run([sys.executable, "launch/train.py", *map(str, flags)], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=timeout,
-                          env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}, **options)
+    return subprocess.run(
+        [sys.executable, "launch/train.py", *map(str, flags)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        timeout=timeout,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
+        **options,
+    )
 
 
 @pytest.fixture
 def trains(tiny_model, rows_file, tmp_path):
     """trains(name, *flags) → Run of the tiny model in fp32 that must have succeeded."""
+
     def go(name, *flags, code=0, **options):
-        run = train(tmp_path / name, "--model_name_or_path", tiny_model, "--dataset", rows_file[0], "--validation_split",
-                    rows_file[1], "--precision", "fp32", "--max_length", 96, "--learning_rate", 1e-3,
-                    "--nvme_path", tmp_path / "swap", *flags, **options)
+        run = train(
+            tmp_path / name,
+            "--model_name_or_path",
+            tiny_model,
+            "--dataset",
+            rows_file[0],
+            "--validation_split",
+            rows_file[1],
+            "--precision",
+            "fp32",
+            "--max_length",
+            96,
+            "--learning_rate",
+            1e-3,
+            "--nvme_path",
+            tmp_path / "swap",
+            *flags,
+            **options,
+        )
         assert run.code == code, run.output[-6000:]
         return run
+
     return go
 
 
 # -- faults -------------------------------------------------------------------------------------------------------------
 RESULTS = []
-FLAGS = ["--precision", "fp32", "--max_length", 96, "--learning_rate", 1e-3, "--per_device_train_batch_size", 2,
-         "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false"]
+FLAGS = [
+    "--precision",
+    "fp32",
+    "--max_length",
+    96,
+    "--learning_rate",
+    1e-3,
+    "--per_device_train_batch_size",
+    2,
+    "--eval_strategy",
+    "no",
+    "--eval_on_start",
+    "false",
+    "--export",
+    "false",
+]
 
 
 class Running:
@@ -161,8 +251,14 @@ class Running:
 
     def ranks(self):
         """The rank processes, by rank."""
-        found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "--output_dir" in p.cmdline()]
-        return sorted((p for p in found if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+        found = [
+            p
+            for p in psutil.Process(self.process.pid).children(recursive=True)
+            if "--output_dir" in p.cmdline()
+        ]
+        return sorted(
+            (p for p in found if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"])
+        )
 
     def has_ranks(self, count):
         """Wait for so many ranks; their processes."""
@@ -172,8 +268,12 @@ class Running:
         """Wait until true(self); the run must not end before."""
         end = time.monotonic() + seconds
         while not true(self):
-            assert time.monotonic() < end, f"{what} did not come in {seconds} s\n{self.output[-4000:]}"
-            assert self.process.poll() is None, f"ended with {self.process.returncode} before\n{self.output[-4000:]}"
+            assert time.monotonic() < end, (
+                f"{what} did not come in {seconds} s\n{self.output[-4000:]}"
+            )
+            assert self.process.poll() is None, (
+                f"ended with {self.process.returncode} before\n{self.output[-4000:]}"
+            )
             time.sleep(0.02)
         return self
 
@@ -181,7 +281,9 @@ class Running:
         return self.until(lambda r: len(r.records) >= step, seconds, f"step {step}")
 
     def until_saved(self, step, seconds=120):
-        return self.until(lambda r: (r.directory / f"checkpoint-{step}").exists(), seconds, f"checkpoint-{step}")
+        return self.until(
+            lambda r: (r.directory / f"checkpoint-{step}").exists(), seconds, f"checkpoint-{step}"
+        )
 
     def signal(self, number):
         self.process.send_signal(number)
@@ -196,12 +298,26 @@ class Running:
 @pytest.fixture(scope="session")
 def calm(tiny_model, rows_file, tmp_path_factory):
     """calm(*flags, ranks=1) → Run of the tiny model that nothing happens to."""
+
     def go(*flags, ranks=1):
         folder = tmp_path_factory.mktemp("calm")
-        run = train(folder / "run", "--model_name_or_path", tiny_model, "--dataset", rows_file[0], "--validation_split", rows_file[1],
-                    *FLAGS, "--nvme_path", folder / "swap", *flags, ranks=ranks)
+        run = train(
+            folder / "run",
+            "--model_name_or_path",
+            tiny_model,
+            "--dataset",
+            rows_file[0],
+            "--validation_split",
+            rows_file[1],
+            *FLAGS,
+            "--nvme_path",
+            folder / "swap",
+            *flags,
+            ranks=ranks,
+        )
         assert run.code == 0, run.output[-3000:]
         return run
+
     return go
 
 
@@ -210,18 +326,38 @@ def starts(tiny_model, rows_file, tmp_path):
     """starts(name, *flags, ranks=1, supervised=True, env={}) → Running."""
     started = []
 
-    def go(name, *flags, ranks=1, supervised=True, env=None, script=None, directory=None, named=True):
+    def go(
+        name, *flags, ranks=1, supervised=True, env=None, script=None, directory=None, named=True
+    ):
         directory = Path(directory or tmp_path / name)
         entry = ["launch/supervise.py", "--num_gpus", ranks] if supervised else ["launch/train.py"]
         if script:
             entry = [*entry, "--script", script] if supervised else [script]
         entry += ["--output_dir", directory] if named else []
-        command = [sys.executable, *entry, "--model_name_or_path", tiny_model, "--dataset",
-                   rows_file[0], "--validation_split", rows_file[1], *FLAGS, "--nvme_path", tmp_path / "swap", *flags]
+        command = [
+            sys.executable,
+            *entry,
+            "--model_name_or_path",
+            tiny_model,
+            "--dataset",
+            rows_file[0],
+            "--validation_split",
+            rows_file[1],
+            *FLAGS,
+            "--nvme_path",
+            tmp_path / "swap",
+            *flags,
+        ]
         log = tmp_path / f"{name}-{len(started)}.log"
         with open(log, "w") as out:
-            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-                                       stdin=subprocess.DEVNULL, env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})})
+            process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
+            )
         started.append(process)
         return Running(directory, process, log)
 
@@ -245,7 +381,9 @@ def disk(tmp_path):
             file.truncate(megabytes * 2**20)
         place.mkdir()
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", *options, str(image)], check=True)
-        done = subprocess.run(["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"no loop mount here: {done.stderr.strip()}")
         mounted.append(place)
@@ -259,8 +397,12 @@ def disk(tmp_path):
 @pytest.fixture
 def row(request):
     """row(fault, what happens, seconds to recover or None): a line of the matrix, once the test has passed."""
+
     def add(fault, happens, seconds=None):
-        RESULTS.append((fault, happens, request.node.name, f"{seconds:.0f} s" if seconds is not None else "-"))
+        RESULTS.append(
+            (fault, happens, request.node.name, f"{seconds:.0f} s" if seconds is not None else "-")
+        )
+
     return add
 
 
@@ -270,7 +412,9 @@ def pytest_terminal_summary(terminalreporter):
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         terminalreporter.write_line("")
         for line in lines:
-            terminalreporter.write_line(" | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
+            terminalreporter.write_line(
+                " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip()
+            )
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,5 @@
 """`python launch/data.py check`: look at data before anything is trained on it."""
+
 import json
 import os
 import sys
@@ -53,7 +54,9 @@ def _split(argv):
             files.append(argv[i - 1])
             continue
         key = all_keys().get(word[2:].replace("-", "_"))
-        if not equals and not (key and key.type == "bool" and argv[i:i + 1] not in (["true"], ["false"])):
+        if not equals and not (
+            key and key.type == "bool" and argv[i : i + 1] not in (["true"], ["false"])
+        ):
             # One value a flag, but for lists: what comes after is a file.
             many = key is not None and key.type == "list"
             start = i
@@ -70,7 +73,11 @@ def _split(argv):
             rejected = value[0]
     settings = resolve(rest, default_recipe=None)
     if files and settings.given("dataset"):
-        raise RunError("the files are named twice", found=f"{' '.join(files)[:200]} and --dataset", needed="one of them")
+        raise RunError(
+            "the files are named twice",
+            found=f"{' '.join(files)[:200]} and --dataset",
+            needed="one of them",
+        )
     if files:
         settings.values["dataset"] = files
     return settings, "--json" in argv, rejected
@@ -79,22 +86,36 @@ def _split(argv):
 def check(argv):
     """Print the report; the exit code."""
     settings, as_json, rejected = _split(argv)
-    specs = settings.dataset or [str(data_setup.SAMPLES / "train.jsonl"), str(data_setup.SAMPLES / "validation.jsonl")]
+    specs = settings.dataset or [
+        str(data_setup.SAMPLES / "train.jsonl"),
+        str(data_setup.SAMPLES / "validation.jsonl"),
+    ]
     if settings.model_name_or_path is not None:
         check_model(settings.model_name_or_path)
     sources = source.resolve(specs, settings.dataset_dir)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here needs a GPU, and DeepSpeed would say that it looks for one
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # nothing here needs a GPU, and DeepSpeed would say that it looks for one
     from trainer.modeling.load import load_tokenizer
 
-    directory = default_model.ensure(quiet=as_json) if settings.model_name_or_path is None else settings.model_name_or_path
+    directory = (
+        default_model.ensure(quiet=as_json)
+        if settings.model_name_or_path is None
+        else settings.model_name_or_path
+    )
     tokenizer, given = load_tokenizer(str(directory), settings)
     data_setup.check_vocabulary(tokenizer, data_setup.vocabulary_of(directory))
     encoder = Encoder(tokenizer, settings.last_turn_only)
     files = [tokenized(s, encoder, data_setup.progress(s.shown)) for s in sources]
     for s, file in zip(sources, files):
         data_setup.check_weights(s, file, settings)
-    samples, _ = dataset.cut(files, [(n, np.arange(len(f))) for n, f in enumerate(files)], settings.max_length, settings.too_long,
-                             settings.train_on_prompt)
+    samples, _ = dataset.cut(
+        files,
+        [(n, np.arange(len(f))) for n, f in enumerate(files)],
+        settings.max_length,
+        settings.too_long,
+        settings.train_on_prompt,
+    )
     result = validate.report(sources, files, samples, settings.max_length)
     bad = [(s, f) for s, f in zip(sources, files) if f.manifest["refused"]]
     if as_json:
@@ -104,18 +125,28 @@ def check(argv):
         print(validate.text(result, settings.max_length))
         for n in range(min(validate.EXAMPLES, len(samples))):
             file, line = samples.place(n)
-            print(f"\n{sources[file].shown}:{line}, trained tokens marked:\n"
-                  + validate.example(tokenizer, samples, n, sys.stdout.isatty()))
+            print(
+                f"\n{sources[file].shown}:{line}, trained tokens marked:\n"
+                + validate.example(tokenizer, samples, n, sys.stdout.isatty())
+            )
     if bad and settings.on_bad_row == "skip":
         try:
             data_setup.write_rejected(rejected, bad)
         except OSError as error:
-            raise RunError(f"the rejected rows cannot be written to {rejected}", found=error.strerror,
-                           needed="--rejected FILE") from None
+            raise RunError(
+                f"the rejected rows cannot be written to {rejected}",
+                found=error.strerror,
+                needed="--rejected FILE",
+            ) from None
         print(f"rejected rows: {rejected}", file=sys.stderr)
     if bad and settings.on_bad_row == "stop":
-        print("\nerror: rows were rejected\n  fix:    mend them, or leave them out with --on_bad_row skip", file=sys.stderr)
+        print(
+            "\nerror: rows were rejected\n  fix:    mend them, or leave them out with --on_bad_row skip",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     if not len(samples):
-        raise RunError("no row can be trained on", needed="rows with an answer within max_length tokens")
+        raise RunError(
+            "no row can be trained on", needed="rows with an answer within max_length tokens"
+        )
     return DONE

@@ -1,4 +1,5 @@
 """From the data flags to token samples: what a run trains on and validates with. Torch comes in only when tokens are made."""
+
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ SMALL = 20  # rows; too few to give a share away unasked
 
 def progress(label):
     """A wrapper for rows that shows how many are done: a bar on a terminal, else a line now and then. On the rank that does it."""
+
     def show(rows):
         from tqdm import tqdm
 
@@ -27,7 +29,11 @@ def progress(label):
         began = said = time.monotonic()
         for count, row in enumerate(rows, 1):
             if not count % 1024 and (now := time.monotonic()) - said >= LINE_EVERY:
-                print(f"{label}: {count:,} rows, {count / (now - began):,.0f} rows/s", file=sys.stderr, flush=True)
+                print(
+                    f"{label}: {count:,} rows, {count / (now - began):,.0f} rows/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 said = now
             yield row
 
@@ -55,8 +61,12 @@ def plan(settings, show):
         number = float(share)
     except ValueError:
         number = None
-    if number is not None and not (math.isfinite(number) and (0 <= number < 1 or number.is_integer() and number > 0)):
-        raise DataError(f"validation_split {share} is neither a share nor a count\n  needed: a file, 0 to 1, a whole number, or 0")
+    if number is not None and not (
+        math.isfinite(number) and (0 <= number < 1 or number.is_integer() and number > 0)
+    ):
+        raise DataError(
+            f"validation_split {share} is neither a share nor a count\n  needed: a file, 0 to 1, a whole number, or 0"
+        )
     train = source.resolve(specs, settings.dataset_dir)
     validation = source.resolve([share], settings.dataset_dir) if number is None else []
     for sources in (train, validation):
@@ -91,16 +101,25 @@ def build(plan, settings, tokenizer, vocabulary, show):
     files = [_tokens(s, encoder, settings, show) for s in plan.train]
     held_out = [_tokens(s, encoder, settings, show) for s in plan.validation]
     lines = []
-    for name, sources, made in (("train", plan.train, files), ("validation", plan.validation, held_out)):
+    for name, sources, made in (
+        ("train", plan.train, files),
+        ("validation", plan.validation, held_out),
+    ):
         for s, file in zip(sources, made):
-            skipped = f", {file.manifest['refused']:,} refused rows skipped" if file.manifest["refused"] else ""
+            skipped = (
+                f", {file.manifest['refused']:,} refused rows skipped"
+                if file.manifest["refused"]
+                else ""
+            )
             lines.append(f"{name} data: {s.shown}: {s.format}, {len(file):,} rows{skipped}")
             lines += [f"  {s.shown}:{line}: {text}" for line, text in file.manifest["notes"][:5]]
     if held_out:
         train_rows = [(n, np.arange(len(file))) for n, file in enumerate(files)]
         validation_rows, twice = dataset.without(held_out, files)
         if twice:
-            lines.append(f"validation: {twice:,} row(s) left out, as they are in the training data too")
+            lines.append(
+                f"validation: {twice:,} row(s) left out, as they are in the training data too"
+            )
     else:
         held_out, share = files, plan.share
         if not plan.asked and sum(map(len, files)) < SMALL:
@@ -108,14 +127,18 @@ def build(plan, settings, tokenizer, vocabulary, show):
         train_rows, validation_rows = dataset.split(files, share, seed)
 
     def cut(made, rows):
-        return dataset.cut(made, rows, settings.max_length, settings.too_long, settings.train_on_prompt)
+        return dataset.cut(
+            made, rows, settings.max_length, settings.too_long, settings.train_on_prompt
+        )
 
     train, summary = cut(files, train_rows)
     if not len(train):
         rows = sum(map(len, files))
-        raise DataError(f"0 trainable tokens in {rows:,} rows of {', '.join(s.shown for s in plan.train)}\n"
-                        f"  found:  every label is masked; {summary.too_long:,} rows exceed max_length {settings.max_length}\n"
-                        "  needed: answers within max_length tokens; raise --max_length")
+        raise DataError(
+            f"0 trainable tokens in {rows:,} rows of {', '.join(s.shown for s in plan.train)}\n"
+            f"  found:  every label is masked; {summary.too_long:,} rows exceed max_length {settings.max_length}\n"
+            "  needed: answers within max_length tokens; raise --max_length"
+        )
     lines.append(f"train: {summary}")
     validation, summary_v = cut(held_out, validation_rows)
     if len(validation):
@@ -124,12 +147,23 @@ def build(plan, settings, tokenizer, vocabulary, show):
     if plan.train[0].weight is not None:
         groups = np.array([s.group for s in plan.train])[train.table[:, 0]]
         mixture = dataset.Mixture(groups, {s.group: s.weight for s in plan.train}, seed)
-        lines.append("mixture: an epoch takes " + ", ".join(
-            f"{taken:,} of {len(mixture.samples[g]):,} from {next(s.shown for s in plan.train if s.group == g)}"
-            for g, taken in mixture.taken.items()))
-    refused = [(s, f) for s, f in zip([*plan.train, *plan.validation], [*files, *(held_out if plan.validation else [])])
-               if f.manifest["refused"]]
-    key = storage.digest(*(f.folder.name for f in files), hashlib.sha256(train.table.tobytes()).hexdigest())
+        lines.append(
+            "mixture: an epoch takes "
+            + ", ".join(
+                f"{taken:,} of {len(mixture.samples[g]):,} from {next(s.shown for s in plan.train if s.group == g)}"
+                for g, taken in mixture.taken.items()
+            )
+        )
+    refused = [
+        (s, f)
+        for s, f in zip(
+            [*plan.train, *plan.validation], [*files, *(held_out if plan.validation else [])]
+        )
+        if f.manifest["refused"]
+    ]
+    key = storage.digest(
+        *(f.folder.name for f in files), hashlib.sha256(train.table.tobytes()).hexdigest()
+    )
     return Data(train, validation, summary, mixture, lines, refused, key)
 
 
@@ -146,16 +180,22 @@ def _tokens(s, encoder, settings, show):
 def check_weights(s, file, settings):
     """DataError where rows keep answers out of the loss and the flags take everything in."""
     if file.manifest["weighted"] and settings.train_on_prompt:
-        raise DataError(f"{file.manifest['weighted']:,} row(s) of {s.shown} have answers of weight 0, which are not to be trained\n"
-                        "  found:  --train_on_prompt true, which trains all tokens\n  needed: one of them")
+        raise DataError(
+            f"{file.manifest['weighted']:,} row(s) of {s.shown} have answers of weight 0, which are not to be trained\n"
+            "  found:  --train_on_prompt true, which trains all tokens\n  needed: one of them"
+        )
 
 
 def check_vocabulary(tokenizer, vocabulary):
     """RunError where the tokenizer has tokens that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if vocabulary is not None and largest >= vocabulary:
-        raise RunError("the tokenizer and the model disagree", found=f"token ids up to {largest:,}, embeddings for {vocabulary:,}",
-                       needed="the tokenizer that belongs to the model", fix="copy its tokenizer files beside the weights")
+        raise RunError(
+            "the tokenizer and the model disagree",
+            found=f"token ids up to {largest:,}, embeddings for {vocabulary:,}",
+            needed="the tokenizer that belongs to the model",
+            fix="copy its tokenizer files beside the weights",
+        )
 
 
 def write_rejected(path, refused):

@@ -1,10 +1,13 @@
 """The one error that users see, and the exit codes."""
+
 import difflib
 import os
 import sys
 
 DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED = 0, 1, 2, 3, 75
-CRASHED = 70  # a failure that nobody foresaw, between a rank and its supervisor; outside it is FAILED
+CRASHED = (
+    70  # a failure that nobody foresaw, between a rank and its supervisor; outside it is FAILED
+)
 
 
 class RunError(Exception):
@@ -36,7 +39,10 @@ def is_main_process():
 def table(rows, between=" | "):
     """Rows of strings as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(between.join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        between.join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
+        for row in rows
+    )
 
 
 def drop_lost_terminal(terminals):

@@ -1,4 +1,5 @@
 """What a run is called and where it lies. Imports no torch."""
+
 import time
 from pathlib import Path
 
@@ -10,12 +11,17 @@ def run_directory(settings, name=None):
     """runs/<name>, or --output_dir; None while neither is known."""
     if settings.output_dir:
         if "://" in str(settings.output_dir):
-            raise RunError("--output_dir is a directory of this machine", found=str(settings.output_dir).partition("?")[0],
-                           fix="a directory on a disk or NFS; copy runs/NAME to object storage afterwards, or while it trains")
+            raise RunError(
+                "--output_dir is a directory of this machine",
+                found=str(settings.output_dir).partition("?")[0],
+                fix="a directory on a disk or NFS; copy runs/NAME to object storage afterwards, or while it trains",
+            )
         return Path(settings.output_dir)
     name = name or settings.run_name
     if name and (Path(name).is_absolute() or ".." in Path(name).parts):
-        raise RunError("--run_name is a name under runs/", found=name, fix="--output_dir takes any path")
+        raise RunError(
+            "--run_name is a name under runs/", found=name, fix="--output_dir takes any path"
+        )
     return Path("runs") / name if name else None
 
 

@@ -2,6 +2,7 @@
 
 The `deepspeed` launcher signals one rank at a time, thirty seconds apart, and leaves its ranks alive when it is killed itself.
 """
+
 import json
 import os
 import signal
@@ -41,11 +42,27 @@ Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 stop all ranks at the same update, with a che
 --hostfile FILE: several machines, by `deepspeed` alone.
 --stop RUN: stop that run.   --status: what the runs here are doing.
 """
-_OWN = {"num_gpus": "", "hostfile": "", "max_restarts": "3", "hang_timeout": "", "script": "launch/train.py", "stop": "",
-        "detach": None, "status": None}
+_OWN = {
+    "num_gpus": "",
+    "hostfile": "",
+    "max_restarts": "3",
+    "hang_timeout": "",
+    "script": "launch/train.py",
+    "stop": "",
+    "detach": None,
+    "status": None,
+}
 POLL = 0.2  # seconds
 STOPPED_LIMIT = 20  # seconds that a rank may be stopped (SIGSTOP, a debugger)
-LIMITS = {"load": 14400, "train": 1800, "eval": 7200, "save": 7200, "export": 14400, "done": 600, "stopped": 600}
+LIMITS = {
+    "load": 14400,
+    "train": 1800,
+    "eval": 7200,
+    "save": 7200,
+    "export": 14400,
+    "done": 600,
+    "stopped": 600,
+}
 SLACK = 20  # a step that takes so many times the longest one before it hangs
 
 
@@ -83,13 +100,30 @@ def main(argv=None):
         if own["status"]:
             return status()
         if own["stop"]:
-            return stop(Path(own["stop"]) if Path(own["stop"]).is_dir() else Path("runs") / own["stop"].removeprefix("runs/"))
+            return stop(
+                Path(own["stop"])
+                if Path(own["stop"]).is_dir()
+                else Path("runs") / own["stop"].removeprefix("runs/")
+            )
         if own["hostfile"]:
-            if lost := [f"--{n}" for n in ("detach", "max_restarts", "hang_timeout") if own[n] and own[n] != _OWN[n]]:
-                raise RunError(f"{', '.join(lost)}: only for one machine", fix="without --hostfile; or inside tmux or nohup")
+            if lost := [
+                f"--{n}"
+                for n in ("detach", "max_restarts", "hang_timeout")
+                if own[n] and own[n] != _OWN[n]
+            ]:
+                raise RunError(
+                    f"{', '.join(lost)}: only for one machine",
+                    fix="without --hostfile; or inside tmux or nohup",
+                )
             print("several machines: started by deepspeed; nothing restarts them", flush=True)
-            command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", own["hostfile"],
-                       *(["--num_gpus", own["num_gpus"]] if own["num_gpus"] else []), own["script"], *rest]
+            command = [
+                str(Path(sys.executable).with_name("deepspeed")),
+                "--hostfile",
+                own["hostfile"],
+                *(["--num_gpus", own["num_gpus"]] if own["num_gpus"] else []),
+                own["script"],
+                *rest,
+            ]
             os.execv(command[0], command)
         settings, added = resolve(rest), []
         check_resume(settings)
@@ -100,10 +134,14 @@ def main(argv=None):
             added = ["--output_dir", settings.output_dir]
         if own["detach"]:
             if hardware.in_our_image() and os.getppid() == 1:  # the container ends with its command
-                raise RunError("--detach: the container would end at once, and the run with it",
-                               fix="without it: make docker-run DETACH=1, or docker run --detach")
+                raise RunError(
+                    "--detach: the container would end at once, and the run with it",
+                    fix="without it: make docker-run DETACH=1, or docker run --detach",
+                )
             return detach([*argv, *added], run_directory(settings))
-        ranks = int(own["num_gpus"] or 0) or (hardware.gpu_count() if hardware.uses_gpu(settings) else 1)
+        ranks = int(own["num_gpus"] or 0) or (
+            hardware.gpu_count() if hardware.uses_gpu(settings) else 1
+        )
         return Supervisor([*rest, *added], run_directory(settings), ranks, own).run()
     except RunError as error:
         report(error)
@@ -116,11 +154,22 @@ def detach(argv, directory):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / "train.log", "a") as log:
-            made = subprocess.Popen([sys.executable, sys.argv[0], *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                    start_new_session=True)
+            made = subprocess.Popen(
+                [sys.executable, sys.argv[0], *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
     except OSError as error:
-        raise RunError(f"the run directory {directory} cannot be written to", found=error.strerror, fix="--output_dir") from None
-    print(f"in the background, pid {made.pid}\nlog:  tail -f {directory / 'train.log'}\nstop: make stop RUN={directory.name}")
+        raise RunError(
+            f"the run directory {directory} cannot be written to",
+            found=error.strerror,
+            fix="--output_dir",
+        ) from None
+    print(
+        f"in the background, pid {made.pid}\nlog:  tail -f {directory / 'train.log'}\nstop: make stop RUN={directory.name}"
+    )
     return DONE
 
 
@@ -135,7 +184,10 @@ def heartbeat(directory):
 def stop(directory):
     """Ask a run to stop, and wait for it."""
     if not (directory / "heartbeat.json").exists():
-        raise RunError(f"no run {directory}", found=", ".join(p.name for p in Path("runs").glob("*")) or "no runs here")
+        raise RunError(
+            f"no run {directory}",
+            found=", ".join(p.name for p in Path("runs").glob("*")) or "no runs here",
+        )
     if not is_alive(directory):
         print(f"{directory} is not running ({heartbeat(directory).get('phase')})")
         return DONE
@@ -143,7 +195,9 @@ def stop(directory):
     print(f"{directory} stops after its update, with a checkpoint", flush=True)
     while is_alive(directory):
         time.sleep(POLL)
-    print(f"{directory}: {heartbeat(directory).get('phase')} at step {heartbeat(directory).get('step')}")
+    print(
+        f"{directory}: {heartbeat(directory).get('phase')} at step {heartbeat(directory).get('step')}"
+    )
     return DONE
 
 
@@ -159,7 +213,10 @@ def patience(directory, phase):
 
 def is_alive(directory):
     """Whether a rank or a supervisor holds the run."""
-    return any((directory / name).exists() and swap_dir.is_held(directory / name) for name in (".running", ".supervised"))
+    return any(
+        (directory / name).exists() and swap_dir.is_held(directory / name)
+        for name in (".running", ".supervised")
+    )
 
 
 def status():
@@ -168,8 +225,17 @@ def status():
     for path in sorted(Path("runs").glob("*/heartbeat.json")):
         beat = heartbeat(path.parent)
         phase = beat.get("phase", "?")
-        state = phase if is_alive(path.parent) or phase in ("done", "stopped") else f"ended in {phase}"
-        lines.append((path.parent.name, state, str(beat.get("step")), f"{time.time() - beat.get('time', 0):,.0f} s ago"))
+        state = (
+            phase if is_alive(path.parent) or phase in ("done", "stopped") else f"ended in {phase}"
+        )
+        lines.append(
+            (
+                path.parent.name,
+                state,
+                str(beat.get("step")),
+                f"{time.time() - beat.get('time', 0):,.0f} s ago",
+            )
+        )
     print(table(lines, "  "))
     return DONE
 
@@ -198,53 +264,95 @@ class Supervisor:
         """Exit code."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            swap_dir.take(self.directory / ".supervised", f"the run {self.directory}", "make stop, or another --run_name")
+            swap_dir.take(
+                self.directory / ".supervised",
+                f"the run {self.directory}",
+                "make stop, or another --run_name",
+            )
         except OSError as error:
-            raise RunError(f"the run directory {self.directory} cannot be written to", found=error.strerror,
-                           fix="--output_dir") from None
+            raise RunError(
+                f"the run directory {self.directory} cannot be written to",
+                found=error.strerror,
+                fix="--output_dir",
+            ) from None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._pass_on)
         flags, restarts, committed = self.flags, 0, resume.newest(self.directory)
         before = committed
-        print(f"{self.ranks} rank(s): {self.script} {' '.join(map(storage.shown, flags))}", flush=True)
+        print(
+            f"{self.ranks} rank(s): {self.script} {' '.join(map(storage.shown, flags))}", flush=True
+        )
         while True:
             self._start(flags)
             code, cause = self._watch()
             if self.asked and cause:
                 print(f"\n{cause}", file=sys.stderr, flush=True)
-            if code in (DONE, STOPPED, BAD_INPUT, DOES_NOT_FIT) or (code == FAILED and cause is None) or self.asked:
+            if (
+                code in (DONE, STOPPED, BAD_INPUT, DOES_NOT_FIT)
+                or (code == FAILED and cause is None)
+                or self.asked
+            ):
                 return code
             now = resume.newest(self.directory)
             restarts = 1 if now != committed else restarts + 1
             committed = now
             print(f"\n{cause}", file=sys.stderr, flush=True)
             if restarts > self.max_restarts:
-                print(f"error: {self.max_restarts} restarts without a new checkpoint\n  found:  {self._place()}\n"
-                      f"  fix:    mend the cause, then {resume.command(self.directory)}", file=sys.stderr, flush=True)
+                print(
+                    f"error: {self.max_restarts} restarts without a new checkpoint\n  found:  {self._place()}\n"
+                    f"  fix:    mend the cause, then {resume.command(self.directory)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return FAILED
-            print(f"restart {restarts} of {self.max_restarts}: {self._place()}", file=sys.stderr, flush=True)
+            print(
+                f"restart {restarts} of {self.max_restarts}: {self._place()}",
+                file=sys.stderr,
+                flush=True,
+            )
             # Until the run has a checkpoint of its own, it begins as it was asked to.
-            flags = [*self.flags, *(["--resume_from_checkpoint", "auto"] if now != before or now is None else [])]
+            flags = [
+                *self.flags,
+                *(["--resume_from_checkpoint", "auto"] if now != before or now is None else []),
+            ]
 
     def _place(self):
         beat, last = heartbeat(self.directory), resume.newest(self.directory)
         return f"last seen in {beat.get('phase', 'start')} after step {beat.get('step', 0)}; " + (
-            f"goes on from checkpoint-{last}" if last is not None else "no checkpoint yet, so from the beginning")
+            f"goes on from checkpoint-{last}"
+            if last is not None
+            else "no checkpoint yet, so from the beginning"
+        )
 
     def _start(self, flags):
         self.attempt, self.base = self.attempt + 1, resume.newest(self.directory) or 0
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": self.ranks, "LOCAL_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks, "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": port, "ZERO_OFFLOAD_SUPERVISED": self.attempt}
+        shared = {
+            "WORLD_SIZE": self.ranks,
+            "LOCAL_SIZE": self.ranks,
+            "LOCAL_WORLD_SIZE": self.ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "ZERO_OFFLOAD_SUPERVISED": self.attempt,
+        }
         self.processes, self.stopped_since, self.longest, self.beats = [], {}, 0.0, None
         self.lowest, self.sizes, self.oom, self.began = None, {}, _oom_kills(), time.time()
         for rank in range(self.ranks):
-            environment = {**os.environ, **{k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}}
+            environment = {
+                **os.environ,
+                **{k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            }
             # A session of its own: Ctrl-C comes through us, once, to all. And no rank outlives us.
-            self.processes.append(subprocess.Popen([sys.executable, "-u", self.script, *flags], env=environment,
-                                                   start_new_session=True, preexec_fn=hardware.die_with_parent))
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-u", self.script, *flags],
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=hardware.die_with_parent,
+                )
+            )
 
     def _pass_on(self, number, frame):
         self.asked += 1
@@ -289,12 +397,16 @@ class Supervisor:
 
     def _memory(self, rank):
         killed = _oom_kills() - self.oom
-        text = (f"\n  found:  MemAvailable fell to {(self.lowest or 0) / 2**30:.2f} GiB, the rank held "
-                f"{self.sizes.get(rank, 0) / 2**30:.2f} GiB; ")
+        text = (
+            f"\n  found:  MemAvailable fell to {(self.lowest or 0) / 2**30:.2f} GiB, the rank held "
+            f"{self.sizes.get(rank, 0) / 2**30:.2f} GiB; "
+        )
         if not killed:
             return text + "the kernel counts no kill for want of memory, so somebody sent it"
-        return text + (f"the kernel killed {killed} process(es) for want of memory\n  fix:    fewer ranks, or a configuration that "
-                       "keeps less in RAM (ds_z3_nvme_optimizer.json, ds_z3_nvme.json)")
+        return text + (
+            f"the kernel killed {killed} process(es) for want of memory\n  fix:    fewer ranks, or a configuration that "
+            "keeps less in RAM (ds_z3_nvme_optimizer.json, ds_z3_nvme.json)"
+        )
 
     def _measure(self):
         free = hardware.free_memory()
@@ -310,10 +422,17 @@ class Supervisor:
         now = time.monotonic()
         for rank, process in enumerate(self.processes):
             try:
-                stopped = psutil.Process(process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+                stopped = psutil.Process(process.pid).status() in (
+                    psutil.STATUS_STOPPED,
+                    psutil.STATUS_TRACING_STOP,
+                )
             except psutil.Error:
                 continue
-            since = self.stopped_since.setdefault(rank, now) if stopped else self.stopped_since.pop(rank, None)
+            since = (
+                self.stopped_since.setdefault(rank, now)
+                if stopped
+                else self.stopped_since.pop(rank, None)
+            )
             if stopped and now - since > STOPPED_LIMIT:
                 return f"rank {rank} (pid {process.pid}) has been stopped for {now - since:.0f} s"
         beat = heartbeat(self.directory)
@@ -327,7 +446,9 @@ class Supervisor:
         silent = now - self.beats[1]
         limit = self.limits.get(stamp[1], 1800)
         if stamp[1] == "train":  # before the first update nothing is known of how long one takes
-            limit = max(limit, SLACK * self.longest if stamp[0] > self.base else self.limits["load"])
+            limit = max(
+                limit, SLACK * self.longest if stamp[0] > self.base else self.limits["load"]
+            )
         self._tell(limit)
         if silent > limit:
             return f"no sign of life for {silent:.0f} s in {stamp[1]} after step {stamp[0]}; limit: {limit:.0f} s (--hang_timeout)"

@@ -1,4 +1,5 @@
 """OffloadTrainer: transformers.Trainer with a chunked loss, an order of our own, exact evaluation, guards and measurements."""
+
 import collections
 import dataclasses
 import functools
@@ -45,18 +46,45 @@ class OffloadTrainer(Trainer):
     beside the next forward pass. offloaded: the decoder layers whose inputs wait in RAM (recompute.offload_inputs).
     """
 
-    def __init__(self, *args, telemetry, tracker=None, fused_loss=True, max_nonfinite_steps=1, capacity=None, mixture=None,
-                 varlen=False, checkpointer=None, stopper=None, resume=None, space=None, kept=None, liger=False, fused_step=True,
-                 overlap_step=False, offloaded=(), **kwargs):
+    def __init__(
+        self,
+        *args,
+        telemetry,
+        tracker=None,
+        fused_loss=True,
+        max_nonfinite_steps=1,
+        capacity=None,
+        mixture=None,
+        varlen=False,
+        checkpointer=None,
+        stopper=None,
+        resume=None,
+        space=None,
+        kept=None,
+        liger=False,
+        fused_step=True,
+        overlap_step=False,
+        offloaded=(),
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        self.kept, self.fused_step, self.overlap_step, self.offloaded = kept, fused_step, overlap_step, offloaded
+        self.kept, self.fused_step, self.overlap_step, self.offloaded = (
+            kept,
+            fused_step,
+            overlap_step,
+            offloaded,
+        )
         self.checkpointer, self.resume, self.space = checkpointer, resume, space
         self.saved, self.failed_saves = resume and resume[0], 0
         self.recent = collections.deque(maxlen=50)  # losses
         self.order = self.batches = None
         self.capacity, self.mixture, self.varlen = capacity, mixture, varlen
         self.telemetry, self.tracker = telemetry, tracker
-        self.max_nonfinite_steps, self.nonfinite, self.nonfinite_unlogged = max_nonfinite_steps, 0, 0
+        self.max_nonfinite_steps, self.nonfinite, self.nonfinite_unlogged = (
+            max_nonfinite_steps,
+            0,
+            0,
+        )
         self.last_good_step = resume[1]["step"] if resume else 0
         self.audited = False
         # The loss below is a sum over the update's answer tokens divided by their number on all ranks; transformers must
@@ -77,18 +105,35 @@ class OffloadTrainer(Trainer):
     def get_train_dataloader(self):
         """Batches of this rank in the order of `Order`."""
         args = self.args
-        order = Order(self.train_dataset.lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps,
-                      args.process_index, args.world_size, args.data_seed if args.data_seed is not None else args.seed,
-                      args.train_sampling_strategy, self.capacity, self.mixture)
+        order = Order(
+            self.train_dataset.lengths,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+            args.data_seed if args.data_seed is not None else args.seed,
+            args.train_sampling_strategy,
+            self.capacity,
+            self.mixture,
+        )
         self.order = order
-        return TrainLoader(self.train_dataset, batch_sampler=order, num_workers=args.dataloader_num_workers,
-                           collate_fn=functools.partial(self._collate, size=self.capacity))
+        return TrainLoader(
+            self.train_dataset,
+            batch_sampler=order,
+            num_workers=args.dataloader_num_workers,
+            collate_fn=functools.partial(self._collate, size=self.capacity),
+        )
 
     def _collate(self, units, size=None):
         batch = collate(units, self.processing_class.pad_token_id, size)
         borders, longest = batch.pop("cu_seq_lens"), batch.pop("max_length")
         if self.varlen:
-            batch.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
+            batch.update(
+                cu_seq_lens_q=borders,
+                cu_seq_lens_k=borders,
+                max_length_q=longest,
+                max_length_k=longest,
+            )
         return batch
 
     def get_batch_samples(self, *args, **kwargs):
@@ -177,8 +222,15 @@ class OffloadTrainer(Trainer):
         rows = [{"path": data.files[file].shown, "line": line} for file, line in places]
         path = Path(self.args.output_dir) / f"nonfinite-{step + 1}-rank-{self.args.process_index}"
         path.with_suffix(".json").write_text(json.dumps({"step": step + 1, "rows": rows}, indent=1))
-        save_file({f"{i}/{k}": v.contiguous().cpu() for i, b in enumerate(self.batches) for k, v in b.items() if torch.is_tensor(v)},
-                  path.with_suffix(".safetensors"))
+        save_file(
+            {
+                f"{i}/{k}": v.contiguous().cpu()
+                for i, b in enumerate(self.batches)
+                for k, v in b.items()
+                if torch.is_tensor(v)
+            },
+            path.with_suffix(".safetensors"),
+        )
 
     def check_finite(self):
         """Stop the run after too many updates in a row that were not made."""
@@ -187,7 +239,9 @@ class OffloadTrainer(Trainer):
                 f"the loss or a gradient was not finite in {self.nonfinite} update(s) in a row; none of them was applied",
                 found=f"step {self.state.global_step}; the last good step was {self.last_good_step}",
                 fix="a lower --learning_rate, a look at the rows of this step (nonfinite-… in the run directory), or "
-                "--max_nonfinite_steps N to go on longer", code=FAILED)
+                "--max_nonfinite_steps N to go on longer",
+                code=FAILED,
+            )
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -199,7 +253,9 @@ class OffloadTrainer(Trainer):
                 say(f"optimizer step on the CPU: {how}")
         if self.offloaded:
             activations.offload_inputs(self.offloaded, say)
-        self.state.compute_steps(self.args, max_steps)  # trainer_state.json brings the saved run's intervals
+        self.state.compute_steps(
+            self.args, max_steps
+        )  # trainer_state.json brings the saved run's intervals
         if self.resume:
             folder, manifest = self.resume
             engine = self.model_wrapped
@@ -207,7 +263,9 @@ class OffloadTrainer(Trainer):
             scheduler = self._plain_scheduler()
             if manifest["schedule"] == self._schedule():
                 scheduler.load_state_dict(manifest["scheduler"])
-                for group, rate in zip(engine.optimizer.param_groups, manifest["scheduler"]["_last_lr"]):
+                for group, rate in zip(
+                    engine.optimizer.param_groups, manifest["scheduler"]["_last_lr"]
+                ):
                     group["lr"] = rate
             else:  # another rate or length: the new schedule, from this step on
                 scheduler.last_epoch = manifest["scheduler"]["last_epoch"] - 1
@@ -223,7 +281,9 @@ class OffloadTrainer(Trainer):
         return made
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed at the end; transformers would train one step more
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed at the end; transformers would train one step more
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
@@ -236,8 +296,13 @@ class OffloadTrainer(Trainer):
     def _schedule(self):
         """What the learning rate of a step depends on."""
         args = self.args
-        return [args.learning_rate, str(args.lr_scheduler_type), str(args.lr_scheduler_kwargs), args.warmup_steps,
-                self.state.max_steps]
+        return [
+            args.learning_rate,
+            str(args.lr_scheduler_type),
+            str(args.lr_scheduler_kwargs),
+            args.warmup_steps,
+            self.state.max_steps,
+        ]
 
     def _load_rng_state(self, folder):
         if self.resume:
@@ -254,11 +319,20 @@ class OffloadTrainer(Trainer):
         """What a checkpoint says of the run's position, for JSON."""
         engine = self.model_wrapped
         scaler = getattr(engine.optimizer, "loss_scaler", None)
-        plain = {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))} if scaler else {}
-        return {"scheduler": self._plain_scheduler().state_dict(), "schedule": self._schedule(), "loss_scaler": plain,
-                "precision": str(engine.optimizer.dtype),
-                "tokens": self.telemetry.tokens, "update_rows": self.order.update,
-                "evaluated": self.evaluated and [self.evaluated_at, self.evaluated]}
+        plain = (
+            {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
+            if scaler
+            else {}
+        )
+        return {
+            "scheduler": self._plain_scheduler().state_dict(),
+            "schedule": self._schedule(),
+            "loss_scaler": plain,
+            "precision": str(engine.optimizer.dtype),
+            "tokens": self.telemetry.tokens,
+            "update_rows": self.order.update,
+            "evaluated": self.evaluated and [self.evaluated_at, self.evaluated],
+        }
 
     def _save_checkpoint(self, model, trial):
         began = time.perf_counter()
@@ -273,9 +347,12 @@ class OffloadTrainer(Trainer):
         else:
             self.failed_saves += 1
             if self.failed_saves >= FAILED_SAVES:
-                raise RunError(f"{self.failed_saves} checkpoints in a row could not be saved", code=FAILED,
-                               found=f"the last one that stands is {self.saved or 'none'}",
-                               fix="free space on the disk of the run directory")
+                raise RunError(
+                    f"{self.failed_saves} checkpoints in a row could not be saved",
+                    code=FAILED,
+                    found=f"the last one that stands is {self.saved or 'none'}",
+                    fix="free space on the disk of the run directory",
+                )
         self._beat("train")
         self.telemetry.pause(time.perf_counter() - began)
 
@@ -294,7 +371,12 @@ class OffloadTrainer(Trainer):
         training = model.training
         model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=device)
-        batches = evaluation_batches(rows, self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size)
+        batches = evaluation_batches(
+            rows,
+            self.args.per_device_eval_batch_size,
+            self.args.process_index,
+            self.args.world_size,
+        )
         show = self.is_world_process_zero() and sys.stderr.isatty()
         for batch in tqdm(batches, desc="validation", leave=False, disable=not show):
             inputs = self._collate([[rows[i]] for i in batch or [0]])
@@ -305,14 +387,22 @@ class OffloadTrainer(Trainer):
             with torch.no_grad():
                 loss, hits = self._loss_and_hits(model, inputs)
             count = inputs["labels"][:, 1:].ne(IGNORED).sum()
-            totals += torch.stack([loss.double(), torch.as_tensor(hits, device=device).double(), count.double()])
+            totals += torch.stack(
+                [loss.double(), torch.as_tensor(hits, device=device).double(), count.double()]
+            )
         model.train(training)
         model.empty_partition_cache()  # what the last forward pass fetched ahead would stay in flight
         loss, hits, count = summed(totals).tolist()
-        metrics = {"eval_loss": loss / count, "eval_perplexity": _exp(loss / count), "eval_token_accuracy": hits / count}
+        metrics = {
+            "eval_loss": loss / count,
+            "eval_perplexity": _exp(loss / count),
+            "eval_token_accuracy": hits / count,
+        }
         self.evaluated_at, self.evaluated = self.state.global_step, metrics
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         self.telemetry.pause(time.perf_counter() - began)
         return metrics
 
@@ -342,8 +432,11 @@ class OffloadTrainer(Trainer):
         if len(self.recent) >= 20 and self.is_world_process_zero():
             mean, spread = statistics.fmean(self.recent), statistics.stdev(self.recent)
             if loss > mean + SPIKE * spread:
-                print(f"warning: the loss jumped to {loss:.4f} at step {self.state.global_step}; the last {len(self.recent)} were "
-                      f"{mean:.4f} ± {spread:.4f}", flush=True)
+                print(
+                    f"warning: the loss jumped to {loss:.4f} at step {self.state.global_step}; the last {len(self.recent)} were "
+                    f"{mean:.4f} ± {spread:.4f}",
+                    flush=True,
+                )
         self.recent.append(loss)
 
 
@@ -373,7 +466,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._beat(state, "train")
         if self.terminal and not args.disable_tqdm:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         self._beat(state, "train")
@@ -388,8 +483,10 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "eval_loss" in logs:
-            self._line(f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}  perplexity "
-                       f"{logs['eval_perplexity']:.3f}  token accuracy {logs['eval_token_accuracy']:.3f}")
+            self._line(
+                f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}  perplexity "
+                f"{logs['eval_perplexity']:.3f}  token accuracy {logs['eval_token_accuracy']:.3f}"
+            )
             return
         if "loss" not in logs:
             return
@@ -400,7 +497,9 @@ class Watch(TrainerCallback):
         if self.bar:
             self.bar.set_postfix_str(f"loss {loss}, {speed}")
         else:
-            self._line(f"step {state.global_step}/{state.max_steps}  loss {loss}  {speed}  {left / 60:.1f} min left")
+            self._line(
+                f"step {state.global_step}/{state.max_steps}  loss {loss}  {speed}  {left / 60:.1f} min left"
+            )
 
     def _line(self, text):
         if self.bar:

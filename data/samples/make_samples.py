@@ -9,6 +9,7 @@ a sentence, half of those rows give the sentence as `input` and ask for the mean
 Nothing leaks from train into validation: a headword, its sense (synset) and its gloss each occur in one split only, and the
 split is decided on the headword before any question is phrased. The output is the same on every machine.
 """
+
 import argparse
 import hashlib
 import json
@@ -64,7 +65,9 @@ def first_senses(folder):
             gloss = glosses[fields[-int(fields[2])]]  # synsets come last, the most frequent first
             word = fields[0].replace("_", " ")
             quotes = re.findall(r'"([^"]+)"', gloss)
-            quote = next((q for q in quotes if re.search(rf"\b{re.escape(word)}", q, re.IGNORECASE)), "")
+            quote = next(
+                (q for q in quotes if re.search(rf"\b{re.escape(word)}", q, re.IGNORECASE)), ""
+            )
             yield pos, fields[0], gloss.split('; "')[0].strip(), quote
 
 
@@ -85,7 +88,10 @@ def build(folder):
         rows.append((pos, lemma, gloss, quote))
         if len(rows) == TRAIN_ROWS + VALIDATION_ROWS:
             break
-    held_out = {lemma for _, lemma, _, _ in sorted(rows, key=lambda r: digest("split" + r[1]))[:VALIDATION_ROWS]}
+    held_out = {
+        lemma
+        for _, lemma, _, _ in sorted(rows, key=lambda r: digest("split" + r[1]))[:VALIDATION_ROWS]
+    }
     rows.sort(key=lambda r: digest("order" + r[1]))
     train = [phrase(*row) for row in rows if row[1] not in held_out]
     validation = [phrase(*row) for row in rows if row[1] in held_out]
@@ -101,13 +107,24 @@ def phrase(pos, lemma, gloss, quote):
         question = IN_SENTENCE[choice // 2 % len(IN_SENTENCE)]
         return {"instruction": question.format(word=word, pos=pos), "input": quote, "output": gloss}
     question = PLAIN[choice // 2 % len(PLAIN)]
-    return {"instruction": question.format(word=word, pos=pos, article=article), "input": "", "output": gloss}
+    return {
+        "instruction": question.format(word=word, pos=pos, article=article),
+        "input": "",
+        "output": gloss,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder with WordNet's data files")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where to write the two files")
+    parser.add_argument(
+        "--wordnet",
+        type=Path,
+        default=Path("/usr/share/wordnet"),
+        help="folder with WordNet's data files",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="where to write the two files"
+    )
     args = parser.parse_args()
     for name, rows in zip(("train", "validation"), build(args.wordnet)):
         path = args.output / f"{name}.jsonl"

@@ -6,6 +6,7 @@ A random Llama of 114 million parameters (1.4 GB of fp32 weights and moments);
 --gpu: of 540 million (6.5 GB), in bf16 on CUDA. For every save: seconds, the seconds that writing and
 fsyncing as many bytes takes after it, and the peak of this process's memory over what it held. The same for the resumption.
 """
+
 import argparse
 import os
 import statistics
@@ -42,6 +43,7 @@ def plain_write(folder, size):
 
 def measured(what, function, folder):
     """`function` with its peak of memory and time printed."""
+
     def wrapped(*args, **kwargs):
         import torch
 
@@ -63,10 +65,13 @@ def measured(what, function, folder):
             disk = [plain_write(folder, size // ranks) for _ in range(3)]
             torch.distributed.barrier()
             alone = ", ".join(f"{d:.2f}" for d in disk)
-            text += (f"; {size / 1e9:.2f} GB, {size / seconds / 1e9:.2f} GB/s; the disk alone {alone} s: "
-                     f"{seconds / statistics.median(disk):.2f} of their median")
+            text += (
+                f"; {size / 1e9:.2f} GB, {size / seconds / 1e9:.2f} GB/s; the disk alone {alone} s: "
+                f"{seconds / statistics.median(disk):.2f} of their median"
+            )
         print(f"BENCH rank {torch.distributed.get_rank()} {text}", flush=True)
         return result
+
     return wrapped
 
 
@@ -89,7 +94,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="ds_z3_offload")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--saves", type=int, default=6, help="before the resumption, and one after it")
+    parser.add_argument(
+        "--saves", type=int, default=6, help="before the resumption, and one after it"
+    )
     parser.add_argument("--folder", default=None)
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
@@ -97,25 +104,79 @@ def main():
 
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as name:
         folder = Path(name)
-        large = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16,
-                 "num_key_value_heads": 16}
-        small = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                 "num_key_value_heads": 12}
+        large = {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+        }
+        small = {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+        }
         make_model(folder / "model", **(large if options.gpu else small))
         make_tokenizer(folder / "model")
-        command = [sys.executable, "launch/supervise.py", "--num_gpus", options.ranks, "--script", __file__, "--deepspeed",
-                   f"{options.config}.json", "--output_dir", folder / "run", "--model_name_or_path", folder / "model",
-                   "--dataset", ROOT / "data/samples/train.jsonl", "--validation_split", "0", "--max_length", 64, "--precision",
-                   "bf16" if options.gpu else "fp32", "--per_device_train_batch_size", 1, "--save_steps", 1, "--export", "false",
-                   "--report_to", "none", "--nvme_path", folder / "swap", "--max_restarts", 0]
+        command = [
+            sys.executable,
+            "launch/supervise.py",
+            "--num_gpus",
+            options.ranks,
+            "--script",
+            __file__,
+            "--deepspeed",
+            f"{options.config}.json",
+            "--output_dir",
+            folder / "run",
+            "--model_name_or_path",
+            folder / "model",
+            "--dataset",
+            ROOT / "data/samples/train.jsonl",
+            "--validation_split",
+            "0",
+            "--max_length",
+            64,
+            "--precision",
+            "bf16" if options.gpu else "fp32",
+            "--per_device_train_batch_size",
+            1,
+            "--save_steps",
+            1,
+            "--export",
+            "false",
+            "--report_to",
+            "none",
+            "--nvme_path",
+            folder / "swap",
+            "--max_restarts",
+            0,
+        ]
         device = "cuda" if options.gpu else "cpu"
         environment = {**os.environ, "DS_ACCELERATOR": device, "BENCH_FOLDER": str(folder)}
-        for more in (["--max_steps", options.saves], ["--max_steps", options.saves + 1, "--resume_from_checkpoint", "auto"]):
-            done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, env=environment, text=True, capture_output=True)
+        for more in (
+            ["--max_steps", options.saves],
+            ["--max_steps", options.saves + 1, "--resume_from_checkpoint", "auto"],
+        ):
+            done = subprocess.run(
+                list(map(str, [*command, *more])),
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                capture_output=True,
+            )
             if done.returncode:
                 raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-            print("\n".join(line.removeprefix("BENCH ") for line in done.stdout.splitlines()
-                            if line.startswith("BENCH") or "verified" in line), flush=True)
+            print(
+                "\n".join(
+                    line.removeprefix("BENCH ")
+                    for line in done.stdout.splitlines()
+                    if line.startswith("BENCH") or "verified" in line
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

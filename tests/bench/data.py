@@ -4,6 +4,7 @@
 
 Rows are alpaca rows of sentences from the bundled samples, about 300 tokens each. The cache is a temporary one. Prints a table.
 """
+
 import argparse
 import json
 import os
@@ -21,15 +22,27 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 def generate(path, rows):
     """`rows` alpaca rows; lengths vary by a factor of ten or so."""
     rng = random.Random(0)
-    lines = [json.loads(line) for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()
+    ]
     sentences = [f"{r['instruction']} {r['output']}." for r in lines]
     with open(path, "w") as file:
         for i in range(rows):
             words = rng.lognormvariate(0, 0.6)
             count = max(1, round(9.3 * words))
             at = rng.randrange(len(sentences) - 60)
-            body = " ".join(sentences[at:at + min(count, 60)])
-            file.write(json.dumps({"instruction": lines[i % len(lines)]["instruction"], "input": "", "output": f"{i} {body}"}) + "\n")
+            body = " ".join(sentences[at : at + min(count, 60)])
+            file.write(
+                json.dumps(
+                    {
+                        "instruction": lines[i % len(lines)]["instruction"],
+                        "input": "",
+                        "output": f"{i} {body}",
+                    }
+                )
+                + "\n"
+            )
 
 
 def peak():
@@ -60,7 +73,10 @@ def run(work, args):
     began = time.perf_counter()
     checked = source.check(one, lambda rows: tqdm(rows, unit=" rows", mininterval=5))
     seconds = time.perf_counter() - began
-    print(f"check      {checked.rows / seconds:12,.0f} rows/s   {seconds:7.1f} s   peak RSS {peak():.2f} GiB", flush=True)
+    print(
+        f"check      {checked.rows / seconds:12,.0f} rows/s   {seconds:7.1f} s   peak RSS {peak():.2f} GiB",
+        flush=True,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(args.model or default_model.ensure())
     template.prepare_tokenizer(tokenizer)
@@ -76,7 +92,12 @@ def run(work, args):
         texts = [text for text, _, _ in encoder.render(rows)]
         begin, tokens = time.perf_counter(), 0
         for at in range(0, len(texts), tokenize.CHUNK):
-            tokens += sum(len(e.ids) for e in encoder.backend.encode_batch(texts[at:at + tokenize.CHUNK], add_special_tokens=False))
+            tokens += sum(
+                len(e.ids)
+                for e in encoder.backend.encode_batch(
+                    texts[at : at + tokenize.CHUNK], add_special_tokens=False
+                )
+            )
         return tokens / (time.perf_counter() - begin)
 
     before = bare()
@@ -85,15 +106,21 @@ def run(work, args):
     seconds = time.perf_counter() - began
     tokens, ours = int(file.lengths.sum()), int(file.lengths.sum()) / seconds
     after = bare()
-    print(f"tokenise   {ours:12,.0f} tokens/s {seconds:7.1f} s   peak RSS {peak():.2f} GiB   {len(file):,} rows of "
-          f"{tokens / len(file):.0f} tokens\nbare encode_batch, before and after: {before:,.0f} and {after:,.0f} tokens/s: ours is "
-          f"{ours / ((before + after) / 2):.2f} of it", flush=True)
+    print(
+        f"tokenise   {ours:12,.0f} tokens/s {seconds:7.1f} s   peak RSS {peak():.2f} GiB   {len(file):,} rows of "
+        f"{tokens / len(file):.0f} tokens\nbare encode_batch, before and after: {before:,.0f} and {after:,.0f} tokens/s: ours is "
+        f"{ours / ((before + after) / 2):.2f} of it",
+        flush=True,
+    )
     samples, _ = dataset.cut([file], [(0, np.arange(len(file)))], 2048)
     began = time.perf_counter()
     bins = pack.best_fit(samples.lengths, 2048)
     seconds = time.perf_counter() - began
-    print(f"pack       {len(samples) / seconds:12,.0f} rows/s   {seconds:7.1f} s   fill {pack.fill(samples.lengths, 2048):.4f} "
-          f"({int(bins.max()) + 1:,} bins)", flush=True)
+    print(
+        f"pack       {len(samples) / seconds:12,.0f} rows/s   {seconds:7.1f} s   fill {pack.fill(samples.lengths, 2048):.4f} "
+        f"({int(bins.max()) + 1:,} bins)",
+        flush=True,
+    )
     began = time.perf_counter()
     order = dataset.Order(samples.lengths, 8, 1, 0, 1, 1, capacity=2048)
     print(f"an epoch's order {time.perf_counter() - began:.1f} s", flush=True)
@@ -101,7 +128,10 @@ def run(work, args):
     began = time.perf_counter()
     for _ in range(50):
         dataset.collate([samples[list(unit)] for unit in next(batches)], 0, 2048)
-    print(f"a batch of 8 x 2,048 tokens {(time.perf_counter() - began) / 50 * 1e3:.1f} ms   peak RSS {peak():.2f} GiB", flush=True)
+    print(
+        f"a batch of 8 x 2,048 tokens {(time.perf_counter() - began) / 50 * 1e3:.1f} ms   peak RSS {peak():.2f} GiB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """launch/train.py with a fault: FAULT_STEP=n multiplies the loss of the n-th micro-batch on FAULT_RANK by FAULT_VALUE; or, where that
 is `hang` or `crash`, does so."""
+
 import os
 import sys
 import time
@@ -19,7 +20,9 @@ def install():
         loss, hits = plain(self, model, inputs)
         if getattr(model, "module", model).training:
             count[0] += 1
-            if count[0] == int(os.environ["FAULT_STEP"]) and os.environ["RANK"] == os.environ.get("FAULT_RANK", "0"):
+            if count[0] == int(os.environ["FAULT_STEP"]) and os.environ["RANK"] == os.environ.get(
+                "FAULT_RANK", "0"
+            ):
                 fault = os.environ["FAULT_VALUE"]
                 if fault == "hang":
                     time.sleep(10**6)

@@ -1,29 +1,62 @@
 """`--deepspeed auto`, and a run held against its plan."""
+
 import json
 import re
 
 import pytest
 
-FLAGS = ["--max_steps", 9, "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false", "--save_strategy", "no",
-         "--max_length", 64, "--precision", "fp32"]
+FLAGS = [
+    "--max_steps",
+    9,
+    "--eval_strategy",
+    "no",
+    "--eval_on_start",
+    "false",
+    "--export",
+    "false",
+    "--save_strategy",
+    "no",
+    "--max_length",
+    64,
+    "--precision",
+    "fp32",
+]
 
 
 def test_chosen_and_held(trains):
     """The rows of an update stay what they were asked to be; plan.json has both sides, and the table shows them."""
-    run = trains("auto", *FLAGS, "--deepspeed", "auto", "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2)
+    run = trains(
+        "auto",
+        *FLAGS,
+        "--deepspeed",
+        "auto",
+        "--per_device_train_batch_size",
+        3,
+        "--gradient_accumulation_steps",
+        2,
+    )
     assert "chosen" in run.output and "= 6 rows" in run.output and len(run.losses) == 9
     assert "RAM peak, GiB" in run.output and "planned" in run.output
     plan = json.loads((run.directory / "plan.json").read_text())
     assert plan["measured"]["host_bytes"] > 0 and plan["measured"]["step_s"] > 0
-    assert plan["error"]["host_bytes"] == pytest.approx(plan["measured"]["host_bytes"] / plan["predicted"]["host_bytes"] - 1,
-                                                        abs=1e-3)
+    assert plan["error"]["host_bytes"] == pytest.approx(
+        plan["measured"]["host_bytes"] / plan["predicted"]["host_bytes"] - 1, abs=1e-3
+    )
     assert abs(plan["error"]["host_bytes"]) < 0.25
     chosen = json.loads((run.directory / "resolved_ds_config.json").read_text())
     assert chosen["train_batch_size"] == 6 and chosen["zero_optimization"]["stage"] == 3
 
 
 def test_nvme_is_counted(trains):
-    run = trains("nvme", *FLAGS, "--deepspeed", "ds_z3_nvme_optimizer.json", "--per_device_train_batch_size", 2, launcher=False)
+    run = trains(
+        "nvme",
+        *FLAGS,
+        "--deepspeed",
+        "ds_z3_nvme_optimizer.json",
+        "--per_device_train_batch_size",
+        2,
+        launcher=False,
+    )
     plan = json.loads((run.directory / "plan.json").read_text())
     assert plan["predicted"]["nvme_bytes"] > 0 and abs(plan["error"]["nvme_bytes"]) < 0.1
 
@@ -35,15 +68,30 @@ def test_two_ranks_choose_alike(trains):
 
 def test_calibrated(trains, tmp_path):
     """Real runs around the planned micro-batch; every rank takes the fastest, and the next run knows it."""
-    flags = [*FLAGS, "--deepspeed", "auto", "--calibrate", "true", "--per_device_train_batch_size", 4]
+    flags = [
+        *FLAGS,
+        "--deepspeed",
+        "auto",
+        "--calibrate",
+        "true",
+        "--per_device_train_batch_size",
+        4,
+    ]
     cache = {"ZERO_OFFLOAD_CACHE": str(tmp_path / "cache")}
     run = trains("first", *flags, ranks=2, env=cache)
     tried = dict(re.findall(r"^  (\d) x \d rows: ([\d,]+) tok/s$", run.output, re.MULTILINE))
     best = max(tried, key=lambda micro: int(tried[micro].replace(",", "")))
     assert 2 <= len(tried) <= 3 and f"calibrated: {best} rows, {tried[best]} tok/s" in run.output
-    assert f"2 rank(s) x {best} rows" in run.output and "= 8 rows" in run.output and len(run.losses) == 9
+    assert (
+        f"2 rank(s) x {best} rows" in run.output
+        and "= 8 rows" in run.output
+        and len(run.losses) == 9
+    )
     again = trains("again", *flags, ranks=2, env=cache)
-    assert f"calibrated: {best} rows" in again.output and "tok/s\n" not in again.output.split("calibrated")[0]
+    assert (
+        f"calibrated: {best} rows" in again.output
+        and "tok/s\n" not in again.output.split("calibrated")[0]
+    )
     assert f"2 rank(s) x {best} rows" in again.output
 
 
@@ -51,8 +99,28 @@ def test_nothing_fits(trains, tmp_path):
     """Llama-3-405B in the RAM of this machine: exit code 3 before torch, with what would mend it."""
     from transformers import LlamaConfig
 
-    LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
-                num_key_value_heads=8, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "405b")
-    run = trains("405b", *FLAGS, "--deepspeed", "auto", "--model_name_or_path", tmp_path / "405b", "--random_weights", code=3,
-                 launcher=False)
-    assert "no configuration fits this machine" in run.output and "GB of RAM short" in run.output and "needed:" in run.output
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "405b")
+    run = trains(
+        "405b",
+        *FLAGS,
+        "--deepspeed",
+        "auto",
+        "--model_name_or_path",
+        tmp_path / "405b",
+        "--random_weights",
+        code=3,
+        launcher=False,
+    )
+    assert (
+        "no configuration fits this machine" in run.output
+        and "GB of RAM short" in run.output
+        and "needed:" in run.output
+    )

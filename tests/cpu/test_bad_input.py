@@ -1,4 +1,5 @@
 """Bad input: exit 2, a message that says what, found, needed; and no torch where none is needed to see it."""
+
 import ctypes
 import json
 import os
@@ -9,23 +10,45 @@ import sys
 import pytest
 from conftest import ROOT, train, write_rows
 
-JSON = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}}
+JSON = {
+    "zero_optimization": {
+        "stage": 3,
+        "offload_param": {"device": "cpu"},
+        "offload_optimizer": {"device": "cpu"},
+    }
+}
 
 
 def quick(*flags, env=None):
     """(exit code, output, whether torch was imported) of launch/train.py."""
-    done = subprocess.run([sys.executable, "-X", "importtime", "launch/train.py", *map(str, flags)], cwd=ROOT, text=True,
-                          capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "launch/train.py", *map(str, flags)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+    )
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    return done.returncode, "\n".join(lines), "| torch\n" in done.stderr or "|   torch\n" in done.stderr
+    return (
+        done.returncode,
+        "\n".join(lines),
+        "| torch\n" in done.stderr or "|   torch\n" in done.stderr,
+    )
 
 
 CONFIG_FAULTS = {
     "zero_optimisation": ({"zero_optimisation": {"stage": 3}}, "did you mean zero_optimization"),
     "que_depth": ({**JSON, "aio": {"que_depth": 8}}, "did you mean queue_depth"),
     "lots": ({**JSON, "aio": {"queue_depth": "lots"}}, "lots"),
-    "no path": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "nvme_path"),
-    "stage 2": ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme", "nvme_path": "/x"}}}, "stage 3"),
+    "no path": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        "nvme_path",
+    ),
+    "stage 2": (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
+        "stage 3",
+    ),
     "auto": ({**JSON, "steps_per_print": "auto"}, "auto"),
 }
 
@@ -38,22 +61,25 @@ def test_config(tmp_path, case):
     assert (code, torch) == (2, False) and word in output, output
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--lerning_rate", "1"], ["did you mean --learning_rate"]),
-    (["--model_name_or_path", "/nowhere/model"], ["/nowhere/model", "config.json"]),
-    (["--dataset", "/nowhere/rows.jsonl"], ["/nowhere/rows.jsonl"]),
-    (["--deepspeed", "ds_z4.json"], ["ds_z4.json", "deepspeed_configs", "did you mean"]),
-    (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-    (["--use_cpu", "false"], ["CUDA"]),
-    (["--tf32", "true"], ["CUDA"]),
-    (["--fp16"], ["fp16", "GPU"]),
-    (["--precision", "fp8"], ["fp8"]),
-    (["--deepspeed", "ds_z3_nvme.json", "--nvme_path", "/proc/swap"], ["/proc/swap"]),
-    (["--resume_from_checkpoint", "auto"], ["needs to know the run", "--run_name"]),
-    (["--save_total_limit", "1"], ["at least 2"]),
-    (["--max_shard_size", "big"], ["max_shard_size"]),
-    (["--run_name", "../x"], ["run_name"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--lerning_rate", "1"], ["did you mean --learning_rate"]),
+        (["--model_name_or_path", "/nowhere/model"], ["/nowhere/model", "config.json"]),
+        (["--dataset", "/nowhere/rows.jsonl"], ["/nowhere/rows.jsonl"]),
+        (["--deepspeed", "ds_z4.json"], ["ds_z4.json", "deepspeed_configs", "did you mean"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--use_cpu", "false"], ["CUDA"]),
+        (["--tf32", "true"], ["CUDA"]),
+        (["--fp16"], ["fp16", "GPU"]),
+        (["--precision", "fp8"], ["fp8"]),
+        (["--deepspeed", "ds_z3_nvme.json", "--nvme_path", "/proc/swap"], ["/proc/swap"]),
+        (["--resume_from_checkpoint", "auto"], ["needs to know the run", "--run_name"]),
+        (["--save_total_limit", "1"], ["at least 2"]),
+        (["--max_shard_size", "big"], ["max_shard_size"]),
+        (["--run_name", "../x"], ["run_name"]),
+    ],
+)
 def test_flags(flags, words):
     code, output, torch = quick(*flags, env={"CUDA_VISIBLE_DEVICES": ""})
     assert (code, torch) == (2, False), output
@@ -61,9 +87,13 @@ def test_flags(flags, words):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([{"instruction": "a", "output": "b"}, {"instruction": "c"}], [":2: no output"]), ([], ["no rows"]),
-])
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([{"instruction": "a", "output": "b"}, {"instruction": "c"}], [":2: no output"]),
+        ([], ["no rows"]),
+    ],
+)
 def test_rows(tmp_path, rows, words):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     code, output, torch = quick("--dataset", path)
@@ -83,13 +113,30 @@ def test_help_is_quick():
 
 def test_every_label_masked(tiny_model, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "word " * 200, "output": "b"}] * 3)
-    run = train(tmp_path / "run", "--model_name_or_path", tiny_model, "--dataset", path, "--max_length", 64, launcher=False)
+    run = train(
+        tmp_path / "run",
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset",
+        path,
+        "--max_length",
+        64,
+        launcher=False,
+    )
     assert run.code == 2 and "0 trainable tokens in 3 rows" in run.output, run.output
 
 
 def test_unknown_target_module(tiny_model, tmp_path):
-    run = train(tmp_path / "run", "--model_name_or_path", tiny_model, "--method", "lora", "--lora_target_modules", "q_prj",
-                launcher=False)
+    run = train(
+        tmp_path / "run",
+        "--model_name_or_path",
+        tiny_model,
+        "--method",
+        "lora",
+        "--lora_target_modules",
+        "q_prj",
+        launcher=False,
+    )
     assert run.code == 2 and "did you mean q_proj" in run.output, run.output
 
 
@@ -100,12 +147,23 @@ def test_launcher_keeps_the_exit_code(tmp_path):
 
 def test_locked_memory(tiny_model, tmp_path):
     def little():
-        ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)  # PR_CAPBSET_DROP CAP_IPC_LOCK, so that root too has a limit
+        ctypes.CDLL(None).prctl(
+            24, 14, 0, 0, 0
+        )  # PR_CAPBSET_DROP CAP_IPC_LOCK, so that root too has a limit
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (2**20, 2**20))
 
-    run = train(tmp_path / "run", "--model_name_or_path", tiny_model, "--deepspeed", "ds_z3_nvme.json", "--nvme_path",
-                tmp_path / "swap", launcher=False, preexec_fn=little)
-    assert run.code == 3 and "locked memory is too small" in run.output and "ulimit -l" in run.output, run.output
+    run = train(
+        tmp_path / "run",
+        "--model_name_or_path",
+        tiny_model,
+        "--deepspeed",
+        "ds_z3_nvme.json",
+        "--nvme_path",
+        tmp_path / "swap",
+        launcher=False,
+        preexec_fn=little,
+    )
+    assert (
+        run.code == 3 and "locked memory is too small" in run.output and "ulimit -l" in run.output
+    ), run.output
     assert not list((tmp_path / "swap").iterdir())
-
-

@@ -1,7 +1,17 @@
 """A loss that is not finite changes no weight, is logged as null, and stops the run."""
+
 import pytest
 
-FLAGS = ["--per_device_train_batch_size", 2, "--lr_scheduler_type", "constant", "--eval_strategy", "no", "--eval_on_start", "false"]
+FLAGS = [
+    "--per_device_train_batch_size",
+    2,
+    "--lr_scheduler_type",
+    "constant",
+    "--eval_strategy",
+    "no",
+    "--eval_on_start",
+    "false",
+]
 
 
 def weights(run):
@@ -18,28 +28,69 @@ def test_no_update_and_null(trains, value, config):
     fault = {"FAULT_STEP": "2", "FAULT_VALUE": value}
     flags = [*FLAGS, "--deepspeed", f"{config}.json"]
     clean = trains("clean", *flags, "--max_steps", 1)
-    skipped = trains("skipped", *flags, "--max_steps", 2, "--max_nonfinite_steps", 2, env=fault, script="tests/cpu/inject.py")
-    assert skipped.losses[0] == clean.losses[0] and skipped.losses[1] is None and skipped.steps[1]["grad_norm"] is None
+    skipped = trains(
+        "skipped",
+        *flags,
+        "--max_steps",
+        2,
+        "--max_nonfinite_steps",
+        2,
+        env=fault,
+        script="tests/cpu/inject.py",
+    )
+    assert (
+        skipped.losses[0] == clean.losses[0]
+        and skipped.losses[1] is None
+        and skipped.steps[1]["grad_norm"] is None
+    )
     for name, tensor in weights(clean).items():
         assert torch.equal(tensor, weights(skipped)[name]), name
 
 
 def test_goes_on_after_one(trains):
-    run = trains("on", *FLAGS, "--max_steps", 4, "--max_nonfinite_steps", 2, env={"FAULT_STEP": "2", "FAULT_VALUE": "nan"},
-                 script="tests/cpu/inject.py")
-    assert run.losses[1] is None and all(loss is not None and loss > 0 for loss in run.losses[:1] + run.losses[2:])
+    run = trains(
+        "on",
+        *FLAGS,
+        "--max_steps",
+        4,
+        "--max_nonfinite_steps",
+        2,
+        env={"FAULT_STEP": "2", "FAULT_VALUE": "nan"},
+        script="tests/cpu/inject.py",
+    )
+    assert run.losses[1] is None and all(
+        loss is not None and loss > 0 for loss in run.losses[:1] + run.losses[2:]
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stop(trains, ranks):
     # On the second rank only: both must stop, at the same step.
-    run = trains("stop", *FLAGS, "--max_steps", 5, env={"FAULT_STEP": "3", "FAULT_VALUE": "inf", "FAULT_RANK": str(ranks - 1)},
-                 script="tests/cpu/inject.py", ranks=ranks, code=1)
+    run = trains(
+        "stop",
+        *FLAGS,
+        "--max_steps",
+        5,
+        env={"FAULT_STEP": "3", "FAULT_VALUE": "inf", "FAULT_RANK": str(ranks - 1)},
+        script="tests/cpu/inject.py",
+        ranks=ranks,
+        code=1,
+    )
     assert run.losses[-1] is None and len(run.losses) == 3 and "last good step was 2" in run.output
     assert not (run.directory / "export").exists()
 
 
 def test_accumulation_skips_the_whole_update(trains):
-    run = trains("accumulate", *FLAGS, "--gradient_accumulation_steps", 3, "--max_steps", 2, "--max_nonfinite_steps", 2,
-                 env={"FAULT_STEP": "2", "FAULT_VALUE": "nan"}, script="tests/cpu/inject.py")
+    run = trains(
+        "accumulate",
+        *FLAGS,
+        "--gradient_accumulation_steps",
+        3,
+        "--max_steps",
+        2,
+        "--max_nonfinite_steps",
+        2,
+        env={"FAULT_STEP": "2", "FAULT_VALUE": "nan"},
+        script="tests/cpu/inject.py",
+    )
     assert run.losses[0] is None and run.losses[1] is not None

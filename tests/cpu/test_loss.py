@@ -1,4 +1,5 @@
 """The chunked loss against torch's own, values and gradients, and its memory."""
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -11,7 +12,10 @@ from trainer.modeling import loss as losses
 def test_values_and_gradients(monkeypatch, bias, chunk_rows):
     monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_rows * 4 * 50)
     torch.manual_seed(0)
-    hidden, weight = torch.randn(3, 20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    hidden, weight = (
+        torch.randn(3, 20, 8, requires_grad=True),
+        torch.randn(50, 8, requires_grad=True),
+    )
     offset = torch.randn(50, requires_grad=True) if bias else None
     labels = torch.randint(0, 50, (3, 20))
     labels[:, :9] = -100
@@ -28,7 +32,10 @@ def test_values_and_gradients(monkeypatch, bias, chunk_rows):
 
 
 def test_nothing_to_predict_keeps_the_graph():
-    hidden, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    hidden, weight = (
+        torch.randn(1, 4, 8, requires_grad=True),
+        torch.randn(50, 8, requires_grad=True),
+    )
     total, _ = losses.cross_entropy_sum(hidden, weight, None, torch.full((1, 4), -100))
     total.backward()
     assert total.item() == 0 and hidden.grad.abs().sum() == 0
@@ -37,25 +44,44 @@ def test_nothing_to_predict_keeps_the_graph():
 def test_never_more_than_one_chunk_of_logits(monkeypatch):
     seen = []
     plain = torch.logsumexp
-    monkeypatch.setattr(torch, "logsumexp", lambda t, *a, **k: seen.append(t.numel() * 4) or plain(t, *a, **k))
-    losses.cross_entropy_sum(torch.randn(4, 600, 4), torch.randn(128256, 4), None, torch.zeros(4, 600, dtype=torch.long))
+    monkeypatch.setattr(
+        torch, "logsumexp", lambda t, *a, **k: seen.append(t.numel() * 4) or plain(t, *a, **k)
+    )
+    losses.cross_entropy_sum(
+        torch.randn(4, 600, 4), torch.randn(128256, 4), None, torch.zeros(4, 600, dtype=torch.long)
+    )
     assert len(seen) > 1 and max(seen) <= losses.CHUNK_BYTES <= 2**30
 
 
 def test_head_of_a_model():
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     model = AutoModelForCausalLM.from_config(config)
     ids = torch.randint(0, 64, (2, 12))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     expected = losses.whole_logits(model, inputs)
     head = losses.ChunkedHead.install(model)
-    assert [float(v) for v in head(model, inputs)] == pytest.approx([float(v) for v in expected], rel=1e-5)
+    assert [float(v) for v in head(model, inputs)] == pytest.approx(
+        [float(v) for v in expected], rel=1e-5
+    )
     assert model(ids).logits.shape == (2, 12, 64)  # without labels the head is what it was
 
 
 def test_heads_that_are_left_alone():
     from transformers import Gemma2Config
 
-    config = Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                          num_key_value_heads=2, head_dim=8)
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     assert losses.ChunkedHead.install(AutoModelForCausalLM.from_config(config)) is None

@@ -1,4 +1,5 @@
 """launch/notebooks/quickstart.ipynb: every cell runs, a failing step stops it with the program's message, no output is committed."""
+
 import json
 
 import pytest
@@ -15,12 +16,23 @@ def executed(tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     def go(model):
-        for name, value in {"QUICKSTART_MODEL": model, "QUICKSTART_STEPS": STEPS, "QUICKSTART_RUNS": tmp_path / "runs",
-                            "DS_ACCELERATOR": "cpu", "IPYTHONDIR": tmp_path / "ipython"}.items():
+        for name, value in {
+            "QUICKSTART_MODEL": model,
+            "QUICKSTART_STEPS": STEPS,
+            "QUICKSTART_RUNS": tmp_path / "runs",
+            "DS_ACCELERATOR": "cpu",
+            "IPYTHONDIR": tmp_path / "ipython",
+        }.items():
             monkeypatch.setenv(name, str(value))
         notebook = nbformat.read(PATH, as_version=4)
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(PATH.parent)}}).execute()
+        NotebookClient(
+            notebook,
+            timeout=300,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(PATH.parent)}},
+        ).execute()
         return notebook
+
     return go
 
 
@@ -40,7 +52,9 @@ def test_committed():
     notebook = nbformat.read(PATH, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook).values())
+    assert all(
+        not cell.outputs and cell.execution_count is None for cell in code(notebook).values()
+    )
     assert PATH.read_text() == nbformat.writes(notebook) + "\n"  # as Jupyter saves it
 
 
@@ -49,11 +63,18 @@ def test_every_cell(executed, tiny_model, tmp_path):
     outputs = [output for cell in cells.values() for output in cell.outputs]
     assert all(cell.execution_count for cell in cells.values())
     assert not [output for output in outputs if output.output_type == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4  # lengths, memory, curves, the plan held
+    assert (
+        sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    )  # lengths, memory, curves, the plan held
     (run,) = (tmp_path / "runs").iterdir()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len([r for r in records if "loss" in r]) == STEPS and len([r for r in records if "eval_loss" in r]) >= 2
-    assert "2,400 rows" in printed(cells["check"]) and f"done: {STEPS} updates" in printed(cells["train-run"])
+    assert (
+        len([r for r in records if "loss" in r]) == STEPS
+        and len([r for r in records if "eval_loss" in r]) >= 2
+    )
+    assert "2,400 rows" in printed(cells["check"]) and f"done: {STEPS} updates" in printed(
+        cells["train-run"]
+    )
     assert all(word in printed(cells["answer"]) for word in ("question: ", "before: ", "after: "))
 
 
@@ -62,5 +83,7 @@ def test_a_failing_step_stops_it(executed, tmp_path):
 
     with pytest.raises(CellExecutionError) as error:
         executed("/nowhere/model")
-    assert "ended with exit code 2" in str(error.value) and "error: no model directory /nowhere/model" in str(error.value)
+    assert "ended with exit code 2" in str(
+        error.value
+    ) and "error: no model directory /nowhere/model" in str(error.value)
     assert not (tmp_path / "runs").exists()

@@ -1,11 +1,24 @@
 """The lock of an op build that was killed."""
+
 import shutil
 from pathlib import Path
 
 from trainer.system import ops
 
-FLAGS = ["--max_steps", 1, "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false", "--save_strategy", "no",
-         "--per_device_train_batch_size", 2]
+FLAGS = [
+    "--max_steps",
+    1,
+    "--eval_strategy",
+    "no",
+    "--eval_on_start",
+    "false",
+    "--export",
+    "false",
+    "--save_strategy",
+    "no",
+    "--per_device_train_batch_size",
+    2,
+]
 
 
 def test_held_or_left_behind(tmp_path):
@@ -23,14 +36,21 @@ def test_a_run_goes_on(trains, tmp_path):
     built = Path(_get_build_directory("cpu_adam", verbose=False))
     shutil.copytree(built, tmp_path / "cpu_adam")  # times included, so nothing is compiled again
     (tmp_path / "cpu_adam" / "lock").touch()
-    run = trains("run", *FLAGS, launcher=False, timeout=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    run = trains(
+        "run", *FLAGS, launcher=False, timeout=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    )
     assert "cpu_adam: ready after" in run.output and len(run.losses) == 1
     assert not (tmp_path / "cpu_adam" / "lock").exists()
 
 
 def test_needed():
     def config(optimizer, parameters):
-        return {"zero_optimization": {"offload_optimizer": {"device": optimizer}, "offload_param": {"device": parameters}}}
+        return {
+            "zero_optimization": {
+                "offload_optimizer": {"device": optimizer},
+                "offload_param": {"device": parameters},
+            }
+        }
 
     assert ops.needed(config("none", "none"), 1, True) == []
     assert ops.needed(config("cpu", "cpu"), 2, True) == ["cpu_adam"]

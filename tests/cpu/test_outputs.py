@@ -1,4 +1,5 @@
 """What a run leaves: metrics, evaluation that does not depend on the batch, an export that plain transformers loads."""
+
 import json
 import math
 import os
@@ -34,7 +35,15 @@ def test_full_run(trains, rows_file, tiny_model):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = trains("full", *QUICK, "--per_device_eval_batch_size", 3, "--max_shard_size", "3MB", env={"WANDB_MODE": "offline"})
+    run = trains(
+        "full",
+        *QUICK,
+        "--per_device_eval_batch_size",
+        3,
+        "--max_shard_size",
+        "3MB",
+        env={"WANDB_MODE": "offline"},
+    )
     first, *_, last = run.evaluations
     assert len(run.evaluations) >= 3  # before, during, after
     for record, folder in ((first, tiny_model), (last, run.directory / "export")):
@@ -42,28 +51,65 @@ def test_full_run(trains, rows_file, tiny_model):
         assert record["eval_loss"] == pytest.approx(loss, abs=1e-4)
         assert record["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert record["eval_token_accuracy"] == pytest.approx(accuracy, abs=1e-5)
-    for key in ("step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s_per_gpu", "model_tflops_per_gpu", "step_s",
-                "data_wait_s", "forward_s", "backward_s", "optimizer_s", "host_rss_gib", "pinned_gib"):
+    for key in (
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_s_per_gpu",
+        "model_tflops_per_gpu",
+        "step_s",
+        "data_wait_s",
+        "forward_s",
+        "backward_s",
+        "optimizer_s",
+        "host_rss_gib",
+        "pinned_gib",
+    ):
         assert all(key in s for s in run.steps), key
-    assert all(s["forward_s"] > 0 and s["backward_s"] > 0 and s["optimizer_s"] > 0 for s in run.steps)
-    for name in ("resolved_config.yaml", "resolved_ds_config.json", "versions.json", "heartbeat.json"):
+    assert all(
+        s["forward_s"] > 0 and s["backward_s"] > 0 and s["optimizer_s"] > 0 for s in run.steps
+    )
+    for name in (
+        "resolved_config.yaml",
+        "resolved_ds_config.json",
+        "versions.json",
+        "heartbeat.json",
+    ):
         assert (run.directory / name).is_file()
     assert json.loads((run.directory / "heartbeat.json").read_text())["phase"] == "done"
     assert '"auto"' not in (run.directory / "resolved_ds_config.json").read_text()
     assert list((run.directory / "wandb").glob("offline-run-*")) and "wandb sync" in run.output
     export = run.directory / "export"
-    assert (export / "model.safetensors.index.json").is_file() and (export / "chat_template.jinja").is_file()
-    assert "base_model" in (export / "README.md").read_text() and not list(run.directory.glob(".making-*"))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
-    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt",
-                                           return_dict=True)
+    assert (export / "model.safetensors.index.json").is_file() and (
+        export / "chat_template.jinja"
+    ).is_file()
+    assert "base_model" in (export / "README.md").read_text() and not list(
+        run.directory.glob(".making-*")
+    )
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(export),
+        AutoTokenizer.from_pretrained(export),
+    )
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     with torch.no_grad():
-        assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+        assert (
+            model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1]
+            > inputs["input_ids"].shape[1]
+        )
 
 
 def test_evaluation_does_not_depend_on_the_batch(trains):
-    runs = [trains(f"b{size}", "--max_steps", 1, "--per_device_eval_batch_size", size, *extra)
-            for size, extra in ((1, []), (16, []), (4, ["--fused_loss", "false"]))]
+    runs = [
+        trains(f"b{size}", "--max_steps", 1, "--per_device_eval_batch_size", size, *extra)
+        for size, extra in ((1, []), (16, []), (4, ["--fused_loss", "false"]))
+    ]
     for run in runs[1:]:
         for a, b in zip(runs[0].evaluations, run.evaluations):
             assert a["eval_loss"] == pytest.approx(b["eval_loss"], abs=1e-5)
@@ -76,7 +122,10 @@ def test_export_is_exact(trains, tiny_model):
     from safetensors.torch import load_file
 
     run = trains("still", *QUICK, "--learning_rate", 0, "--deepspeed", "ds_z3_nvme.json")
-    before, after = load_file(tiny_model / "model.safetensors"), load_file(run.directory / "export" / "model.safetensors")
+    before, after = (
+        load_file(tiny_model / "model.safetensors"),
+        load_file(run.directory / "export" / "model.safetensors"),
+    )
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert not list((run.directory.parent / "swap").iterdir())  # the run's swap files are gone
 
@@ -88,7 +137,9 @@ def test_lora_and_merge(trains, tmp_path):
 
     run = trains("lora", *QUICK, "--method", "lora", "--deepspeed", "ds_z3_nvme.json")
     export = run.directory / "export"
-    assert (export / "adapter_model.safetensors").is_file() and not (export / "model.safetensors").exists()
+    assert (export / "adapter_model.safetensors").is_file() and not (
+        export / "model.safetensors"
+    ).exists()
     merge = [sys.executable, "launch/export.py", "--merge"]
     done = subprocess.run([*merge, run.directory], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -96,16 +147,34 @@ def test_lora_and_merge(trains, tmp_path):
     inputs = tokenizer("hello there", return_tensors="pt")
     with torch.no_grad():
         adapted = AutoPeftModelForCausalLM.from_pretrained(export)(**inputs).logits
-        merged = AutoModelForCausalLM.from_pretrained(run.directory / "export-merged")(**inputs).logits
-        base = AutoModelForCausalLM.from_pretrained(json.loads((export / "adapter_config.json").read_text())
-                                                    ["base_model_name_or_path"])(**inputs).logits
-    assert torch.allclose(adapted, merged, atol=1e-4) and not torch.allclose(adapted, base, atol=1e-4)
+        merged = AutoModelForCausalLM.from_pretrained(run.directory / "export-merged")(
+            **inputs
+        ).logits
+        base = AutoModelForCausalLM.from_pretrained(
+            json.loads((export / "adapter_config.json").read_text())["base_model_name_or_path"]
+        )(**inputs).logits
+    assert torch.allclose(adapted, merged, atol=1e-4) and not torch.allclose(
+        adapted, base, atol=1e-4
+    )
     again = subprocess.run([*merge, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and "no LoRA adapter" in again.stderr
 
 
 @pytest.mark.skipif(os.environ.get("WANDB_API_KEY") is not None, reason="logged in")
 def test_wandb_never_asks_and_never_fails(trains, tmp_path):
-    blackhole = {"WANDB_MODE": "online", "WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    run = trains("wandb", "--max_steps", 1, "--per_device_train_batch_size", 2, "--eval_strategy", "no", env=blackhole)
+    blackhole = {
+        "WANDB_MODE": "online",
+        "WANDB_API_KEY": "x" * 40,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
+    run = trains(
+        "wandb",
+        "--max_steps",
+        1,
+        "--per_device_train_batch_size",
+        2,
+        "--eval_strategy",
+        "no",
+        env=blackhole,
+    )
     assert "done: 1 updates" in run.output

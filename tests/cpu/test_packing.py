@@ -1,4 +1,5 @@
 """A packed sample gives the same as the sample alone: logits, losses, whole runs. What cannot be exact is refused."""
+
 import copy
 
 import numpy as np
@@ -12,17 +13,35 @@ from trainer.config.flags import resolve
 from trainer.errors import RunError
 from trainer.modeling import attention
 
-SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0}
-FAMILIES = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 16}, "Mistral": {"sliding_window": 16},
-            "Gemma2": {"sliding_window": 16, "head_dim": 16}, "Phi3": {}, "GPTNeoX": {}, "Olmo2": {}}
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Mistral": {"sliding_window": 16},
+    "Gemma2": {"sliding_window": 16, "head_dim": 16},
+    "Phi3": {},
+    "GPTNeoX": {},
+    "Olmo2": {},
+}
 
 
 def make(kind, backend="sdpa", **changes):
     shape = {**SHAPE, **FAMILIES[kind], **changes}
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**shape)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=backend, dtype=torch.float32
+    ).eval()
 
 
 def bins(seed=0):
@@ -36,18 +55,25 @@ def bins(seed=0):
 def logits_apart(model, batch, units):
     """Largest difference between packed logits and those of each sample alone."""
     with torch.no_grad():
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        packed = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
         worst = 0.0
         for row, unit in enumerate(units):
             at = 0
             for ids, _ in unit:
-                alone = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
-                worst = max(worst, float((packed[row, at:at + len(ids)] - alone).abs().max()))
+                alone = model(
+                    input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False
+                ).logits[0]
+                worst = max(worst, float((packed[row, at : at + len(ids)] - alone).abs().max()))
                 at += len(ids)
     return worst
 
 
-@pytest.mark.parametrize("kind, backend", [(k, "eager" if k == "Gemma2" else "sdpa") for k in FAMILIES] + [("Llama", "eager")])
+@pytest.mark.parametrize(
+    "kind, backend",
+    [(k, "eager" if k == "Gemma2" else "sdpa") for k in FAMILIES] + [("Llama", "eager")],
+)
 def test_logits(kind, backend):
     units = bins()
     batch = collate(units, 0, 100)
@@ -66,11 +92,18 @@ def test_gradients():
     def gradients(batches):
         model.zero_grad()
         for b in batches:
-            logits = model(input_ids=b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten(), reduction="sum").backward()
+            logits = model(
+                input_ids=b["input_ids"], position_ids=b["position_ids"], use_cache=False
+            ).logits
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten(), reduction="sum"
+            ).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    packed, alone = gradients([batch]), gradients([collate([[s]], 0) for unit in units for s in unit if len(s[0]) > 1])
+    packed, alone = (
+        gradients([batch]),
+        gradients([collate([[s]], 0) for unit in units for s in unit if len(s[0]) > 1]),
+    )
     assert torch.allclose(packed, alone, atol=1e-4) and packed.abs().max() > 1e-2
 
 
@@ -82,11 +115,21 @@ def test_backends():
     model = make("Llama")
     assert attention.choose(model, settings(), False, "fp32") is None
     assert attention.choose(model, settings("--packing"), False, "fp32") is None
-    assert attention.choose(model, settings("--packing", "--attn_implementation", "eager"), False, "fp32") == "eager"
+    assert (
+        attention.choose(
+            model, settings("--packing", "--attn_implementation", "eager"), False, "fp32"
+        )
+        == "eager"
+    )
     for name in ("flash_attention_2", "flex_attention", "varlen"):
         with pytest.raises(RunError, match=name):
-            attention.choose(model, settings("--packing", "--attn_implementation", name), False, "fp32")
-    assert attention.choose(model, settings("--attn_implementation", "flex_attention"), False, "fp32") == "flex_attention"
+            attention.choose(
+                model, settings("--packing", "--attn_implementation", name), False, "fp32"
+            )
+    assert (
+        attention.choose(model, settings("--attn_implementation", "flex_attention"), False, "fp32")
+        == "flex_attention"
+    )
 
 
 def test_models_that_mix_samples_are_refused():
@@ -103,20 +146,42 @@ def test_a_packed_run_is_the_unpacked_run(trains, rows_file, tiny_model):
     from transformers import AutoTokenizer
 
     rows, _ = samples(AutoTokenizer.from_pretrained(tiny_model), rows_file[0], 256)
-    flags = ["--max_steps", 3, "--lr_scheduler_type", "constant", "--max_length", 256, "--deepspeed"]
+    flags = [
+        "--max_steps",
+        3,
+        "--lr_scheduler_type",
+        "constant",
+        "--max_length",
+        256,
+        "--deepspeed",
+    ]
     plain = trains("plain", *flags, "ds_z3_offload.json", "--per_device_train_batch_size", 60)
     from data import pack
 
     count = int(pack.best_fit(rows.lengths, 256).max()) + 1
-    packed = trains("packed", *flags, "ds_z3_nvme.json", "--packing", "--per_device_train_batch_size", count)
+    packed = trains(
+        "packed", *flags, "ds_z3_nvme.json", "--packing", "--per_device_train_batch_size", count
+    )
     assert packed.losses == pytest.approx(plain.losses, abs=1e-4)
-    assert [s["grad_norm"] for s in packed.steps] == pytest.approx([s["grad_norm"] for s in plain.steps], rel=1e-3)
+    assert [s["grad_norm"] for s in packed.steps] == pytest.approx(
+        [s["grad_norm"] for s in plain.steps], rel=1e-3
+    )
     assert [s["tokens"] for s in packed.steps] == [s["tokens"] for s in plain.steps]
-    assert [e["eval_loss"] for e in packed.evaluations] == pytest.approx([e["eval_loss"] for e in plain.evaluations], abs=1e-4)
+    assert [e["eval_loss"] for e in packed.evaluations] == pytest.approx(
+        [e["eval_loss"] for e in plain.evaluations], abs=1e-4
+    )
 
 
 def test_packed_ranks(trains):
     flags = ["--max_steps", 8, "--packing", "--max_length", 128]
     one = trains("one", *flags, "--per_device_train_batch_size", 4)
-    two = trains("two", *flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, ranks=2)
+    two = trains(
+        "two",
+        *flags,
+        "--per_device_train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        2,
+        ranks=2,
+    )
     assert two.losses == pytest.approx(one.losses, abs=1e-3)

@@ -1,4 +1,5 @@
 """The same losses whatever the offload, the ranks and the micro-batches, and as a plain PyTorch loop."""
+
 import json
 
 import pytest
@@ -30,9 +31,16 @@ def plain_torch(model_folder, data, steps, batch, learning_rate, seed=42):
         units = [rows[unit] for unit in next(batches)]
         inputs = collate(units, tokenizer.pad_token_id)
         # The usual padded call: the trainer leaves the mask out, as no token sees the padding to its right.
-        mask = torch.tensor([[1] * len(unit[0][0]) + [0] * (inputs["input_ids"].shape[1] - len(unit[0][0])) for unit in units])
+        mask = torch.tensor(
+            [
+                [1] * len(unit[0][0]) + [0] * (inputs["input_ids"].shape[1] - len(unit[0][0]))
+                for unit in units
+            ]
+        )
         logits = model(input_ids=inputs["input_ids"], attention_mask=mask).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        )
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
@@ -64,20 +72,44 @@ def test_lora(trains):
     close(leaf.losses, runs["ds_z3"].losses)
 
 
-@pytest.mark.parametrize("method, checkpointing", [("full", "false"), ("full", "true"), ("lora", "true")])
+@pytest.mark.parametrize(
+    "method, checkpointing", [("full", "false"), ("full", "true"), ("lora", "true")]
+)
 def test_nvme_look_ahead(trains, tmp_path, method, checkpointing):
     # Many small layers and a large tied embedding: the look-ahead passes the turn from forward to backward, and the buffers are few.
     make_model(tmp_path / "deep", num_hidden_layers=12, tie_word_embeddings=True, vocab_size=8192)
     make_tokenizer(tmp_path / "deep")
-    flags = ["--model_name_or_path", tmp_path / "deep", "--max_steps", 5, "--per_device_train_batch_size", 2, "--method", method,
-             "--gradient_checkpointing", checkpointing]
-    close(trains("nvme", *flags, "--deepspeed", "ds_z3_nvme.json").losses, trains("cpu", *flags).losses)
+    flags = [
+        "--model_name_or_path",
+        tmp_path / "deep",
+        "--max_steps",
+        5,
+        "--per_device_train_batch_size",
+        2,
+        "--method",
+        method,
+        "--gradient_checkpointing",
+        checkpointing,
+    ]
+    close(
+        trains("nvme", *flags, "--deepspeed", "ds_z3_nvme.json").losses,
+        trains("cpu", *flags).losses,
+    )
 
 
 def test_accumulation(trains):
     whole = trains("whole", *TEN)
-    parts = trains("parts", "--max_steps", 10, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4,
-                   "--lr_scheduler_type", "constant")
+    parts = trains(
+        "parts",
+        "--max_steps",
+        10,
+        "--per_device_train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        4,
+        "--lr_scheduler_type",
+        "constant",
+    )
     close(whole.losses, parts.losses)
     close([s["grad_norm"] for s in whole.steps], [s["grad_norm"] for s in parts.steps])
 
@@ -85,8 +117,27 @@ def test_accumulation(trains):
 @pytest.mark.parametrize("config", ["ds_z3_offload", "ds_z3_nvme"])
 def test_two_ranks(trains, config):
     # 20 updates are more than one epoch of 60 rows, so the end of an epoch is covered too.
-    one = trains("one", "--max_steps", 20, "--per_device_train_batch_size", 4, "--deepspeed", f"{config}.json")
-    two = trains("two", "--max_steps", 20, "--per_device_train_batch_size", 2, "--deepspeed", f"{config}.json", ranks=2)
+    one = trains(
+        "one",
+        "--max_steps",
+        20,
+        "--per_device_train_batch_size",
+        4,
+        "--deepspeed",
+        f"{config}.json",
+    )
+    two = trains(
+        "two",
+        "--max_steps",
+        20,
+        "--per_device_train_batch_size",
+        2,
+        "--deepspeed",
+        f"{config}.json",
+        ranks=2,
+    )
     close(one.losses, two.losses)
     for key in ("eval_loss", "eval_perplexity", "eval_token_accuracy"):
-        assert [e[key] for e in two.evaluations] == pytest.approx([e[key] for e in one.evaluations], rel=1e-3)
+        assert [e[key] for e in two.evaluations] == pytest.approx(
+            [e[key] for e in one.evaluations], rel=1e-3
+        )

@@ -1,4 +1,5 @@
 """Every speed feature changes the time and not the numbers."""
+
 import json
 
 import hjson
@@ -6,10 +7,37 @@ import pytest
 from conftest import ROOT
 from test_parity import close
 
-FLAGS = ["--max_steps", 12, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5,
-         "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false", "--save_strategy", "no"]
+FLAGS = [
+    "--max_steps",
+    12,
+    "--per_device_train_batch_size",
+    2,
+    "--gradient_accumulation_steps",
+    2,
+    "--max_grad_norm",
+    0.5,
+    "--eval_strategy",
+    "no",
+    "--eval_on_start",
+    "false",
+    "--export",
+    "false",
+    "--save_strategy",
+    "no",
+]
 LORA = ["--method", "lora", "--lora_r", 8]
-STOCK = ["--fused_linear", "false", "--fused_step", "false", "--fused_loss", "false", "--leaf_modules", "false", "--kept_layers", "0"]
+STOCK = [
+    "--fused_linear",
+    "false",
+    "--fused_step",
+    "false",
+    "--fused_loss",
+    "false",
+    "--leaf_modules",
+    "false",
+    "--kept_layers",
+    "0",
+]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -17,10 +45,24 @@ def test_each_alone(trains, method):
     flags = [*FLAGS, *(LORA if method == "lora" else [])]
     stock = trains("stock", *flags, *STOCK, launcher=False)
     norms = [s["grad_norm"] for s in stock.steps]
-    cases = {"step": ["--fused_step", "true"], "leaf": ["--leaf_modules", "true"], "kept": ["--kept_layers", "2"],
-             "linear": ["--fused_linear", "true", "--leaf_modules", "true"],
-             "all": ["--fused_step", "true", "--leaf_modules", "true", "--kept_layers", "1", "--fused_linear", "true",
-                     "--fused_loss", "true"]}
+    cases = {
+        "step": ["--fused_step", "true"],
+        "leaf": ["--leaf_modules", "true"],
+        "kept": ["--kept_layers", "2"],
+        "linear": ["--fused_linear", "true", "--leaf_modules", "true"],
+        "all": [
+            "--fused_step",
+            "true",
+            "--leaf_modules",
+            "true",
+            "--kept_layers",
+            "1",
+            "--fused_linear",
+            "true",
+            "--fused_loss",
+            "true",
+        ],
+    }
     for name, own in cases.items():
         run = trains(name, *flags, *STOCK, *own, launcher=False)
         close(run.losses, stock.losses, 2e-5)
@@ -30,7 +72,11 @@ def test_each_alone(trains, method):
 def test_where_the_step_is_not_ours(trains):
     """An optimizer on the GPU keeps its own step; the rest is as everywhere."""
     own = ["--leaf_modules", "true", "--kept_layers", "1", "--deepspeed", "ds_z3.json"]
-    close(trains("own", *FLAGS, *own, launcher=False).losses, trains("stock", *FLAGS, *STOCK, launcher=False).losses, 2e-5)
+    close(
+        trains("own", *FLAGS, *own, launcher=False).losses,
+        trains("stock", *FLAGS, *STOCK, launcher=False).losses,
+        2e-5,
+    )
 
 
 HELD = """
@@ -68,13 +114,32 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
     expected = trains("stock", *FLAGS, *STOCK, launcher=False)
     written = {}
     for fused in ("true", "false"):
-        run = trains(fused, *FLAGS, "--deepspeed", f"{config}.json", "--fused_step", fused, launcher=False, script=script)
+        run = trains(
+            fused,
+            *FLAGS,
+            "--deepspeed",
+            f"{config}.json",
+            "--fused_step",
+            fused,
+            launcher=False,
+            script=script,
+        )
         close(run.losses, expected.losses, 2e-5)
-        assert [s["grad_norm"] for s in run.steps] == pytest.approx([s["grad_norm"] for s in expected.steps], rel=1e-4)
+        assert [s["grad_norm"] for s in run.steps] == pytest.approx(
+            [s["grad_norm"] for s in expected.steps], rel=1e-4
+        )
         assert ("in one pass" in run.output) == (fused == "true")
-        held = [float(line.split()[-1]) for line in run.output.splitlines() if line.startswith("moments in RAM: ")]
-        assert len(held) == 12 and max(held) < 0.1, held  # of two; what is under 1 MiB stays, here one sub-group
-        written[fused] = (run.steps[-1]["nvme_written_bytes"] - run.steps[0]["nvme_written_bytes"]) / 11
+        held = [
+            float(line.split()[-1])
+            for line in run.output.splitlines()
+            if line.startswith("moments in RAM: ")
+        ]
+        assert len(held) == 12 and max(held) < 0.1, (
+            held
+        )  # of two; what is under 1 MiB stays, here one sub-group
+        written[fused] = (
+            run.steps[-1]["nvme_written_bytes"] - run.steps[0]["nvme_written_bytes"]
+        ) / 11
     # Weight and two moments; the gradients that are written otherwise are those of at least 1 MiB.
     assert written["true"] == pytest.approx(12 * 3_080_192 + weights * 9 * 2**18, rel=0.01)
     assert written["true"] < 0.85 * written["false"]
@@ -89,11 +154,24 @@ def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
     config["zero_optimization"]["sub_group_size"] = in_ram // 4
     path = tmp_path / "own.json"
     path.write_text(json.dumps(config))
-    runs = [trains(fused, *FLAGS, *(LORA if method == "lora" else []), "--deepspeed", path, "--fused_step", fused, launcher=False)
-            for fused in ("true", "false")]
+    runs = [
+        trains(
+            fused,
+            *FLAGS,
+            *(LORA if method == "lora" else []),
+            "--deepspeed",
+            path,
+            "--fused_step",
+            fused,
+            launcher=False,
+        )
+        for fused in ("true", "false")
+    ]
     assert "in one pass" in runs[0].output and "in one pass" not in runs[1].output
     close(runs[0].losses, runs[1].losses, 2e-5)
-    assert [s["grad_norm"] for s in runs[0].steps] == pytest.approx([s["grad_norm"] for s in runs[1].steps], rel=1e-4)
+    assert [s["grad_norm"] for s in runs[0].steps] == pytest.approx(
+        [s["grad_norm"] for s in runs[1].steps], rel=1e-4
+    )
 
 
 SLOW = """
@@ -129,16 +207,38 @@ def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
     the gathering that GPUs have."""
     from safetensors.torch import load_file
 
-    flags = [*FLAGS[:8], "--eval_strategy", "steps", "--eval_steps", 5, "--save_steps", 6, "--save_total_limit", 5,
-             "--leaf_modules", "true"]
-    script = tmp_path / "slow.py"  # an update takes longer than the forward pass needs to reach its parameters
+    flags = [
+        *FLAGS[:8],
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        5,
+        "--save_steps",
+        6,
+        "--save_total_limit",
+        5,
+        "--leaf_modules",
+        "true",
+    ]
+    script = (
+        tmp_path / "slow.py"
+    )  # an update takes longer than the forward pass needs to reach its parameters
     script.write_text(SLOW.format(root=str(ROOT)))
-    runs = [trains("false", *flags, ranks=ranks, launcher=ranks > 1),
-            trains("true", *flags, "--overlap_step", "true", ranks=ranks, launcher=ranks > 1, script=script)]
-    assert "in one pass, beside the next forward pass" in runs[1].output and "in one pass, beside" not in runs[0].output
+    runs = [
+        trains("false", *flags, ranks=ranks, launcher=ranks > 1),
+        trains(
+            "true", *flags, "--overlap_step", "true", ranks=ranks, launcher=ranks > 1, script=script
+        ),
+    ]
+    assert (
+        "in one pass, beside the next forward pass" in runs[1].output
+        and "in one pass, beside" not in runs[0].output
+    )
     assert ("gathered 9" in runs[1].output) == (ranks > 1)  # a decoder layer
     assert runs[0].losses == runs[1].losses and len(runs[0].losses) == 12
-    assert [e["eval_loss"] for e in runs[0].evaluations] == [e["eval_loss"] for e in runs[1].evaluations]
+    assert [e["eval_loss"] for e in runs[0].evaluations] == [
+        e["eval_loss"] for e in runs[1].evaluations
+    ]
     for step in (6, 12):
         saved = [sorted((r.directory / f"checkpoint-{step}").glob("rank-*")) for r in runs]
         for left, right in zip(*saved, strict=True):
@@ -149,15 +249,34 @@ def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_ranks(trains, method):
-    flags = [*FLAGS[:2], "--max_steps", 12, *FLAGS[6:], "--gradient_accumulation_steps", 1, *(LORA if method == "lora" else [])]
+    flags = [
+        *FLAGS[:2],
+        "--max_steps",
+        12,
+        *FLAGS[6:],
+        "--gradient_accumulation_steps",
+        1,
+        *(LORA if method == "lora" else []),
+    ]
     own = ["--leaf_modules", "true", "--kept_layers", "1"]
-    two = trains("two", *flags, *own, "--per_device_train_batch_size", 2, "--bind_cores", "true", ranks=2)
+    two = trains(
+        "two", *flags, *own, "--per_device_train_batch_size", 2, "--bind_cores", "true", ranks=2
+    )
     assert "each rank has cores of its own" in two.output
-    close(two.losses, trains("stock", *flags, *STOCK, "--per_device_train_batch_size", 4, launcher=False).losses, 1e-4)
+    close(
+        two.losses,
+        trains("stock", *flags, *STOCK, "--per_device_train_batch_size", 4, launcher=False).losses,
+        1e-4,
+    )
 
 
-@pytest.mark.parametrize("flags, words", [(["--kept_layers", "some"], "kept_layers is not a number"),
-                                          (["--kept_layers", "9"], "more than there are"),
-                                          (["--use_liger_kernel", "true"], "Liger's kernels cannot run here")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--kept_layers", "some"], "kept_layers is not a number"),
+        (["--kept_layers", "9"], "more than there are"),
+        (["--use_liger_kernel", "true"], "Liger's kernels cannot run here"),
+    ],
+)
 def test_refused(trains, flags, words):
     assert words in trains("run", *FLAGS, *flags, code=2, launcher=False).output

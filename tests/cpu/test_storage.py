@@ -1,4 +1,5 @@
 """Remote data against real servers: an S3 of moto, and an HTTP server that fails as it is told."""
+
 import http.server
 import json
 import threading
@@ -8,7 +9,9 @@ import pytest
 
 from data import DataError, source, storage
 
-ROWS = b"".join(json.dumps({"instruction": f"q{i}", "output": "a"}).encode() + b"\n" for i in range(5))
+ROWS = b"".join(
+    json.dumps({"instruction": f"q{i}", "output": "a"}).encode() + b"\n" for i in range(5)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +35,13 @@ def bucket():
     server.start()
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="KEYID",
-                          aws_secret_access_key="VERYSECRET")
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="KEYID",
+        aws_secret_access_key="VERYSECRET",
+    )
     client.create_bucket(Bucket="data")
     for name in ("train/a.jsonl", "train/b.jsonl", "train/notes.txt"):
         client.put_object(Bucket="data", Key=name, Body=ROWS)
@@ -44,8 +52,12 @@ def bucket():
 @pytest.fixture
 def s3(bucket, monkeypatch):
     endpoint, client = bucket
-    for name, value in {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "KEYID", "AWS_SECRET_ACCESS_KEY": "VERYSECRET",
-                        "AWS_DEFAULT_REGION": "us-east-1"}.items():
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "KEYID",
+        "AWS_SECRET_ACCESS_KEY": "VERYSECRET",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(name, value)
     import s3fs
 
@@ -56,7 +68,9 @@ def s3(bucket, monkeypatch):
 def test_s3(s3, capfd):
     assert rows("s3://data/train/a.jsonl") == [5]
     assert rows("s3://data/train") == [5, 5] == rows("s3://data/train/*.jsonl")
-    assert capfd.readouterr().err.count("downloading s3://data/train/a.jsonl") == 1  # from the cache the second time
+    assert (
+        capfd.readouterr().err.count("downloading s3://data/train/a.jsonl") == 1
+    )  # from the cache the second time
 
 
 def test_s3_new_content_is_fetched(s3):
@@ -69,7 +83,9 @@ def test_s3_new_content_is_fetched(s3):
     assert rows("s3://data/changing.jsonl") == [10]
 
 
-@pytest.mark.parametrize("spec", ["s3://data/absent.jsonl", "s3://absent/a.jsonl", "s3://data/empty/"])
+@pytest.mark.parametrize(
+    "spec", ["s3://data/absent.jsonl", "s3://absent/a.jsonl", "s3://data/empty/"]
+)
 def test_s3_missing(s3, spec):
     with pytest.raises(DataError, match="s3://"):
         rows(spec)
@@ -94,15 +110,31 @@ class Gcs(http.server.BaseHTTPRequestHandler):
         address = urllib.parse.urlparse(self.path)
         query = urllib.parse.parse_qs(address.query)
         name = urllib.parse.unquote(address.path.rpartition("/o/")[2])
-        code, found = 200, {"kind": "storage#object", "bucket": "data", "size": str(len(ROWS)), "etag": "1", "generation": "1",
-                            "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z"}
+        code, found = (
+            200,
+            {
+                "kind": "storage#object",
+                "bucket": "data",
+                "size": str(len(ROWS)),
+                "etag": "1",
+                "generation": "1",
+                "updated": "2026-01-01T00:00:00.000Z",
+                "timeCreated": "2026-01-01T00:00:00.000Z",
+            },
+        )
         if address.path.rstrip("/").endswith("/o"):
             prefix = query.get("prefix", [""])[0]
-            body = json.dumps({"items": [{**found, "name": n} for n in self.NAMES if n.startswith(prefix)]}).encode()
+            body = json.dumps(
+                {"items": [{**found, "name": n} for n in self.NAMES if n.startswith(prefix)]}
+            ).encode()
         elif name not in self.NAMES:
             code, body = 404, b'{"error": {"code": 404, "message": "Not Found"}}'
         else:
-            body = ROWS if query.get("alt") == ["media"] else json.dumps({**found, "name": name}).encode()
+            body = (
+                ROWS
+                if query.get("alt") == ["media"]
+                else json.dumps({**found, "name": name}).encode()
+            )
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -117,7 +149,9 @@ def test_gcs(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gcs)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
-    assert rows("gs://data/train/a.jsonl") == [5] and rows("gs://data/train") == [5, 5] == rows("gs://data/train/*.jsonl")
+    assert rows("gs://data/train/a.jsonl") == [5] and rows("gs://data/train") == [5, 5] == rows(
+        "gs://data/train/*.jsonl"
+    )
     with pytest.raises(DataError, match="gs://data/absent.jsonl cannot be read"):
         rows("gs://data/absent.jsonl")
     server.shutdown()
@@ -173,7 +207,9 @@ def test_http_versions(web, monkeypatch):
     for name, gets in (("dated", 1), ("rows", 2)):
         Server.seen.clear()
         for run in (1, 2):
-            monkeypatch.setattr("psutil.Process", lambda _, run=run: SimpleNamespace(create_time=lambda: run))
+            monkeypatch.setattr(
+                "psutil.Process", lambda _, run=run: SimpleNamespace(create_time=lambda: run)
+            )
             rows(f"{web}/{name}.jsonl?{name}"), rows(f"{web}/{name}.jsonl?{name}")
         assert [method for method, _ in Server.seen].count("GET") == gets
 
@@ -190,8 +226,15 @@ def test_http_retries_and_goes_on(web, capfd):
     assert rows(f"{web}/flaky.jsonl") == [5] and "attempt" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name, words", [("forbidden", "right to read it"), ("gone", "cannot be read"),
-                                         ("broken", "after 4 attempts"), ("short", "after 4 attempts")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("forbidden", "right to read it"),
+        ("gone", "cannot be read"),
+        ("broken", "after 4 attempts"),
+        ("short", "after 4 attempts"),
+    ],
+)
 def test_http_failures(web, name, words, capfd):
     Server.seen.clear()
     with pytest.raises(DataError, match=words) as error:
@@ -208,7 +251,9 @@ def test_unreachable():
 
 def test_file_address(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(ROWS)
-    assert rows(f"file://{tmp_path}/d.jsonl") == [5] and rows(f"file://{tmp_path}") == [5] == rows(f"FILE://{tmp_path}/d.jsonl")
+    assert rows(f"file://{tmp_path}/d.jsonl") == [5] and rows(f"file://{tmp_path}") == [5] == rows(
+        f"FILE://{tmp_path}/d.jsonl"
+    )
 
 
 # -- the cache's place --------------------------------------------------------------------------------------------------

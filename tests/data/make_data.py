@@ -1,4 +1,5 @@
 """Write one small file of every format and every fault beside this script. Run as: python tests/data/make_data.py"""
+
 import gzip
 import json
 from pathlib import Path
@@ -7,28 +8,92 @@ import pyarrow
 import pyarrow.parquet
 
 HERE = Path(__file__).parent
-ALPACA = [{"instruction": f"What is {a} plus {a}?", "input": "" if a % 2 else "Answer with a number.", "output": str(2 * a)}
-          for a in range(1, 7)]
-TURNS = [("user", "Who wrote Faust?"), ("assistant", "Goethe."), ("user", "And Hamlet?"), ("assistant", "Shakespeare.")]
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
-CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+ALPACA = [
+    {
+        "instruction": f"What is {a} plus {a}?",
+        "input": "" if a % 2 else "Answer with a number.",
+        "output": str(2 * a),
+    }
+    for a in range(1, 7)
+]
+TURNS = [
+    ("user", "Who wrote Faust?"),
+    ("assistant", "Goethe."),
+    ("user", "And Hamlet?"),
+    ("assistant", "Shakespeare."),
+]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Bern"}'},
+}
 FORMATS = {
-    "alpaca": [*ALPACA, {"instruction": "And 7?", "output": "14", "system": "You add.", "history": [["What is 6 plus 6?", "12"]]}],
-    "sharegpt": [{"conversations": [{"from": {"user": "human", "assistant": "gpt"}[r], "value": t} for r, t in TURNS],
-                  "system": "Be brief."},
-                 {"conversations": [{"from": "human", "value": "Weather in Bern?"},
-                                    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Bern"}}'},
-                                    {"from": "observation", "value": '{"sky": "clear"}'}, {"from": "gpt", "value": "Clear."}],
-                  "tools": json.dumps([TOOL])}],
-    "messages": [{"messages": [{"role": "system", "content": "Be brief."}, *({"role": r, "content": t} for r, t in TURNS)]},
-                 {"messages": [{"role": "user", "content": "Weather in Bern?"},
-                               {"role": "assistant", "content": None, "tool_calls": [CALL]},
-                               {"role": "tool", "tool_call_id": "call_1", "content": '{"sky": "clear"}'},
-                               {"role": "assistant", "content": "Clear."}], "tools": [TOOL]}],
-    "prompt_completion": [{"prompt": "The capital of France is", "completion": " Paris."},
-                          {"prompt": "2, 4, 6,", "completion": " 8"}],
-    "text": [{"text": "A garden is a plot of ground where plants grow."}, {"text": "Water boils at 100 degrees at sea level."}],
+    "alpaca": [
+        *ALPACA,
+        {
+            "instruction": "And 7?",
+            "output": "14",
+            "system": "You add.",
+            "history": [["What is 6 plus 6?", "12"]],
+        },
+    ],
+    "sharegpt": [
+        {
+            "conversations": [
+                {"from": {"user": "human", "assistant": "gpt"}[r], "value": t} for r, t in TURNS
+            ],
+            "system": "Be brief.",
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather in Bern?"},
+                {
+                    "from": "function_call",
+                    "value": '{"name": "weather", "arguments": {"city": "Bern"}}',
+                },
+                {"from": "observation", "value": '{"sky": "clear"}'},
+                {"from": "gpt", "value": "Clear."},
+            ],
+            "tools": json.dumps([TOOL]),
+        },
+    ],
+    "messages": [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                *({"role": r, "content": t} for r, t in TURNS),
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "Weather in Bern?"},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "call_1", "content": '{"sky": "clear"}'},
+                {"role": "assistant", "content": "Clear."},
+            ],
+            "tools": [TOOL],
+        },
+    ],
+    "prompt_completion": [
+        {"prompt": "The capital of France is", "completion": " Paris."},
+        {"prompt": "2, 4, 6,", "completion": " 8"},
+    ],
+    "text": [
+        {"text": "A garden is a plot of ground where plants grow."},
+        {"text": "Water boils at 100 degrees at sea level."},
+    ],
 }
 
 
@@ -61,7 +126,11 @@ FAULTS = {  # name → content; every one has a refused row, but for those that 
     "preference": lines([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
     "not_an_object": GOOD + b"[1, 2]\n",
 }
-NOTED = {"bom": b"\xef\xbb\xbf" + GOOD, "crlf": lines(ALPACA).replace(b"\n", b"\r\n"), "blank_lines": GOOD + b"\n  \n" + GOOD}
+NOTED = {
+    "bom": b"\xef\xbb\xbf" + GOOD,
+    "crlf": lines(ALPACA).replace(b"\n", b"\r\n"),
+    "blank_lines": GOOD + b"\n  \n" + GOOD,
+}
 
 
 def main():
@@ -71,20 +140,44 @@ def main():
         (HERE / "formats" / f"{name}.jsonl").write_bytes(lines(rows))
     (HERE / "formats" / "list.json").write_text(json.dumps(ALPACA, indent=1))
     (HERE / "formats" / "packed.jsonl.gz").write_bytes(gzip.compress(lines(ALPACA), mtime=0))
-    with pyarrow.CompressedOutputStream(str(HERE / "formats" / "packed.jsonl.zst"), "zstd") as stream:
+    with pyarrow.CompressedOutputStream(
+        str(HERE / "formats" / "packed.jsonl.zst"), "zstd"
+    ) as stream:
         stream.write(lines(ALPACA))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ALPACA), HERE / "formats" / "table.parquet")
-    registry = {"sums": {"file_name": "formats/alpaca.jsonl", "num_samples": 4},
-                "quiz": {"file_name": "quiz.jsonl", "columns": {"prompt": "question", "response": "answer"}},
-                "talk": {"file_name": "talk.jsonl", "formatting": "sharegpt", "columns": {"messages": "turns"},
-                         "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "guest", "assistant_tag": "host"}}}
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(ALPACA), HERE / "formats" / "table.parquet"
+    )
+    registry = {
+        "sums": {"file_name": "formats/alpaca.jsonl", "num_samples": 4},
+        "quiz": {
+            "file_name": "quiz.jsonl",
+            "columns": {"prompt": "question", "response": "answer"},
+        },
+        "talk": {
+            "file_name": "talk.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "turns"},
+            "tags": {
+                "role_tag": "who",
+                "content_tag": "says",
+                "user_tag": "guest",
+                "assistant_tag": "host",
+            },
+        },
+    }
     (HERE / "dataset_info.json").write_text(json.dumps(registry, indent=2) + "\n")
     (HERE / "quiz.jsonl").write_bytes(lines([{"question": "1 + 1?", "answer": "2"}]))
-    (HERE / "talk.jsonl").write_bytes(lines([{"turns": [{"who": "guest", "says": "Hello?"}, {"who": "host", "says": "Welcome."}]}]))
+    (HERE / "talk.jsonl").write_bytes(
+        lines(
+            [{"turns": [{"who": "guest", "says": "Hello?"}, {"who": "host", "says": "Welcome."}]}]
+        )
+    )
     for name, content in FAULTS.items():
         (HERE / "faults" / f"{name}.jsonl").write_bytes(content)
     (HERE / "faults" / "half_list.json").write_bytes(json.dumps(ALPACA, indent=1).encode()[:-40])
-    (HERE / "faults" / "half_written.jsonl.gz").write_bytes(gzip.compress(lines(ALPACA) * 50, mtime=0)[:-20])
+    (HERE / "faults" / "half_written.jsonl.gz").write_bytes(
+        gzip.compress(lines(ALPACA) * 50, mtime=0)[:-20]
+    )
     (HERE / "faults" / "not_parquet.parquet").write_bytes(GOOD)
     for name, content in NOTED.items():
         (HERE / "noted" / f"{name}.jsonl").write_bytes(content)

@@ -1,4 +1,5 @@
 """The embedded default through every configuration, full and LoRA, as a user types it: time, memory, and what it has learnt."""
+
 import json
 import os
 import shutil
@@ -41,11 +42,17 @@ def answer(export, question):
         model = AutoPeftModelForCausalLM.from_pretrained(export)
     else:
         model = AutoModelForCausalLM.from_pretrained(export)
-    inputs = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                           return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    return tokenizer.decode(out[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    return tokenizer.decode(
+        out[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -56,16 +63,28 @@ def test_default(target, method):
     shutil.rmtree(run, ignore_errors=True)
     subprocess.run(["make", "setup-aio"], cwd=ROOT, check=True)
     began = time.time()
-    with open(ROOT / "runs" / f"{name}.log" if (ROOT / "runs").mkdir(exist_ok=True) is None else os.devnull, "w") as log:
-        process = subprocess.Popen(["make", target, f"METHOD={method}", f"RUN={name}"], cwd=ROOT, stdout=log, stderr=log,
-                                   env={**os.environ, "WANDB_MODE": "offline"})
+    with open(
+        ROOT / "runs" / f"{name}.log"
+        if (ROOT / "runs").mkdir(exist_ok=True) is None
+        else os.devnull,
+        "w",
+    ) as log:
+        process = subprocess.Popen(
+            ["make", target, f"METHOD={method}", f"RUN={name}"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "WANDB_MODE": "offline"},
+        )
         peak = peak_rss(process)
     minutes = (time.time() - began) / 60
     assert process.returncode == 0, (ROOT / "runs" / f"{name}.log").read_text()[-4000:]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     before, *_, after = [r["eval_perplexity"] for r in records if "eval_perplexity" in r]
     said = answer(run / "export", "Define the noun 'garden'.")
-    print(f"\n{target} {method}: {minutes:.1f} min, {peak:.2f} GiB, perplexity {before:.2f} -> {after:.2f}, answer {said!r}")
+    print(
+        f"\n{target} {method}: {minutes:.1f} min, {peak:.2f} GiB, perplexity {before:.2f} -> {after:.2f}, answer {said!r}"
+    )
     assert after <= RATIO[method] * before
     assert len(said.split()) >= 3
     assert minutes <= MINUTES and peak <= RSS_GIB
@@ -74,4 +93,8 @@ def test_default(target, method):
             values = [r[key] for r in records if key in r]
             grow = [b > a for a, b in zip(values, values[1:])]
             # With LoRA nothing large is trained: the frozen weights are read, and written only once.
-            assert all(grow) or (method == "lora" and target.endswith("optimizer")) or (method == "lora" and "written" in key)
+            assert (
+                all(grow)
+                or (method == "lora" and target.endswith("optimizer"))
+                or (method == "lora" and "written" in key)
+            )

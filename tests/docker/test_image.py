@@ -3,6 +3,7 @@
 buildah with chroot isolation needs neither a daemon nor a registry; the base is made by debootstrap. A machine's own packages and
 certificates, PIP_FIND_LINKS and PIP_CERT, are passed on. Needs root, and about 20 GB of disk.
 """
+
 import json
 import os
 import re
@@ -16,21 +17,38 @@ import psutil
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(os.getuid() != 0 or not shutil.which("buildah") or not shutil.which("debootstrap"),
-                                reason="needs root, buildah and debootstrap")
+pytestmark = pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("buildah") or not shutil.which("debootstrap"),
+    reason="needs root, buildah and debootstrap",
+)
 BASE = "localhost/debian-for-tests:bookworm"
-STEPS = ["--max_steps", "3", "--eval_strategy", "no", "--eval_on_start", "false", "--export", "false", "--save_strategy", "no"]
+STEPS = [
+    "--max_steps",
+    "3",
+    "--eval_strategy",
+    "no",
+    "--eval_on_start",
+    "false",
+    "--export",
+    "false",
+    "--save_strategy",
+    "no",
+]
 TRAIN = ["deepspeed", "launch/train.py", "--config", "tiny_cpu", *STEPS, "--deepspeed"]
 
 
 def sh(*command, **options):
-    return subprocess.run([str(c) for c in command], text=True, capture_output=True, check=True, **options).stdout.strip()
+    return subprocess.run(
+        [str(c) for c in command], text=True, capture_output=True, check=True, **options
+    ).stdout.strip()
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A Debian of this machine's mirror, as an image."""
-    if subprocess.run(["buildah", "inspect", "--type", "image", BASE], capture_output=True).returncode:
+    if subprocess.run(
+        ["buildah", "inspect", "--type", "image", BASE], capture_output=True
+    ).returncode:
         root = tmp_path_factory.mktemp("debian")
         sh("debootstrap", "--variant=minbase", "bookworm", root / "root")
         sh("tar", "-C", root / "root", "-cf", root / "root.tar", ".")
@@ -53,8 +71,14 @@ def build(checkout, base):
         flags += ["--volume", f"{certificates}:/build-ca.crt:ro"]
         environment["PIP_CERT"] = "/build-ca.crt"
     began = time.monotonic()
-    done = subprocess.run(["docker/image.sh", "build", "cpu"], cwd=checkout, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**environment, "BUILD_FLAGS": " ".join(flags)})
+    done = subprocess.run(
+        ["docker/image.sh", "build", "cpu"],
+        cwd=checkout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**environment, "BUILD_FLAGS": " ".join(flags)},
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout.splitlines()[-1], time.monotonic() - began, done.stdout
 
@@ -63,7 +87,9 @@ def build(checkout, base):
 def checkout(tmp_path_factory):
     """This checkout, without what git ignores: a build and a change of it leave no traces."""
     folder = tmp_path_factory.mktemp("checkout") / "repository"
-    files = sh("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    files = sh(
+        "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
+    ).splitlines()
     for name in files:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,18 +109,34 @@ def folders(tmp_path):
     for folder in made.values():
         folder.mkdir()
         os.chown(folder, 1000, 1000)
-    for parent in [tmp_path, *list(tmp_path.parents)[:-2]]:  # pytest's own are closed to other users
+    for parent in [
+        tmp_path,
+        *list(tmp_path.parents)[:-2],
+    ]:  # pytest's own are closed to other users
         parent.chmod(parent.stat().st_mode | 0o011)
     return made
 
 
 def start(checkout, folders, *command, before="true", flags=""):
     """In a working container with a network of its own, of which only the loopback is up. `before`: shell, in the same namespaces."""
-    environment = {**os.environ, "ENGINE": "buildah", "RUNS": str(folders["runs"]), "NVME": str(folders["nvme"]),
-                   "CACHE": str(folders["cache"]), "RUN_FLAGS": flags, "ENV_FILE": ""}
-    script = f"ip link set lo up; {before}; exec docker/image.sh run cpu \"$@\""
-    return subprocess.Popen(["unshare", "--net", "--mount", "bash", "-c", script, "run", *map(str, command)], cwd=checkout, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    environment = {
+        **os.environ,
+        "ENGINE": "buildah",
+        "RUNS": str(folders["runs"]),
+        "NVME": str(folders["nvme"]),
+        "CACHE": str(folders["cache"]),
+        "RUN_FLAGS": flags,
+        "ENV_FILE": "",
+    }
+    script = f'ip link set lo up; {before}; exec docker/image.sh run cpu "$@"'
+    return subprocess.Popen(
+        ["unshare", "--net", "--mount", "bash", "-c", script, "run", *map(str, command)],
+        cwd=checkout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
 
 
 def run(*arguments, timeout=900, **options):
@@ -113,9 +155,12 @@ def test_what_the_image_is(image, capsys):
     config = known["Docker"]["config"]
     assert config["User"] == "1000:1000" and config["StopSignal"] == "SIGTERM"
     assert config["Entrypoint"] == ["/usr/bin/tini", "-s", "-g", "--"]
-    assert config["Cmd"] == ["python", "launch/doctor.py"] and "health.py" in " ".join(config["Healthcheck"]["Test"])
+    assert config["Cmd"] == ["python", "launch/doctor.py"] and "health.py" in " ".join(
+        config["Healthcheck"]["Test"]
+    )
     assert {"title", "version", "revision", "created", "licenses", "base.name"} <= {
-        label.removeprefix("org.opencontainers.image.") for label in config["Labels"]}
+        label.removeprefix("org.opencontainers.image.") for label in config["Labels"]
+    }
     torch = re.search(r"^torch==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert image.endswith(f"-torch{torch}-cpu")
     assert not [e for e in config["Env"] if re.search("TOKEN|KEY|PIP_|ca.crt", e)]
@@ -123,7 +168,12 @@ def test_what_the_image_is(image, capsys):
     mounted = Path(sh("buildah", "mount", made))
     try:
         size = sum(p.lstat().st_blocks * 512 for p in mounted.rglob("*"))
-        assert not [p for n in ("gcc", "g++", "sshd", "cc") for p in (mounted / "usr/bin", mounted / "usr/sbin") if (p / n).exists()]
+        assert not [
+            p
+            for n in ("gcc", "g++", "sshd", "cc")
+            for p in (mounted / "usr/bin", mounted / "usr/sbin")
+            if (p / n).exists()
+        ]
         assert not (mounted / "app/runs").exists() or not any((mounted / "app/runs").iterdir())
     finally:
         sh("buildah", "rm", made)
@@ -135,20 +185,42 @@ def test_what_the_image_is(image, capsys):
 def test_doctor_passes(image, checkout, folders):
     done = run(checkout, folders)
     assert done.returncode == 0, done.stdout
-    for line in ("gpu +none: this is the CPU's image", "compiler +not needed: the ops are built", "op builds +cpu_adam are built"):
+    for line in (
+        "gpu +none: this is the CPU's image",
+        "compiler +not needed: the ops are built",
+        "op builds +cpu_adam are built",
+    ):
         assert re.search(f"ok +{line}", done.stdout), done.stdout
     assert "0 failure(s)" in done.stdout
 
 
-@pytest.mark.parametrize("before, flags, broken, words", [
-    ("export FROM_FLAGS='--ulimit memlock=65536:65536'", "", None, ["locked memory", "--ulimit memlock=-1"]),
-    ("mount -t tmpfs -o size=64m tmpfs /dev/shm", "", None, ["shared memory", "0.06 GiB", "--shm-size"]),
-    ("true", "", "runs", ["run disk", "owned by 0:0", "--user 0:0", "chown 1000:1000"]),
-    ("true", "", "cache", ["cache", "owned by 0:0", "--user"]),
-    ("true", "", "nvme", ["nvme", "owned by 0:0", "--user"]),
-    ("mount -t tmpfs -o ro tmpfs $RUNS", "", None,
-     ["run disk", "read-only", "without :ro"]),
-    ("true", "--env ZERO_OFFLOAD_IMAGE=cuda", None, ["gpu", "none was passed through", "--gpus all"])])
+@pytest.mark.parametrize(
+    "before, flags, broken, words",
+    [
+        (
+            "export FROM_FLAGS='--ulimit memlock=65536:65536'",
+            "",
+            None,
+            ["locked memory", "--ulimit memlock=-1"],
+        ),
+        (
+            "mount -t tmpfs -o size=64m tmpfs /dev/shm",
+            "",
+            None,
+            ["shared memory", "0.06 GiB", "--shm-size"],
+        ),
+        ("true", "", "runs", ["run disk", "owned by 0:0", "--user 0:0", "chown 1000:1000"]),
+        ("true", "", "cache", ["cache", "owned by 0:0", "--user"]),
+        ("true", "", "nvme", ["nvme", "owned by 0:0", "--user"]),
+        ("mount -t tmpfs -o ro tmpfs $RUNS", "", None, ["run disk", "read-only", "without :ro"]),
+        (
+            "true",
+            "--env ZERO_OFFLOAD_IMAGE=cuda",
+            None,
+            ["gpu", "none was passed through", "--gpus all"],
+        ),
+    ],
+)
 def test_doctor_says_what_is_wrong(image, checkout, folders, before, flags, broken, words):
     if broken:
         os.chown(folders[broken], 0, 0)
@@ -165,7 +237,10 @@ def test_trains_without_a_network(image, checkout, folders):
         done = run(checkout, folders, *TRAIN, f"{config}.json", "--run_name", config)
         assert done.returncode == 0, done.stdout[-4000:]
         assert "building DeepSpeed" not in done.stdout and "fetching" not in done.stdout
-        lines = [json.loads(line) for line in (folders["runs"] / config / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (folders["runs"] / config / "metrics.jsonl").read_text().splitlines()
+        ]
         assert len([line for line in lines if "loss" in line]) == 3
         assert (folders["runs"] / config).stat().st_uid == 1000
     done = run(checkout, folders, "python", "docker/health.py")
@@ -174,41 +249,84 @@ def test_trains_without_a_network(image, checkout, folders):
 
 def test_a_stop_saves(image, checkout, folders):
     """As `docker stop` does: SIGTERM to the first process. The run ends after its update, with a checkpoint that it goes on from."""
-    flags = ["--config", "tiny_cpu", "--deepspeed", "ds_z3_offload.json", "--eval_strategy", "no", "--eval_on_start", "false",
-             "--export", "false", "--run_name", "stopped"]
-    with start(checkout, folders, "python", "launch/supervise.py", *flags, "--max_steps", "500") as process:
+    flags = [
+        "--config",
+        "tiny_cpu",
+        "--deepspeed",
+        "ds_z3_offload.json",
+        "--eval_strategy",
+        "no",
+        "--eval_on_start",
+        "false",
+        "--export",
+        "false",
+        "--run_name",
+        "stopped",
+    ]
+    with start(
+        checkout, folders, "python", "launch/supervise.py", *flags, "--max_steps", "500"
+    ) as process:
         output = ""
         for line in process.stdout:
             output += line
             if line.startswith("step 2/"):
-                first, = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "tini")
+                (first,) = (
+                    p
+                    for p in psutil.Process(process.pid).children(recursive=True)
+                    if p.name() == "tini"
+                )
                 first.terminate()
     assert process.returncode == 75, output
-    saved, = (folders["runs"] / "stopped").glob("checkpoint-*")
+    (saved,) = (folders["runs"] / "stopped").glob("checkpoint-*")
     at = int(saved.name.split("-")[1])
-    assert 2 <= at < 10 and saved.stat().st_uid == 1000 and "to go on: python launch/supervise.py" in output, output
-    done = run(checkout, folders, "python", "launch/supervise.py", *flags, "--max_steps", at + 1, "--resume_from_checkpoint", "auto")
+    assert (
+        2 <= at < 10
+        and saved.stat().st_uid == 1000
+        and "to go on: python launch/supervise.py" in output
+    ), output
+    done = run(
+        checkout,
+        folders,
+        "python",
+        "launch/supervise.py",
+        *flags,
+        "--max_steps",
+        at + 1,
+        "--resume_from_checkpoint",
+        "auto",
+    )
     assert done.returncode == 0 and f"step {at + 1}/{at + 1}" in done.stdout, done.stdout[-4000:]
 
 
 def test_health(image, checkout, folders):
     """Healthy while a run lives and shows itself; not where a living one is silent for longer than the supervisor would wait."""
-    script = ("import fcntl, json, os, subprocess, sys, time; os.makedirs('runs/x'); f = open('runs/x/.running', 'w'); "
-              "fcntl.flock(f, fcntl.LOCK_EX); codes = []\nfor ago in (10, 4000):\n"
-              " open('runs/x/heartbeat.json', 'w').write(json.dumps({'step': 1, 'phase': 'train', 'time': time.time() - ago}))\n"
-              " codes.append(subprocess.call([sys.executable, 'docker/health.py']))\nprint(codes)")
+    script = (
+        "import fcntl, json, os, subprocess, sys, time; os.makedirs('runs/x'); f = open('runs/x/.running', 'w'); "
+        "fcntl.flock(f, fcntl.LOCK_EX); codes = []\nfor ago in (10, 4000):\n"
+        " open('runs/x/heartbeat.json', 'w').write(json.dumps({'step': 1, 'phase': 'train', 'time': time.time() - ago}))\n"
+        " codes.append(subprocess.call([sys.executable, 'docker/health.py']))\nprint(codes)"
+    )
     done = run(checkout, folders, "python", "-c", script)
     assert "[0, 1]" in done.stdout and "x: train, last seen 4,000 s ago" in done.stdout, done.stdout
 
 
 def test_the_notebook(image, checkout, folders):
-    done = run(checkout, folders, "bash", "-c", "cp launch/notebooks/quickstart.ipynb runs/ && cd runs && "
-               "jupyter execute quickstart.ipynb")
+    done = run(
+        checkout,
+        folders,
+        "bash",
+        "-c",
+        "cp launch/notebooks/quickstart.ipynb runs/ && cd runs && jupyter execute quickstart.ipynb",
+    )
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 def test_a_change_of_the_code_builds_fast(image, checkout, base, capsys):
-    for name in ("__init__.py", "trainer.py", "system/ops.py"):  # ops.py: our own step is compiled again, the model's package not fetched
+    for name in (
+        "__init__.py",
+        "trainer.py",
+        "system/ops.py",
+    ):  # ops.py: our own step is compiled again, the model's package not fetched
         with open(checkout / "trainer" / name, "a") as file:
             file.write(f"# {time.time()}\n")
     _, seconds, output = build(checkout, base)
@@ -219,24 +337,46 @@ def test_a_change_of_the_code_builds_fast(image, checkout, base, capsys):
 
 def test_starts_as_fast_as_outside(image, checkout, folders, capsys):
     """From the command to the first update, in turn, three times; the container as it starts, working container included."""
+
     def seconds(command, **options):
         began = time.monotonic()
-        process = subprocess.Popen(command, cwd=checkout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+        process = subprocess.Popen(
+            command,
+            cwd=checkout,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
         for line in process.stdout:
             if line.startswith("step 1/"):
                 found = time.monotonic() - began
         assert process.wait() == 0
         return found
 
-    environment = {**os.environ, "ENGINE": "buildah", "RUNS": str(folders["runs"]), "NVME": str(folders["nvme"]),
-                   "CACHE": str(folders["cache"]), "ENV_FILE": ""}
-    outside = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "ENGINE": "buildah",
+        "RUNS": str(folders["runs"]),
+        "NVME": str(folders["nvme"]),
+        "CACHE": str(folders["cache"]),
+        "ENV_FILE": "",
+    }
+    outside = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     times = {"inside": [], "outside": []}
     for i in range(4):
         command = [*TRAIN, "ds_z3_offload.json", "--run_name"]
         times["outside"].append(seconds([*command, f"out{i}"], env=outside))
-        times["inside"].append(seconds(["docker/image.sh", "run", "cpu", *command, f"in{i}"], env=environment))
-    inside, out = (sorted(times[k][1:])[1] for k in ("inside", "outside"))  # the first of each fills caches
+        times["inside"].append(
+            seconds(["docker/image.sh", "run", "cpu", *command, f"in{i}"], env=environment)
+        )
+    inside, out = (
+        sorted(times[k][1:])[1] for k in ("inside", "outside")
+    )  # the first of each fills caches
     with capsys.disabled():
         print(f"\nto the first update: {inside:.1f} s in the container, {out:.1f} s outside")
     assert inside <= 1.1 * out

@@ -4,6 +4,7 @@
 
 Prints the losses of six updates, and of the last three of them after a resumption from a checkpoint of the third, for both.
 """
+
 import json
 import os
 import subprocess
@@ -25,12 +26,21 @@ def stock(folder, name, resume):
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(0)
     device = {"device": "nvme", "nvme_path": str(folder / f"stock-{name}"), "buffer_count": 4}
-    config = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0,
-              "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0}},
-              "zero_optimization": {"stage": 3, "offload_optimizer": device, "offload_param": {"device": "cpu"},
-                                    "sub_group_size": 1000000}}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0}},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": device,
+            "offload_param": {"device": "cpu"},
+            "sub_group_size": 1000000,
+        },
+    }
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config
+    )
     if resume:
         engine.load_checkpoint(folder / "stock-saved")
     for step in range(CUT if resume else 0, STEPS):
@@ -44,13 +54,52 @@ def stock(folder, name, resume):
 
 
 def ours(folder, name, resume):
-    command = [sys.executable, "launch/train.py", "--deepspeed", "ds_z3_nvme_optimizer.json", "--output_dir", folder / f"ours-{name}",
-               "--model_name_or_path", folder / "model", "--dataset", ROOT / "data/samples/train.jsonl", "--validation_split", "0",
-               "--max_length", 96, "--precision", "fp32", "--learning_rate", 1e-3, "--per_device_train_batch_size", 2, "--max_steps",
-               STEPS, "--save_steps", CUT, "--export", "false", "--report_to", "none", "--nvme_path", folder / "swap"]
-    command += ["--resume_from_checkpoint", folder / f"ours-whole/checkpoint-{CUT}"] if resume else []
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
-    lines = [json.loads(line) for line in (folder / f"ours-{name}" / "metrics.jsonl").read_text().splitlines()]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "--deepspeed",
+        "ds_z3_nvme_optimizer.json",
+        "--output_dir",
+        folder / f"ours-{name}",
+        "--model_name_or_path",
+        folder / "model",
+        "--dataset",
+        ROOT / "data/samples/train.jsonl",
+        "--validation_split",
+        "0",
+        "--max_length",
+        96,
+        "--precision",
+        "fp32",
+        "--learning_rate",
+        1e-3,
+        "--per_device_train_batch_size",
+        2,
+        "--max_steps",
+        STEPS,
+        "--save_steps",
+        CUT,
+        "--export",
+        "false",
+        "--report_to",
+        "none",
+        "--nvme_path",
+        folder / "swap",
+    ]
+    command += (
+        ["--resume_from_checkpoint", folder / f"ours-whole/checkpoint-{CUT}"] if resume else []
+    )
+    subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    lines = [
+        json.loads(line)
+        for line in (folder / f"ours-{name}" / "metrics.jsonl").read_text().splitlines()
+    ]
     return [f"{r['loss']:.6f}" for r in lines if "loss" in r]
 
 
@@ -58,8 +107,15 @@ def main():
     # Another ninja than the environment's would build DeepSpeed's ops again.
     os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
     if len(sys.argv) > 1:
-        os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=sys.argv[3])
+        os.environ.update(
+            DS_ACCELERATOR="cpu",
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=sys.argv[3],
+        )
         stock(Path(sys.argv[1]), sys.argv[2], sys.argv[2] == "resumed")
         return
     from conftest import make_model, make_tokenizer
@@ -74,12 +130,21 @@ def main():
                 if label == "ours":
                     found[part] = ours(folder, part, part == "resumed")
                     continue
-                done = subprocess.run([sys.executable, __file__, str(folder), part, str(port)], text=True, capture_output=True)
+                done = subprocess.run(
+                    [sys.executable, __file__, str(folder), part, str(port)],
+                    text=True,
+                    capture_output=True,
+                )
                 if done.returncode:
                     raise SystemExit(done.stderr[-3000:])
-                found[part] = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("LOSS")]
+                found[part] = [
+                    line.split()[1] for line in done.stdout.splitlines() if line.startswith("LOSS")
+                ]
             same = "equal" if found["whole"][CUT:] == found["resumed"] else "DIFFERENT"
-            print(f"{label}: {' '.join(found['whole'])}\n  resumed after {CUT}: {' '.join(found['resumed'])}   {same}", flush=True)
+            print(
+                f"{label}: {' '.join(found['whole'])}\n  resumed after {CUT}: {' '.join(found['resumed'])}   {same}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Sixty random kills in one run: its last checkpoint must be that of a run that nothing happened to, to the bit.
 
-    python tests/faults/soak.py [--kills 60] [--steps 600] [--ranks 2] [--config ds_z3_nvme] [--seed 0]        (make test-soak)
+python tests/faults/soak.py [--kills 60] [--steps 600] [--ranks 2] [--config ds_z3_nvme] [--seed 0]        (make test-soak)
 """
+
 import argparse
 import collections
 import json
@@ -22,13 +23,52 @@ from conftest import make_model, make_tokenizer, write_rows  # noqa: E402
 
 
 def start(folder, name, options):
-    command = [sys.executable, "launch/supervise.py", "--num_gpus", options.ranks, "--max_restarts", 30, "--deepspeed",
-               f"{options.config}.json", "--output_dir", folder / name, "--model_name_or_path", folder / "model", "--dataset",
-               folder / "rows.jsonl", "--validation_split", "0", "--precision", "fp32", "--max_length", 96, "--learning_rate", 1e-3,
-               "--per_device_train_batch_size", 2, "--max_steps", options.steps, "--save_steps", 5, "--export", "false",
-               "--lr_scheduler_type", "cosine", "--nvme_path", folder / "swap", "--report_to", "none"]
+    command = [
+        sys.executable,
+        "launch/supervise.py",
+        "--num_gpus",
+        options.ranks,
+        "--max_restarts",
+        30,
+        "--deepspeed",
+        f"{options.config}.json",
+        "--output_dir",
+        folder / name,
+        "--model_name_or_path",
+        folder / "model",
+        "--dataset",
+        folder / "rows.jsonl",
+        "--validation_split",
+        "0",
+        "--precision",
+        "fp32",
+        "--max_length",
+        96,
+        "--learning_rate",
+        1e-3,
+        "--per_device_train_batch_size",
+        2,
+        "--max_steps",
+        options.steps,
+        "--save_steps",
+        5,
+        "--export",
+        "false",
+        "--lr_scheduler_type",
+        "cosine",
+        "--nvme_path",
+        folder / "swap",
+        "--report_to",
+        "none",
+    ]
     log = open(folder / f"{name}.log", "w")  # noqa: SIM115 the process writes to it
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
 
 
 def beat(directory):
@@ -59,7 +99,10 @@ def main():
         folder = Path(name)
         make_model(folder / "model")
         make_tokenizer(folder / "model")
-        rows = [json.loads(line) for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()[:200]]
+        rows = [
+            json.loads(line)
+            for line in (ROOT / "data" / "samples" / "train.jsonl").read_text().splitlines()[:200]
+        ]
         write_rows(folder / "rows.jsonl", rows)
         began = time.monotonic()
         calm = start(folder, "calm", options)
@@ -79,14 +122,19 @@ def main():
                 time.sleep(chance.uniform(0, 8))  # while it loads
             else:
                 started = time.time()
-                while run.poll() is None and not (beat(directory)["phase"] == "train" and beat(directory)["time"] > started):
+                while run.poll() is None and not (
+                    beat(directory)["phase"] == "train" and beat(directory)["time"] > started
+                ):
                     time.sleep(0.05)
                 time.sleep(chance.uniform(0, 4))
             try:
                 at = beat(directory)
                 chance.choice(fresh).kill()
                 killed[at["phase"]] += 1
-                print(f"kill {sum(killed.values())}: {at['phase']} after step {at['step']}", flush=True)
+                print(
+                    f"kill {sum(killed.values())}: {at['phase']} after step {at['step']}",
+                    flush=True,
+                )
             except psutil.Error:
                 pass
         code = run.wait()
@@ -94,10 +142,18 @@ def main():
         if code:
             raise SystemExit(f"exit {code}\n" + (folder / "killed.log").read_text()[-3000:])
         same = parts(folder / "calm", options.steps) == parts(directory, options.steps)
-        print(f"{sum(killed.values())} kills ({', '.join(f'{n} in {p}' for p, n in killed.items())}) over {options.steps} steps, "
-              f"{options.ranks} ranks, {options.config}: {seconds:.0f} s against {calm_seconds:.0f} s undisturbed")
-        print(f"last checkpoint bit-equal: {same}; all {options.steps} losses equal: {losses(folder / 'calm') == losses(directory)}")
-        if not same or losses(folder / "calm") != losses(directory) or sum(killed.values()) < options.kills:
+        print(
+            f"{sum(killed.values())} kills ({', '.join(f'{n} in {p}' for p, n in killed.items())}) over {options.steps} steps, "
+            f"{options.ranks} ranks, {options.config}: {seconds:.0f} s against {calm_seconds:.0f} s undisturbed"
+        )
+        print(
+            f"last checkpoint bit-equal: {same}; all {options.steps} losses equal: {losses(folder / 'calm') == losses(directory)}"
+        )
+        if (
+            not same
+            or losses(folder / "calm") != losses(directory)
+            or sum(killed.values()) < options.kills
+        ):
             raise SystemExit(1)
 
 

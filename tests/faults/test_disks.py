@@ -1,4 +1,5 @@
 """Disks that are full, small, read-only or shared, and files that are damaged."""
+
 import json
 import os
 import shutil
@@ -22,7 +23,11 @@ def solo(calm):
 @pytest.mark.quick
 def test_swap_disk_too_small(starts, disk, row):
     run = starts("run", *NVME, *SAVES, "--nvme_path", disk(40)).ends(3)
-    assert "the swap disk is too small" in run.output and "GB free under" in run.output and "needed: 0.0" in run.output
+    assert (
+        "the swap disk is too small" in run.output
+        and "GB free under" in run.output
+        and "needed: 0.0" in run.output
+    )
     row("swap disk too small", "refused at the start with found and needed, exit 3")
 
 
@@ -40,7 +45,10 @@ def test_swap_disk_fills_up(starts, disk, solo, row):
     assert shutil.disk_usage(place).free < 2**20
     run.ends(0)
     assert run.losses == solo
-    row("swap disk filled by somebody else", "the space was reserved: the run ends well, losses bit-equal")
+    row(
+        "swap disk filled by somebody else",
+        "the space was reserved: the run ends well, losses bit-equal",
+    )
 
 
 def test_no_room_for_a_file(disk):
@@ -61,9 +69,16 @@ def test_no_room_for_a_file(disk):
 @pytest.mark.quick
 @pytest.mark.parametrize("damage", ["hole", "short", "gone"])
 def test_damaged_swap_file(starts, row, damage):
-    run = starts("run", *NVME, "--max_steps", 4000, "--save_steps", 4000, supervised=False).until_step(2)
-    victim = max(next((run.directory.parent / "swap").glob("run-*")).rglob("*exp_avg*.swp"), key=lambda p: p.stat().st_size)
-    for _ in range(20):  # between its reading and its writing in an update, damage is written over, and does none
+    run = starts(
+        "run", *NVME, "--max_steps", 4000, "--save_steps", 4000, supervised=False
+    ).until_step(2)
+    victim = max(
+        next((run.directory.parent / "swap").glob("run-*")).rglob("*exp_avg*.swp"),
+        key=lambda p: p.stat().st_size,
+    )
+    for _ in range(
+        20
+    ):  # between its reading and its writing in an update, damage is written over, and does none
         if damage == "hole":
             subprocess.run(["fallocate", "--punch-hole", "-o", "4096", "-l", "65536", str(victim)])
         elif damage == "short":
@@ -77,7 +92,10 @@ def test_damaged_swap_file(starts, row, damage):
             assert damage != "gone"
     run.ends(1)
     assert f"a swap file is {'gone' if damage == 'gone' else 'damaged'}: {victim}" in run.output
-    row(f"a swap file is damaged ({damage})", "found before it is read: no update is made of it, exit 1")
+    row(
+        f"a swap file is damaged ({damage})",
+        "found before it is read: no update is made of it, exit 1",
+    )
 
 
 def test_two_runs_one_swap_path(starts, solo, row):
@@ -92,11 +110,18 @@ def test_the_same_run_twice(starts, row):
     run = starts("run", *SAVES, "--max_steps", 400).until_step(1)
     again = starts("run", *SAVES, "--resume_from_checkpoint", "auto", supervised=False).ends(2)
     assert "is in use" in again.output and f"pid {run.ranks()[0].pid} on" in again.output
-    row("the same run started twice", "the second is refused: pid, host and start of the first; exit 2")
+    row(
+        "the same run started twice",
+        "the second is refused: pid, host and start of the first; exit 2",
+    )
 
 
 def test_leftovers_are_reclaimed(starts, row):
-    run = starts("run", *NVME, "--max_steps", 400, supervised=False).until_step(1).signal(signal.SIGKILL)
+    run = (
+        starts("run", *NVME, "--max_steps", 400, supervised=False)
+        .until_step(1)
+        .signal(signal.SIGKILL)
+    )
     run.process.wait()
     swap = run.directory.parent / "swap"
     (left,) = swap.glob("run-*")
@@ -104,8 +129,15 @@ def test_leftovers_are_reclaimed(starts, row):
     foreign.mkdir()
     (foreign / "file.swp").write_bytes(b"x")
     again = starts("again", *NVME, "--max_steps", 1).ends(0)
-    assert f"GB of a dead run reclaimed ({left.name})" in again.output and not left.exists() and (foreign / "file.swp").exists()
-    row("swap files of a killed run", "reclaimed by the next one, reported in GB; what is not ours stays")
+    assert (
+        f"GB of a dead run reclaimed ({left.name})" in again.output
+        and not left.exists()
+        and (foreign / "file.swp").exists()
+    )
+    row(
+        "swap files of a killed run",
+        "reclaimed by the next one, reported in GB; what is not ours stays",
+    )
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "read-only"])
@@ -122,24 +154,43 @@ def test_swap_place_refused(starts, disk, tmp_path, row, kind):
 @pytest.mark.quick
 def test_checkpoint_disk_full(starts, disk, row):
     place = disk(70)
-    run = starts("run", "--max_steps", 12, "--save_steps", 1, "--max_restarts", 0, directory=place / "run").ends(1)
-    assert run.output.count("was not saved") == 3 and "earlier checkpoints are untouched" in run.output
-    assert "the last checkpoint is of step 1; to go on from it: deepspeed launch/train.py --config" in run.output
-    assert "3 checkpoints in a row could not be saved" in run.output and "checkpoint-1" in run.output.split("in a row")[1]
+    run = starts(
+        "run", "--max_steps", 12, "--save_steps", 1, "--max_restarts", 0, directory=place / "run"
+    ).ends(1)
+    assert (
+        run.output.count("was not saved") == 3 and "earlier checkpoints are untouched" in run.output
+    )
+    assert (
+        "the last checkpoint is of step 1; to go on from it: deepspeed launch/train.py --config"
+        in run.output
+    )
+    assert (
+        "3 checkpoints in a row could not be saved" in run.output
+        and "checkpoint-1" in run.output.split("in a row")[1]
+    )
     assert [p.name for p in run.directory.iterdir() if "checkpoint" in p.name] == ["checkpoint-1"]
-    row("the disk of the checkpoints is full", "the old one stays, training goes on, after 3 failed saves it stops; exit 1")
+    row(
+        "the disk of the checkpoints is full",
+        "the old one stays, training goes on, after 3 failed saves it stops; exit 1",
+    )
 
 
 def test_no_inodes_left(starts, disk, row):
     place = disk(120)
-    run = starts("run", "--max_steps", 400, "--save_steps", 1, "--max_restarts", 0, directory=place / "run").until_saved(2)
+    run = starts(
+        "run", "--max_steps", 400, "--save_steps", 1, "--max_restarts", 0, directory=place / "run"
+    ).until_saved(2)
     try:
         for i in range(10**6):
             (place / f"empty-{i}").touch()
     except OSError:
         pass
     run.ends(1)
-    assert "was not saved" in run.output and "No space left on device" in run.output and list(run.directory.glob("checkpoint-*"))
+    assert (
+        "was not saved" in run.output
+        and "No space left on device" in run.output
+        and list(run.directory.glob("checkpoint-*"))
+    )
     row("no inodes left for a checkpoint", "as with a full disk")
 
 
@@ -175,10 +226,15 @@ def test_every_file_damaged(saved, tmp_path, row):
     from trainer.checkpoint import checkpoints
     from trainer.errors import RunError
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         names = sorted(p.name for p in (saved / "checkpoint-6").iterdir())
-        assert len([n for n in names if n.startswith("rank-00001-")]) > 3 and {"manifest.json", "trainer_state.json"} <= set(names)
+        assert len([n for n in names if n.startswith("rank-00001-")]) > 3 and {
+            "manifest.json",
+            "trainer_state.json",
+        } <= set(names)
         for name in names:
             for kind in ("truncated", "flipped", "missing"):
                 shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -189,45 +245,96 @@ def test_every_file_damaged(saved, tmp_path, row):
                 assert folder.name == "checkpoint-4" and manifest["step"] == 4
                 assert "skipped checkpoint-6" in said[0] and name in said[0]
                 with pytest.raises(RunError, match="cannot be used"):
-                    checkpoints.choose(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"), said.append)
+                    checkpoints.choose(
+                        tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"), said.append
+                    )
         for step in (2, 4, 6):
             (tmp_path / "run" / f"checkpoint-{step}" / "manifest.json").unlink(missing_ok=True)
         with pytest.raises(RunError, match="no checkpoint of .* is whole"):
             checkpoints.choose(tmp_path / "run", "auto", said.append)
     finally:
         dist.destroy_process_group()
-    row("a file of a checkpoint truncated, changed or missing", f"named, the next older is taken ({len(names)} files, 3 ways each)")
+    row(
+        "a file of a checkpoint truncated, changed or missing",
+        f"named, the next older is taken ({len(names)} files, 3 ways each)",
+    )
 
 
 @pytest.mark.quick
 def test_a_damaged_checkpoint_is_skipped(saved, tmp_path, starts, row):
     shutil.copytree(saved, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoint-6" / "rank-00001-group-00000.safetensors", "flipped")
-    run = starts("run", *SAVES, "--save_total_limit", 5, "--resume_from_checkpoint", "auto", ranks=2).ends(0)
-    assert "skipped checkpoint-6: rank-00001-group-00000.safetensors is not what was written" in run.output
+    run = starts(
+        "run", *SAVES, "--save_total_limit", 5, "--resume_from_checkpoint", "auto", ranks=2
+    ).ends(0)
+    assert (
+        "skipped checkpoint-6: rank-00001-group-00000.safetensors is not what was written"
+        in run.output
+    )
     assert "goes on after step 4" in run.output
     before = [json.loads(line) for line in (saved / "metrics.jsonl").read_text().splitlines()]
     assert run.losses == [r["loss"] for r in before if "loss" in r]
-    manifests = [json.loads((d / "checkpoint-6" / "manifest.json").read_text())["files"] for d in (saved, run.directory)]
-    assert all(manifests[0][n] == manifests[1][n] for n in manifests[0] if n.endswith(".safetensors"))  # written anew, the same
-    row("resume with a damaged newest checkpoint", "skipped by name, goes on from the older one, losses bit-equal")
+    manifests = [
+        json.loads((d / "checkpoint-6" / "manifest.json").read_text())["files"]
+        for d in (saved, run.directory)
+    ]
+    assert all(
+        manifests[0][n] == manifests[1][n] for n in manifests[0] if n.endswith(".safetensors")
+    )  # written anew, the same
+    row(
+        "resume with a damaged newest checkpoint",
+        "skipped by name, goes on from the older one, losses bit-equal",
+    )
 
 
 def test_going_back(starts, row):
     """Resumed by path, under the supervisor, without naming the run: the same directory, and the abandoned line is out of the way."""
     first = starts("run", *SAVES, "--save_total_limit", 5).ends(0)
-    again = starts("run", *SAVES, "--save_total_limit", 5, "--learning_rate", 5e-4, "--resume_from_checkpoint",
-                   first.directory / "checkpoint-2", named=False).ends(0)
+    again = starts(
+        "run",
+        *SAVES,
+        "--save_total_limit",
+        5,
+        "--learning_rate",
+        5e-4,
+        "--resume_from_checkpoint",
+        first.directory / "checkpoint-2",
+        named=False,
+    ).ends(0)
     assert "superseded-checkpoint-4" in again.output and "learning_rate" in again.output
     names = sorted(p.name.rsplit("-", 1)[0] for p in first.directory.glob("*checkpoint-*"))
-    assert names == ["checkpoint", "checkpoint", "checkpoint", "superseded-checkpoint-4", "superseded-checkpoint-6"]
+    assert names == [
+        "checkpoint",
+        "checkpoint",
+        "checkpoint",
+        "superseded-checkpoint-4",
+        "superseded-checkpoint-6",
+    ]
     assert len(again.records) == 6
-    row("resume from an older checkpoint by its path", "goes on in the run's directory; later checkpoints are put aside")
+    row(
+        "resume from an older checkpoint by its path",
+        "goes on in the run's directory; later checkpoints are put aside",
+    )
 
 
 def test_the_best_is_kept(trains, row):
-    run = trains("run", "--max_steps", 8, "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--learning_rate", 0.2,
-                 "--export", "false", "--lr_scheduler_type", "constant")
+    run = trains(
+        "run",
+        "--max_steps",
+        8,
+        "--save_steps",
+        1,
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        1,
+        "--learning_rate",
+        0.2,
+        "--export",
+        "false",
+        "--lr_scheduler_type",
+        "constant",
+    )
     best = min((e for e in run.evaluations if e["step"]), key=lambda e: e["eval_loss"])["step"]
     kept = {int(p.name[11:]) for p in run.directory.glob("checkpoint-*")}
     assert kept == {7, 8, best}
@@ -237,30 +344,68 @@ def test_the_best_is_kept(trains, row):
 # -- guards --------------------------------------------------------------------------------------------------------------
 @pytest.mark.quick
 def test_not_finite_on_one_rank(starts, row):
-    run = starts("run", "--max_steps", 6, ranks=2, env={"FAULT_STEP": "3", "FAULT_VALUE": "nan", "FAULT_RANK": "1"},
-                 script="tests/cpu/inject.py").ends(1)
-    assert "none of them was applied" in run.output and "restart" not in run.output and "to go on from it" not in run.output
+    run = starts(
+        "run",
+        "--max_steps",
+        6,
+        ranks=2,
+        env={"FAULT_STEP": "3", "FAULT_VALUE": "nan", "FAULT_RANK": "1"},
+        script="tests/cpu/inject.py",
+    ).ends(1)
+    assert (
+        "none of them was applied" in run.output
+        and "restart" not in run.output
+        and "to go on from it" not in run.output
+    )
     for rank in (0, 1):
         dumped = json.loads((run.directory / f"nonfinite-3-rank-{rank}.json").read_text())
-        assert dumped["step"] == 3 and len(dumped["rows"]) == 2 and all(r["line"] >= 1 and "train.jsonl" in r["path"]
-                                                                       for r in dumped["rows"])
+        assert (
+            dumped["step"] == 3
+            and len(dumped["rows"]) == 2
+            and all(r["line"] >= 1 and "train.jsonl" in r["path"] for r in dumped["rows"])
+        )
         from safetensors.torch import load_file
 
-        assert load_file(run.directory / f"nonfinite-3-rank-{rank}.safetensors")["0/input_ids"].shape[0] == 2
-    row("NaN in the loss of one rank", "no update on any rank, its rows and batches written down, exit 1")
+        assert (
+            load_file(run.directory / f"nonfinite-3-rank-{rank}.safetensors")["0/input_ids"].shape[
+                0
+            ]
+            == 2
+        )
+    row(
+        "NaN in the loss of one rank",
+        "no update on any rank, its rows and batches written down, exit 1",
+    )
 
 
 def test_loss_spike(starts, row):
-    run = starts("run", "--max_steps", 28, "--learning_rate", 1e-5, "--max_grad_norm", 0.01,
-                 env={"FAULT_STEP": "26", "FAULT_VALUE": "50"}, script="tests/cpu/inject.py").ends(0)
+    run = starts(
+        "run",
+        "--max_steps",
+        28,
+        "--learning_rate",
+        1e-5,
+        "--max_grad_norm",
+        0.01,
+        env={"FAULT_STEP": "26", "FAULT_VALUE": "50"},
+        script="tests/cpu/inject.py",
+    ).ends(0)
     assert "warning: the loss jumped to" in run.output and "at step 26" in run.output
     row("the loss jumps", "a warning with step, loss and the last losses' mean and spread")
 
 
 def test_wandb_unreachable(starts, row):
-    run = starts("run", "--max_steps", 3, "--report_to", "wandb", env={"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40,
-                                                                     "WANDB_BASE_URL": "http://127.0.0.1:9"}).ends(0, 180)
+    run = starts(
+        "run",
+        "--max_steps",
+        3,
+        "--report_to",
+        "wandb",
+        env={
+            "WANDB_MODE": "online",
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": "http://127.0.0.1:9",
+        },
+    ).ends(0, 180)
     assert len(run.records) == 3 and all(r["step_s"] < 5 for r in run.records)
     row("W&B is unreachable", "the run goes on without it, no step is slower")
-
-

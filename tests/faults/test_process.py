@@ -1,4 +1,5 @@
 """Processes that die, stop, hang or are told to stop."""
+
 import functools
 import json
 import os
@@ -14,7 +15,14 @@ from conftest import FLAGS, ROOT
 from trainer import supervise
 
 SAVES = ["--max_steps", 12, "--save_steps", 3]
-POINTS = ["before-parts", "after-a-part", "before-manifest", "before-rename", "after-rename", "during-rotation"]
+POINTS = [
+    "before-parts",
+    "after-a-part",
+    "before-manifest",
+    "before-rename",
+    "after-rename",
+    "during-rotation",
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +45,19 @@ def test_a_rank_is_killed(starts, undisturbed, row):
     victim.kill()
     began = time.monotonic()
     run.until(lambda r: "restart 1 of 3" in r.output, 60)
-    assert "rank 1 was ended by SIGKILL in train after step" in run.output and "MemAvailable fell to" in run.output
+    assert (
+        "rank 1 was ended by SIGKILL in train after step" in run.output
+        and "MemAvailable fell to" in run.output
+    )
     run.until(lambda r: "goes on after step" in r.output, 60)
     recovered = time.monotonic() - began
     run.ends(0)
     assert run.losses == undisturbed(2) and [r["step"] for r in run.records] == list(range(1, 13))
-    row("kill -9 of a rank in mid-step", "the others end, resumes from the last checkpoint, losses bit-equal", recovered)
+    row(
+        "kill -9 of a rank in mid-step",
+        "the others end, resumes from the last checkpoint, losses bit-equal",
+        recovered,
+    )
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -57,44 +72,88 @@ def test_killed_while_saving(starts, undisturbed, row, point):
     assert again.losses == undisturbed(1)
     kept = sorted(p.name for p in again.directory.iterdir() if "checkpoint" in p.name)
     assert kept == ["checkpoint-12", "checkpoint-9"]  # no temporary one is left
-    row(f"kill -9 of a save: {point}", "the checkpoint is whole or not there; the next start goes on, losses bit-equal", recovered)
+    row(
+        f"kill -9 of a save: {point}",
+        "the checkpoint is whole or not there; the next start goes on, losses bit-equal",
+        recovered,
+    )
 
 
 @pytest.mark.quick
 def test_one_rank_killed_while_saving(starts, undisturbed, row):
     """The other rank waits in a collective; the supervisor ends it. The point is met again at each restart: the budget ends it."""
-    run = starts("run", *SAVES, "--max_restarts", 2, ranks=2, env={"ZERO_OFFLOAD_KILL_AT": "after-a-part:1"}).ends(1)
-    assert "2 restarts without a new checkpoint" in run.output and "restart 2 of 2" in run.output and "to go on" not in run.output
+    run = starts(
+        "run", *SAVES, "--max_restarts", 2, ranks=2, env={"ZERO_OFFLOAD_KILL_AT": "after-a-part:1"}
+    ).ends(1)
+    assert (
+        "2 restarts without a new checkpoint" in run.output
+        and "restart 2 of 2" in run.output
+        and "to go on" not in run.output
+    )
     assert not list(run.directory.glob("checkpoint-*")) and "no checkpoint yet" in run.output
     assert "--resume_from_checkpoint auto" in run.output
-    row("the same fault at every start", "ends after the budget of restarts, exit 1, with the line that resumes")
+    row(
+        "the same fault at every start",
+        "ends after the budget of restarts, exit 1, with the line that resumes",
+    )
 
 
-@pytest.mark.parametrize("number, code", [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.quick), (signal.SIGINT, 75),
-                                          (signal.SIGUSR1, 75), (signal.SIGHUP, 75)])
+@pytest.mark.parametrize(
+    "number, code",
+    [
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.quick),
+        (signal.SIGINT, 75),
+        (signal.SIGUSR1, 75),
+        (signal.SIGHUP, 75),
+    ],
+)
 def test_signals(starts, undisturbed, row, number, code):
     run = starts("run", *SAVES, ranks=2).until_step(4).signal(number)
     seconds = timed(run, code)
     step = len(run.records)
     assert step < 12 and (run.directory / f"checkpoint-{step}").exists() and seconds < 30
-    assert f"after step {step}; checkpoint-{step}" in run.output and "--resume_from_checkpoint auto" in run.output
+    assert (
+        f"after step {step}; checkpoint-{step}" in run.output
+        and "--resume_from_checkpoint auto" in run.output
+    )
     assert json.loads((run.directory / "heartbeat.json").read_text())["phase"] == "stopped"
     if number == signal.SIGTERM:
         again = starts("run", *SAVES, "--resume_from_checkpoint", "auto", ranks=2).ends(0)
         assert again.losses == undisturbed(2)
-    row(signal.Signals(number).name, "all ranks stop after the same update, with a checkpoint; exit 75", seconds)
+    row(
+        signal.Signals(number).name,
+        "all ranks stop after the same update, with a checkpoint; exit 75",
+        seconds,
+    )
 
 
 def test_no_time_to_save(starts, row):
-    run = starts("run", *SAVES, "--grace_seconds", 0).until_saved(3).until_step(4).signal(signal.SIGTERM).ends(75)
+    run = (
+        starts("run", *SAVES, "--grace_seconds", 0)
+        .until_saved(3)
+        .until_step(4)
+        .signal(signal.SIGTERM)
+        .ends(75)
+    )
     assert "would not have been written in time" in run.output and "checkpoint-3" in run.output
-    assert not (run.directory / f"checkpoint-{len(run.records)}").exists() or len(run.records) in (3, 6, 9)
+    assert not (run.directory / f"checkpoint-{len(run.records)}").exists() or len(run.records) in (
+        3,
+        6,
+        9,
+    )
     row("SIGTERM with less grace than a save takes", "stops on the last checkpoint; exit 75")
 
 
 def test_twice(starts, row):
-    run = starts("run", "--max_steps", 50, "--save_steps", 50, env={"FAULT_STEP": "3", "FAULT_VALUE": "hang"},
-                 script="tests/cpu/inject.py").until_step(2)
+    run = starts(
+        "run",
+        "--max_steps",
+        50,
+        "--save_steps",
+        50,
+        env={"FAULT_STEP": "3", "FAULT_VALUE": "hang"},
+        script="tests/cpu/inject.py",
+    ).until_step(2)
     time.sleep(1)  # it is in the third update, which never ends
     run.signal(signal.SIGINT)
     time.sleep(1.5)
@@ -110,11 +169,18 @@ def test_stop_and_save_files(starts, row):
     (run.directory / "SAVE").touch()
     run.until(lambda r: list(r.directory.glob("checkpoint-*")))
     run.until_step(len(run.records) + 2)
-    done = subprocess.run([sys.executable, "launch/supervise.py", "--stop", str(run.directory)], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "launch/supervise.py", "--stop", str(run.directory)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0 and "stopped at step" in done.stdout, done.stdout + done.stderr
     run.ends(75)
-    assert "stopped by the file STOP" in run.output and len(list(run.directory.glob("checkpoint-*"))) == 2
+    assert (
+        "stopped by the file STOP" in run.output
+        and len(list(run.directory.glob("checkpoint-*"))) == 2
+    )
     row("the files SAVE and STOP, make stop", "saves and goes on; stops with a checkpoint, exit 75")
 
 
@@ -127,7 +193,11 @@ def test_the_supervisor_is_killed(starts, row):
     run.process.kill()
     gone, alive = psutil.wait_procs(ranks, timeout=20)
     assert not alive
-    row("the supervisor is killed with -9", "no rank outlives it, and its locks are free", time.monotonic() - began)
+    row(
+        "the supervisor is killed with -9",
+        "no rank outlives it, and its locks are free",
+        time.monotonic() - began,
+    )
 
 
 def test_a_stopped_rank(starts, undisturbed, row):
@@ -140,36 +210,86 @@ def test_a_stopped_rank(starts, undisturbed, row):
     assert "rank 1" in run.output and "has been stopped for" in run.output
     stacks = [(run.directory / f"stacks-{rank}.txt").read_text() for rank in (0, 1)]
     run.ends(0)
-    assert run.losses == undisturbed(2) and all("most recent call first" in s for s in stacks), stacks
-    row("SIGSTOP of a rank", "named, stacks of all ranks written, restarted, losses bit-equal", time.monotonic() - began)
+    assert run.losses == undisturbed(2) and all("most recent call first" in s for s in stacks), (
+        stacks
+    )
+    row(
+        "SIGSTOP of a rank",
+        "named, stacks of all ranks written, restarted, losses bit-equal",
+        time.monotonic() - began,
+    )
 
 
 def test_a_hanging_rank(starts, row):
     """It does not come back from an update: no progress, though every process lives."""
-    run = starts("run", *SAVES, "--hang_timeout", 8, "--max_restarts", 0, env={"FAULT_STEP": "4", "FAULT_VALUE": "hang"},
-                 script="tests/cpu/inject.py")
+    run = starts(
+        "run",
+        *SAVES,
+        "--hang_timeout",
+        8,
+        "--max_restarts",
+        0,
+        env={"FAULT_STEP": "4", "FAULT_VALUE": "hang"},
+        script="tests/cpu/inject.py",
+    )
     run.ends(1, 200)
     assert "no sign of life for" in run.output and "in train after step 3" in run.output
     assert "inject.py" in (run.directory / "stacks-0.txt").read_text()
-    assert 8 <= float((run.directory / ".patience").read_text()) < supervise.LIMITS["train"]  # for the image's health check
+    assert (
+        8 <= float((run.directory / ".patience").read_text()) < supervise.LIMITS["train"]
+    )  # for the image's health check
     row("a rank hangs", "no sign of life: stacks written, ended, restarted within its budget")
 
 
 def test_a_crash_is_tried_again(starts, undisturbed, row):
-    run = starts("run", *SAVES, "--max_restarts", 1, env={"FAULT_STEP": "5", "FAULT_VALUE": "crash"}, script="tests/cpu/inject.py")
+    run = starts(
+        "run",
+        *SAVES,
+        "--max_restarts",
+        1,
+        env={"FAULT_STEP": "5", "FAULT_VALUE": "crash"},
+        script="tests/cpu/inject.py",
+    )
     run.ends(0)  # at steps 5, 8 and 11, each time with a new checkpoint in between
-    assert run.output.count("rank 0 failed in train after step") == run.output.count("restart 1 of 1") == 3
+    assert (
+        run.output.count("rank 0 failed in train after step")
+        == run.output.count("restart 1 of 1")
+        == 3
+    )
     assert run.losses == undisturbed(1)
-    row("an exception that nobody foresaw", "traceback, restarted while there is progress, losses bit-equal")
+    row(
+        "an exception that nobody foresaw",
+        "traceback, restarted while there is progress, losses bit-equal",
+    )
 
 
 def test_detached(starts, row, tmp_path, tiny_model, rows_file):
     """The shell that started it is gone, as when an SSH session closes; the run goes on."""
     directory = tmp_path / "run"
-    command = [sys.executable, "launch/supervise.py", "--detach", "--output_dir", directory, "--model_name_or_path", tiny_model,
-               "--dataset", rows_file[0], "--validation_split", "0", *FLAGS, "--max_steps", 3]
-    shell = subprocess.run(["setsid", *map(str, command)], cwd=ROOT, text=True, capture_output=True,
-                           env={**os.environ, "DS_ACCELERATOR": "cpu"}, timeout=60)
+    command = [
+        sys.executable,
+        "launch/supervise.py",
+        "--detach",
+        "--output_dir",
+        directory,
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset",
+        rows_file[0],
+        "--validation_split",
+        "0",
+        *FLAGS,
+        "--max_steps",
+        3,
+    ]
+    shell = subprocess.run(
+        ["setsid", *map(str, command)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        timeout=60,
+    )
     assert shell.returncode == 0 and "train.log" in shell.stdout, shell.stdout + shell.stderr
     end = time.monotonic() + 120
     while "done: 3 updates" not in (directory / "train.log").read_text():
@@ -183,18 +303,52 @@ def test_bare_launcher(starts, row, tiny_model, rows_file, tmp_path):
     from pathlib import Path
 
     directory = tmp_path / "run"
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", 29390, "launch/train.py",
-               "--output_dir", directory, "--model_name_or_path", tiny_model, "--dataset", rows_file[0], "--validation_split",
-               "0", *FLAGS, *SAVES]
+    command = [
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_gpus",
+        2,
+        "--master_port",
+        29390,
+        "launch/train.py",
+        "--output_dir",
+        directory,
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset",
+        rows_file[0],
+        "--validation_split",
+        "0",
+        *FLAGS,
+        *SAVES,
+    ]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                                   env={**os.environ, "DS_ACCELERATOR": "cpu"})
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        )
     end = time.monotonic() + 120
-    while not (directory / "metrics.jsonl").exists() or len((directory / "metrics.jsonl").read_text().splitlines()) < 4:
-        assert time.monotonic() < end and process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+    while (
+        not (directory / "metrics.jsonl").exists()
+        or len((directory / "metrics.jsonl").read_text().splitlines()) < 4
+    ):
+        assert time.monotonic() < end and process.poll() is None, (tmp_path / "log").read_text()[
+            -3000:
+        ]
         time.sleep(0.05)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[-1:] and "--local_rank=0" in p.cmdline()]
+    ranks = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if p.cmdline()[-1:] and "--local_rank=0" in p.cmdline()
+    ]
     ranks[-1].terminate()  # one rank only: the decision is everybody's
     assert process.wait(60) == 75, (tmp_path / "log").read_text()[-3000:]
-    assert "stopped by SIGTERM" in (tmp_path / "log").read_text() and list(directory.glob("checkpoint-*"))
-    row("SIGTERM to one rank under the deepspeed launcher", "all ranks stop after the same update, exit 75")
+    assert "stopped by SIGTERM" in (tmp_path / "log").read_text() and list(
+        directory.glob("checkpoint-*")
+    )
+    row(
+        "SIGTERM to one rank under the deepspeed launcher",
+        "all ranks stop after the same update, exit 75",
+    )

@@ -1,8 +1,9 @@
 """launch/train.py under torch's profiler for two updates: where a step's time goes, as JSON.
 
-    PROFILE_OUT=profile.json PROFILE_AT=6 python tests/gpu/profile_run.py --deepspeed ds_z3_offload.json …
-    python tests/gpu/profile_run.py --plot LABEL=profile.json LABEL=profile.json … OUT.png
+PROFILE_OUT=profile.json PROFILE_AT=6 python tests/gpu/profile_run.py --deepspeed ds_z3_offload.json …
+python tests/gpu/profile_run.py --plot LABEL=profile.json LABEL=profile.json … OUT.png
 """
+
 import json
 import os
 import re
@@ -12,9 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 UPDATES = 2
-KINDS = (("copy to the GPU", r"HtoD"), ("copy to the host", r"DtoH"), ("copy on the GPU", r"DtoD|Memset"),
-         ("attention", r"flash|fmha|cudnn_generated|sdpa|varlen"), ("matmul", r"gemm|nvjet|xmma|cutlass|gemv|splitK"),
-         ("collectives", r"nccl"), ("kernels of Liger", r"^_(swiglu|rms|triton_rope|layer)|liger|element_mul"), ("other", r""))
+KINDS = (
+    ("copy to the GPU", r"HtoD"),
+    ("copy to the host", r"DtoH"),
+    ("copy on the GPU", r"DtoD|Memset"),
+    ("attention", r"flash|fmha|cudnn_generated|sdpa|varlen"),
+    ("matmul", r"gemm|nvjet|xmma|cutlass|gemv|splitK"),
+    ("collectives", r"nccl"),
+    ("kernels of Liger", r"^_(swiglu|rms|triton_rope|layer)|liger|element_mul"),
+    ("other", r""),
+)
 
 
 def union(spans):
@@ -37,15 +45,26 @@ def summary(profiler, seconds):
         if name.startswith(("ProfilerStep", "##")) or "Context" in name:
             continue
         kind = next(k for k, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
-        spans.setdefault(kind, []).append((event.start_ns(), event.start_ns() + event.duration_ns()))
+        spans.setdefault(kind, []).append(
+            (event.start_ns(), event.start_ns() + event.duration_ns())
+        )
         names[name] = names.get(name, 0) + event.duration_ns() / 1e9
     copies = ("copy to the GPU", "copy to the host")
     busy = union([s for kind, own in spans.items() if kind not in copies for s in own])
     host = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)[:25]
-    return {"step_s": seconds / UPDATES, "computing_s": busy / UPDATES, "idle_s": (seconds - busy) / UPDATES,
-            "kinds_s": {k: union(s) / UPDATES for k, s in spans.items()}, "launches": {k: len(s) / UPDATES for k, s in spans.items()},
-            "kernels_s": {n[:120]: s / UPDATES for n, s in sorted(names.items(), key=lambda p: -p[1])[:40]},
-            "host_self_s": {e.key[:80]: [e.self_cpu_time_total / 1e6 / UPDATES, e.count / UPDATES] for e in host}}
+    return {
+        "step_s": seconds / UPDATES,
+        "computing_s": busy / UPDATES,
+        "idle_s": (seconds - busy) / UPDATES,
+        "kinds_s": {k: union(s) / UPDATES for k, s in spans.items()},
+        "launches": {k: len(s) / UPDATES for k, s in spans.items()},
+        "kernels_s": {
+            n[:120]: s / UPDATES for n, s in sorted(names.items(), key=lambda p: -p[1])[:40]
+        },
+        "host_self_s": {
+            e.key[:80]: [e.self_cpu_time_total / 1e6 / UPDATES, e.count / UPDATES] for e in host
+        },
+    }
 
 
 def install():
@@ -68,7 +87,9 @@ def install():
             torch.cuda.synchronize()
             seconds = time.perf_counter() - state["began"]
             state["profiler"].stop()
-            Path(os.environ["PROFILE_OUT"]).write_text(json.dumps(summary(state["profiler"], seconds), indent=1))
+            Path(os.environ["PROFILE_OUT"]).write_text(
+                json.dumps(summary(state["profiler"], seconds), indent=1)
+            )
 
     trainer.OffloadTrainer._update_ended = ended
 
@@ -81,26 +102,50 @@ def plot(arguments):
     from matplotlib import pyplot
 
     *given, target = arguments
-    profiles = [(label, json.loads(Path(path).read_text())) for label, path in (g.split("=", 1) for g in given)]
+    profiles = [
+        (label, json.loads(Path(path).read_text()))
+        for label, path in (g.split("=", 1) for g in given)
+    ]
     kinds = ("matmul", "attention", "kernels of Liger", "other")
     colours = dict(zip((*kinds, "idle"), ("#3b6fb6", "#e08e2b", "#5aa469", "#9a7fb8", "#e4e4e4")))
     figure, axes = pyplot.subplots(figsize=(9, 1.1 + 1.1 * len(profiles)))
     longest = max(p["step_s"] for _, p in profiles)
     for y, (_, p) in enumerate(profiles):
         parts = {k: p["kinds_s"].get(k, 0) for k in kinds}
-        shrink = min(1, p["computing_s"] / sum(parts.values()))  # kernels of two streams run at the same time now and then
+        shrink = min(
+            1, p["computing_s"] / sum(parts.values())
+        )  # kernels of two streams run at the same time now and then
         left = 0
-        for name, seconds in {**{k: s * shrink for k, s in parts.items()}, "idle": p["idle_s"]}.items():
+        for name, seconds in {
+            **{k: s * shrink for k, s in parts.items()},
+            "idle": p["idle_s"],
+        }.items():
             axes.barh(y, seconds, 0.5, left, color=colours[name], label=name if y == 0 else None)
             if seconds > 0.04 * longest:
-                axes.text(left + seconds / 2, y, f"{seconds:.2f}", ha="center", va="center", fontsize=8)
+                axes.text(
+                    left + seconds / 2, y, f"{seconds:.2f}", ha="center", va="center", fontsize=8
+                )
             left += seconds
-        for place, name, colour in ((0.34, "copy to the GPU", "#b03a3a"), (0.44, "copy to the host", "#444444")):
-            axes.barh(y + place, p["kinds_s"].get(name, 0), 0.08, color=colour, label=name if y == 0 else None)
+        for place, name, colour in (
+            (0.34, "copy to the GPU", "#b03a3a"),
+            (0.44, "copy to the host", "#444444"),
+        ):
+            axes.barh(
+                y + place,
+                p["kinds_s"].get(name, 0),
+                0.08,
+                color=colour,
+                label=name if y == 0 else None,
+            )
     axes.set_yticks(range(len(profiles)), [label for label, _ in profiles])
     axes.invert_yaxis()
     axes.set_xlabel("seconds a step")
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.3 / (0.4 + 0.4 * len(profiles))))
+    axes.legend(
+        fontsize=8,
+        ncols=4,
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.3 / (0.4 + 0.4 * len(profiles))),
+    )
     figure.savefig(target, dpi=120, bbox_inches="tight")
 
 

@@ -5,8 +5,28 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 STEPS, CUT = 6, 3
-FLAGS = ["--per_device_train_batch_size", 2, "--max_steps", STEPS, "--save_steps", CUT, "--eval_strategy", "no", "--eval_on_start",
-         "false", "--export", "false", "--save_total_limit", 5, "--max_length", 96, "--learning_rate", 1e-3, "--validation_split", 0]
+FLAGS = [
+    "--per_device_train_batch_size",
+    2,
+    "--max_steps",
+    STEPS,
+    "--save_steps",
+    CUT,
+    "--eval_strategy",
+    "no",
+    "--eval_on_start",
+    "false",
+    "--export",
+    "false",
+    "--save_total_limit",
+    5,
+    "--max_length",
+    96,
+    "--learning_rate",
+    1e-3,
+    "--validation_split",
+    0,
+]
 # Losses of two runs that are the same but for the order of CUDA's atomic additions differ by less (bf16, loss about 6).
 NOISE = 5e-3
 
@@ -16,24 +36,46 @@ def trains(tiny_model, rows_file, tmp_path):
     from conftest import train
 
     def go(name, *flags):
-        run = train(tmp_path / name, "--model_name_or_path", tiny_model, "--dataset", rows_file[0], "--nvme_path", tmp_path / "swap",
-                    *FLAGS, *flags, launcher=False, env={"DS_ACCELERATOR": "cuda"})
+        run = train(
+            tmp_path / name,
+            "--model_name_or_path",
+            tiny_model,
+            "--dataset",
+            rows_file[0],
+            "--nvme_path",
+            tmp_path / "swap",
+            *FLAGS,
+            *flags,
+            launcher=False,
+            env={"DS_ACCELERATOR": "cuda"},
+        )
         assert run.code == 0, run.output[-6000:]
         return run
+
     return go
 
 
-@pytest.mark.parametrize("config, method, precision", [
-    *((f"ds_z3{c}", "full", "bf16") for c in ("", "_offload", "_nvme_optimizer", "_nvme")), ("ds_z3_offload", "lora", "bf16"),
-    ("ds_z3_offload", "full", "fp16")])
+@pytest.mark.parametrize(
+    "config, method, precision",
+    [
+        *((f"ds_z3{c}", "full", "bf16") for c in ("", "_offload", "_nvme_optimizer", "_nvme")),
+        ("ds_z3_offload", "lora", "bf16"),
+        ("ds_z3_offload", "full", "fp16"),
+    ],
+)
 def test_resume(trains, config, method, precision, capsys):
     flags = ["--deepspeed", f"{config}.json", "--method", method, "--precision", precision]
     whole = trains("whole", *flags)
-    again = trains("again", *flags, "--resume_from_checkpoint", whole.directory / f"checkpoint-{CUT}")
+    again = trains(
+        "again", *flags, "--resume_from_checkpoint", whole.directory / f"checkpoint-{CUT}"
+    )
     off = max(abs(a - b) for a, b in zip(again.losses, whole.losses[CUT:], strict=True))
     with capsys.disabled():
-        print(f"\n{config} {method} {precision}: largest difference of {STEPS - CUT} losses {off:.2e}; files of step {STEPS} "
-              f"{'bit-equal' if again.parts(STEPS) == whole.parts(STEPS) else 'differ'}", flush=True)
+        print(
+            f"\n{config} {method} {precision}: largest difference of {STEPS - CUT} losses {off:.2e}; files of step {STEPS} "
+            f"{'bit-equal' if again.parts(STEPS) == whole.parts(STEPS) else 'differ'}",
+            flush=True,
+        )
     assert off < NOISE and whole.parts(STEPS) != whole.parts(CUT)
     # What was restored is what was saved: the first loss comes from the same weights and rows.
     assert again.losses[0] == pytest.approx(whole.losses[CUT], abs=1e-4)

@@ -2,6 +2,7 @@
 
 Run as a script for the times of the backends: python tests/gpu/test_packing.py
 """
+
 import sys
 import time
 from pathlib import Path
@@ -26,11 +27,21 @@ def make(kind, backend, dtype, layers=4, hidden=1024, heads=16, kv_heads=4):
     from trainer.modeling import attention
 
     transformers.AttentionInterface.register("varlen", attention.varlen_attention)
-    config = getattr(transformers, f"{kind}Config")(vocab_size=1024, hidden_size=hidden, intermediate_size=3 * hidden, pad_token_id=0,
-                                                    num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                                                    max_position_embeddings=4096, **SHAPES[kind])
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        pad_token_id=0,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        **SHAPES[kind],
+    )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=backend, dtype=torch.float32
+    )
     return model.to("cuda", dtype).eval()
 
 
@@ -48,7 +59,9 @@ def inputs_of(batch, varlen):
     if varlen:
         borders = batch["cu_seq_lens"].cuda()
         longest = batch["max_length"]
-        inputs.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
+        inputs.update(
+            cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest
+        )
     return inputs
 
 
@@ -59,14 +72,18 @@ def packed_logits(model, bins, capacity, varlen):
     result = []
     for row, unit in enumerate(bins):
         ends = np.cumsum([len(ids) for ids, _ in unit])
-        result += [out[row, e - len(ids):e].float() for e, (ids, _) in zip(ends, unit)]
+        result += [out[row, e - len(ids) : e].float() for e, (ids, _) in zip(ends, unit)]
     return result
 
 
 def alone_logits(model, bins, varlen=False):
     """Logits of every sample by itself."""
     with torch.no_grad():
-        return [model(**inputs_of(collate([[s]], 0), varlen), use_cache=False).logits[0].float() for unit in bins for s in unit]
+        return [
+            model(**inputs_of(collate([[s]], 0), varlen), use_cache=False).logits[0].float()
+            for unit in bins
+            for s in unit
+        ]
 
 
 def worst(a, b):
@@ -92,8 +109,14 @@ def test_bf16_varlen(kind):
     exact = alone_logits(make(kind, "sdpa", torch.float32), bins)
     plain = alone_logits(make(kind, "sdpa", torch.bfloat16), bins)
     varlen = packed_logits(make(kind, "varlen", torch.bfloat16), bins, 1024, True)
-    assert mean(varlen, exact) <= 1.02 * mean(plain, exact), (mean(varlen, exact), mean(plain, exact))
-    assert worst(varlen, exact) <= 1.5 * worst(plain, exact), (worst(varlen, exact), worst(plain, exact))
+    assert mean(varlen, exact) <= 1.02 * mean(plain, exact), (
+        mean(varlen, exact),
+        mean(plain, exact),
+    )
+    assert worst(varlen, exact) <= 1.5 * worst(plain, exact), (
+        worst(varlen, exact),
+        worst(plain, exact),
+    )
 
 
 def test_bf16_varlen_gradients():
@@ -102,7 +125,9 @@ def test_bf16_varlen_gradients():
 
     def gradients(model, varlen):
         logits = model(**inputs_of(batch, varlen), use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten().cuda()).backward()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten().cuda()
+        ).backward()
         return torch.cat([p.grad.float().flatten() for p in model.parameters()])
 
     exact = gradients(make("Llama", "sdpa", torch.float32), False)
@@ -116,7 +141,9 @@ def times():
     bins = units(2048, 8)
     batch = collate(bins, 0, 2048)
     for backend in ("varlen", "sdpa", "flex_attention"):
-        model = make("Llama", backend, torch.bfloat16, layers=2, hidden=4096, heads=32, kv_heads=8).train()
+        model = make(
+            "Llama", backend, torch.bfloat16, layers=2, hidden=4096, heads=32, kv_heads=8
+        ).train()
         inputs = inputs_of(batch, backend == "varlen")
         try:
             for timed in (3, 10):
@@ -125,7 +152,10 @@ def times():
                 for _ in range(timed):
                     model(**inputs, use_cache=False).logits.sum().backward()
             torch.cuda.synchronize()
-            milliseconds, peak = (time.perf_counter() - began) * 100, torch.cuda.max_memory_allocated() / 2**30
+            milliseconds, peak = (
+                (time.perf_counter() - began) * 100,
+                torch.cuda.max_memory_allocated() / 2**30,
+            )
             print(f"{backend:15} {milliseconds:7.1f} ms, {peak:.1f} GiB", flush=True)
         except Exception as error:
             print(f"{backend:15} {type(error).__name__}: {str(error)[:200]}", flush=True)
@@ -134,7 +164,11 @@ def times():
                 small = units(1024, 3)
                 model = make("Llama", backend, torch.bfloat16)
                 exact = alone_logits(make("Llama", "sdpa", torch.float32), small)
-                print("flex error against fp32:", mean(packed_logits(model, small, 1024, False), exact), flush=True)
+                print(
+                    "flex error against fp32:",
+                    mean(packed_logits(model, small, 1024, False), exact),
+                    flush=True,
+                )
         del model
         torch.cuda.reset_peak_memory_stats()
 

@@ -1,4 +1,5 @@
 """Our AdamW (trainer/engine/adam.c) against torch's in double precision, in every type, size and number of threads."""
+
 import ctypes
 
 import pytest
@@ -8,7 +9,13 @@ from trainer.engine import cpu_step
 from trainer.errors import RunError
 from trainer.system import ops
 
-GROUP = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "bias_correction": True}
+GROUP = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "bias_correction": True,
+}
 PIECE = 2**16  # of adam.c
 STEPS = 4
 
@@ -31,7 +38,10 @@ def trained(sizes, dtype, threads=2, scale=0.5, low=True):
         for update in updates:
             assert update.left == 0
             adam.adam_wait(ctypes.byref(update))
-    return [(w, s["exp_avg"], s["exp_avg_sq"], c) for w, s, c in zip(weights, states, copies, strict=True)], grads
+    return [
+        (w, s["exp_avg"], s["exp_avg_sq"], c)
+        for w, s, c in zip(weights, states, copies, strict=True)
+    ], grads
 
 
 @pytest.mark.parametrize("dtype", cpu_step.BITS)
@@ -42,14 +52,24 @@ def test_against_torch(dtype):
     found, grads = trained(sizes, dtype)
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(n, generator=generator).double().requires_grad_() for n in sizes]
-    optimizer = torch.optim.AdamW(exact, lr=GROUP["lr"], betas=GROUP["betas"], eps=GROUP["eps"], weight_decay=GROUP["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        exact,
+        lr=GROUP["lr"],
+        betas=GROUP["betas"],
+        eps=GROUP["eps"],
+        weight_decay=GROUP["weight_decay"],
+    )
     for step in grads:
         for parameter, grad in zip(exact, step, strict=True):
             parameter.grad = grad.double() * 0.5
         optimizer.step()
     for (weight, first, second, low), parameter in zip(found, exact, strict=True):
         state = optimizer.state[parameter]
-        for own, right in ((weight, parameter.detach()), (first, state["exp_avg"]), (second, state["exp_avg_sq"])):
+        for own, right in (
+            (weight, parameter.detach()),
+            (first, state["exp_avg"]),
+            (second, state["exp_avg_sq"]),
+        ):
             torch.testing.assert_close(own.double(), right, rtol=2e-6, atol=1e-6)
         assert torch.equal(low, weight.to(dtype))
 
@@ -61,10 +81,23 @@ def test_threads_and_neighbours_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     adam, (weight, grad) = ops.adam(), torch.randn(2, 1000)
     state = {"step": 3, "exp_avg": torch.randn(1000), "exp_avg_sq": torch.rand(1000)}
-    alone = weight.clone(), {"step": 3, "exp_avg": state["exp_avg"].clone(), "exp_avg_sq": state["exp_avg_sq"].clone()}
-    cpu_step.run(adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, GROUP, 1.0)), 32, 1)
-    parts = [cpu_step.update_of(alone[0][i:i + 1], grad[i:i + 1], {k: v if k == "step" else v[i:i + 1] for k, v in alone[1].items()},
-                                 GROUP, 1.0) for i in range(1000)]
+    alone = (
+        weight.clone(),
+        {"step": 3, "exp_avg": state["exp_avg"].clone(), "exp_avg_sq": state["exp_avg_sq"].clone()},
+    )
+    cpu_step.run(
+        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, GROUP, 1.0)), 32, 1
+    )
+    parts = [
+        cpu_step.update_of(
+            alone[0][i : i + 1],
+            grad[i : i + 1],
+            {k: v if k == "step" else v[i : i + 1] for k, v in alone[1].items()},
+            GROUP,
+            1.0,
+        )
+        for i in range(1000)
+    ]
     cpu_step.run(adam, (cpu_step.Update * 1000)(*parts), 32, 2)
     assert torch.equal(weight, alone[0]) and torch.equal(state["exp_avg"], alone[1]["exp_avg"])
 
@@ -72,16 +105,28 @@ def test_threads_and_neighbours_change_nothing():
 def test_the_copy():
     """Rounded as torch does it, infinities and NaN too; and without a copy nothing else is written."""
     adam = ops.adam()
-    weight = torch.cat([torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.4e38, 1e-40]), torch.randn(100_000)])
+    weight = torch.cat(
+        [
+            torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.4e38, 1e-40]),
+            torch.randn(100_000),
+        ]
+    )
     low, zero = torch.empty_like(weight, dtype=torch.bfloat16), torch.zeros_like(weight)
     grad = zero.bfloat16()
     state = {"step": 1, "exp_avg": zero.clone(), "exp_avg_sq": zero.clone()}
     group = {**GROUP, "weight_decay": 0.0}
     before = weight.clone()
-    cpu_step.run(adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, group, 1.0, low)), 16, 2)
+    cpu_step.run(
+        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, group, 1.0, low)), 16, 2
+    )
     assert torch.equal(weight.nan_to_num(7), before.nan_to_num(7))
-    assert torch.equal(low.float().nan_to_num(7), weight.bfloat16().float().nan_to_num(7)) and low[0].isnan()
-    (with_copy,), (without,) = (trained([1000], torch.bfloat16, low=low)[0] for low in (True, False))
+    assert (
+        torch.equal(low.float().nan_to_num(7), weight.bfloat16().float().nan_to_num(7))
+        and low[0].isnan()
+    )
+    (with_copy,), (without,) = (
+        trained([1000], torch.bfloat16, low=low)[0] for low in (True, False)
+    )
     assert torch.equal(with_copy[0], without[0]) and without[3] is None
 
 

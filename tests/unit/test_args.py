@@ -1,8 +1,17 @@
 """Flags, recipes and their layers."""
+
 import pytest
 
 from trainer import ROOT
-from trainer.config.flags import LEARNING_RATE, all_keys, check_model, help_text, parse_size, read_recipe, resolve
+from trainer.config.flags import (
+    LEARNING_RATE,
+    all_keys,
+    check_model,
+    help_text,
+    parse_size,
+    read_recipe,
+    resolve,
+)
 from trainer.errors import RunError
 from trainer.run_dir import run_directory
 
@@ -17,10 +26,15 @@ def refused(argv, *words):
 
 def test_layers_of_a_key(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("learning_rate: 3e-5\nmax_steps: 7\nmethod: full\nlora:\n  learning_rate: 1e-3\n")
+    recipe.write_text(
+        "learning_rate: 3e-5\nmax_steps: 7\nmethod: full\nlora:\n  learning_rate: 1e-3\n"
+    )
     settings = resolve(["--config", str(recipe), "--max-steps", "9"])
     assert (settings.max_steps, settings.learning_rate) == (9, 3e-5)
-    assert settings.sources["max_steps"] == "command line" and "r.yaml" in settings.sources["learning_rate"]
+    assert (
+        settings.sources["max_steps"] == "command line"
+        and "r.yaml" in settings.sources["learning_rate"]
+    )
     assert resolve(["--config", str(recipe), "--method", "lora"]).learning_rate == 1e-3
     assert resolve([str(recipe)]).max_steps == 7
 
@@ -34,7 +48,11 @@ def test_defaults_without_a_recipe(tmp_path):
 
 def test_embedded_default_takes_its_recipe():
     settings = resolve([])
-    assert settings.max_steps == 40 and settings.gradient_checkpointing is False and settings.precision == "fp32"
+    assert (
+        settings.max_steps == 40
+        and settings.gradient_checkpointing is False
+        and settings.precision == "fp32"
+    )
     assert resolve(["--method", "lora"]).learning_rate == 1e-3
 
 
@@ -42,64 +60,94 @@ def test_precision_is_said_once(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("precision: fp32")
     settings = resolve([str(recipe), "--bf16"])
-    assert settings.precision == "auto" and settings.bf16 is True and not settings.given("precision")
+    assert (
+        settings.precision == "auto" and settings.bf16 is True and not settings.given("precision")
+    )
     recipe.write_text("bf16: true")
     settings = resolve([str(recipe), "--precision", "fp32"])
     assert settings.precision == "fp32" and not settings.given("bf16")
 
 
-@pytest.mark.parametrize("argv, key, value", [
-    (["--bf16"], "bf16", True), (["--bf16", "false"], "bf16", False), (["--no_bf16"], "bf16", False),
-    (["--max-steps=5"], "max_steps", 5), (["--learning-rate", "1e-5"], "learning_rate", 1e-5),
-    (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules", "q_proj,v_proj"),
-    (["--local_rank=1"], "local_rank", None), (["--activation_checkpointing", "false"], "gradient_checkpointing", False),
-    (["--max_steps", "-1"], "max_steps", -1),
-])
+@pytest.mark.parametrize(
+    "argv, key, value",
+    [
+        (["--bf16"], "bf16", True),
+        (["--bf16", "false"], "bf16", False),
+        (["--no_bf16"], "bf16", False),
+        (["--max-steps=5"], "max_steps", 5),
+        (["--learning-rate", "1e-5"], "learning_rate", 1e-5),
+        (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules", "q_proj,v_proj"),
+        (["--local_rank=1"], "local_rank", None),
+        (["--activation_checkpointing", "false"], "gradient_checkpointing", False),
+        (["--max_steps", "-1"], "max_steps", -1),
+    ],
+)
 def test_spellings(argv, key, value):
-    assert resolve(["--model_name_or_path", "x", *argv]).values[key] in (value, -1 if value is None else value)
+    assert resolve(["--model_name_or_path", "x", *argv]).values[key] in (
+        value,
+        -1 if value is None else value,
+    )
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--lerning_rate", "1"], ["--lerning_rate", "did you mean --learning_rate"]),
-    (["--max_steps", "many"], ["max_steps", "many", "number"]),
-    (["--max_steps", "1.5"], ["whole number"]),
-    (["--max_steps"], ["needs a value"]),
-    (["--bf16", "perhaps"], ["bf16", "true or false"]),
-    (["--method", "lorra"], ["method", "did you mean lora"]),
-    (["--precision", "fp8"], ["fp8", "bf16, fp16 or fp32"]),
-    (["--fp8"], ["fp8"]),
-    (["--warmup_ratio", "0.1"], ["--warmup_steps"]),
-    (["--fsdp", "full_shard"], ["ZeRO-3"]),
-    (["--lora_r", "0"], ["lora_r", "at least 1"]),
-    (["stray"], ["stray"]),
-    (["--config", "nowhere"], ["no recipe nowhere", "tiny_cpu.yaml"]),
-    (["--max_steps", "1", "2"], ["unexpected argument '2'"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--lerning_rate", "1"], ["--lerning_rate", "did you mean --learning_rate"]),
+        (["--max_steps", "many"], ["max_steps", "many", "number"]),
+        (["--max_steps", "1.5"], ["whole number"]),
+        (["--max_steps"], ["needs a value"]),
+        (["--bf16", "perhaps"], ["bf16", "true or false"]),
+        (["--method", "lorra"], ["method", "did you mean lora"]),
+        (["--precision", "fp8"], ["fp8", "bf16, fp16 or fp32"]),
+        (["--fp8"], ["fp8"]),
+        (["--warmup_ratio", "0.1"], ["--warmup_steps"]),
+        (["--fsdp", "full_shard"], ["ZeRO-3"]),
+        (["--lora_r", "0"], ["lora_r", "at least 1"]),
+        (["stray"], ["stray"]),
+        (["--config", "nowhere"], ["no recipe nowhere", "tiny_cpu.yaml"]),
+        (["--max_steps", "1", "2"], ["unexpected argument '2'"]),
+    ],
+)
 def test_refused(argv, words):
     refused(argv, *words)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("learning_rat: 1", ["r.yaml", "learning_rat", "did you mean learning_rate"]),
-    ("- a\n- b", ["mapping"]),
-    ("a: [", ["not readable as YAML"]),
-    ("max_steps: x", ["r.yaml", "max_steps"]),
-    ("lora:\n  lora_rr: 1", ["lora_rr", "did you mean lora_r"]),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learning_rat: 1", ["r.yaml", "learning_rat", "did you mean learning_rate"]),
+        ("- a\n- b", ["mapping"]),
+        ("a: [", ["not readable as YAML"]),
+        ("max_steps: x", ["r.yaml", "max_steps"]),
+        ("lora:\n  lora_rr: 1", ["lora_rr", "did you mean lora_r"]),
+    ],
+)
 def test_recipe_refused(tmp_path, text, words):
     (tmp_path / "r.yaml").write_text(text)
     refused(["--config", str(tmp_path / "r.yaml")], *words)
 
 
-@pytest.mark.parametrize("name", ["tiny_cpu", "llama3_8b_lora", "llama3_8b_full", "llama3_70b_lora", "llama3_70b_full"])
+@pytest.mark.parametrize(
+    "name", ["tiny_cpu", "llama3_8b_lora", "llama3_8b_full", "llama3_70b_lora", "llama3_70b_full"]
+)
 def test_shipped_recipes(name):
     path = ROOT / "launch" / "recipes" / f"{name}.yaml"
     read_recipe(path)
     for line in path.read_text().splitlines():
         if line and not line.startswith("#") and ":" in line and line.split(":", 1)[1].strip():
             assert "#" in line or line.split(":")[0].strip() in (
-                "method", "learning_rate", "lr_scheduler_type", "num_train_epochs", "lora_r", "lora_dropout", "weight_decay",
-                "max_grad_norm", "logging_steps", "gradient_accumulation_steps", "per_device_eval_batch_size"), line
+                "method",
+                "learning_rate",
+                "lr_scheduler_type",
+                "num_train_epochs",
+                "lora_r",
+                "lora_dropout",
+                "weight_decay",
+                "max_grad_norm",
+                "logging_steps",
+                "gradient_accumulation_steps",
+                "per_device_eval_batch_size",
+            ), line
 
 
 def test_model_directory(tmp_path):
@@ -120,21 +168,39 @@ def test_size():
 
 def test_help_lists_everything():
     text = help_text()
-    for name in ("learning_rate", "lora_target_modules", "max_nonfinite_steps", "gradient_accumulation_steps"):
+    for name in (
+        "learning_rate",
+        "lora_target_modules",
+        "max_nonfinite_steps",
+        "gradient_accumulation_steps",
+    ):
         assert f"--{name} " in text
     assert len(all_keys()) > 100
 
 
-@pytest.mark.parametrize("flags, words", [(["--hub_token", "hf_secret"], "HF_TOKEN"), (["--push_to_hub"], "hf upload")])
+@pytest.mark.parametrize(
+    "flags, words", [(["--hub_token", "hf_secret"], "HF_TOKEN"), (["--push_to_hub"], "hf upload")]
+)
 def test_what_does_not_belong_on_a_command_line(flags, words):
     with pytest.raises(RunError) as error:
         resolve(flags)
-    assert error.value.code == 2 and words in str(error.value) and "hf_secret" not in str(error.value)
+    assert (
+        error.value.code == 2 and words in str(error.value) and "hf_secret" not in str(error.value)
+    )
 
 
 def test_validation_takes_the_rows_that_training_does():
-    assert resolve(["--per_device_train_batch_size", "3", "--config", str(ROOT / "launch/recipes/llama3_8b_lora.yaml")]).training()[
-        "per_device_eval_batch_size"] == 3
+    assert (
+        resolve(
+            [
+                "--per_device_train_batch_size",
+                "3",
+                "--config",
+                str(ROOT / "launch/recipes/llama3_8b_lora.yaml"),
+            ]
+        ).training()["per_device_eval_batch_size"]
+        == 3
+    )
     assert resolve([]).training()["per_device_eval_batch_size"] == 16  # as tiny_cpu says
 
 

@@ -1,4 +1,5 @@
 """The DeepSpeed JSON: what is refused, and what "auto" becomes."""
+
 import copy
 import dataclasses
 import json
@@ -21,8 +22,14 @@ from trainer.errors import RunError
 from trainer.system.hardware import choose_precision
 
 SHIPPED = sorted(p.name for p in CONFIGS.glob("*.json"))
-LLAMA_8B = Shapes(layer=218_112_000, layer_tensors=9, largest=525_336_576, trainable=8_030_261_248, largest_trainable=525_336_576,
-                  itemsize=2)
+LLAMA_8B = Shapes(
+    layer=218_112_000,
+    layer_tensors=9,
+    largest=525_336_576,
+    trainable=8_030_261_248,
+    largest_trainable=525_336_576,
+    itemsize=2,
+)
 
 
 def shipped(name="ds_z3_nvme.json"):
@@ -30,7 +37,12 @@ def shipped(name="ds_z3_nvme.json"):
 
 
 def test_shipped_are_four():
-    assert SHIPPED == ["ds_z3.json", "ds_z3_nvme.json", "ds_z3_nvme_optimizer.json", "ds_z3_offload.json"]
+    assert SHIPPED == [
+        "ds_z3.json",
+        "ds_z3_nvme.json",
+        "ds_z3_nvme_optimizer.json",
+        "ds_z3_offload.json",
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -44,11 +56,18 @@ def test_every_key_has_a_comment(name):
 
 def test_adapters_stay_on_the_gpu(tmp_path):
     """But not where parameters are on NVMe, nor where frozen matrices as small as they would stay with them."""
-    r64 = dataclasses.replace(LLAMA_8B, trainable=167_772_160, largest_trainable=917_504, itemsize=2)
-    for name, shapes, threshold in (("ds_z3_offload.json", r64, 917_505), ("ds_z3_nvme.json", r64, 100_000),
-                                    ("ds_z3_offload.json", dataclasses.replace(r64, small_frozen=10**9), 100_000),
-                                    ("ds_z3_offload.json", LLAMA_8B, 100_000)):
-        zero = resolve_auto(check_config(shipped(name), name), shapes, 1, tmp_path)["zero_optimization"]
+    r64 = dataclasses.replace(
+        LLAMA_8B, trainable=167_772_160, largest_trainable=917_504, itemsize=2
+    )
+    for name, shapes, threshold in (
+        ("ds_z3_offload.json", r64, 917_505),
+        ("ds_z3_nvme.json", r64, 100_000),
+        ("ds_z3_offload.json", dataclasses.replace(r64, small_frozen=10**9), 100_000),
+        ("ds_z3_offload.json", LLAMA_8B, 100_000),
+    ):
+        zero = resolve_auto(check_config(shipped(name), name), shapes, 1, tmp_path)[
+            "zero_optimization"
+        ]
         assert zero["stage3_param_persistence_threshold"] == threshold, (name, shapes)
 
 
@@ -57,13 +76,17 @@ def test_adapters_stay_on_the_gpu(tmp_path):
 def test_auto_leaves_nothing(name, world, tmp_path):
     config = check_config(shipped(name), name)
     check_agreement(config, resolve(["--model_name_or_path", "x"]), name)
-    choose_precision(resolve(["--model_name_or_path", "x", "--precision", "fp32"]), config, False, name)
+    choose_precision(
+        resolve(["--model_name_or_path", "x", "--precision", "fp32"]), config, False, name
+    )
     done = resolve_auto(config, LLAMA_8B, world, tmp_path)
     text = json.dumps(done["zero_optimization"])
     assert '"auto"' not in text
     zero = done["zero_optimization"]
     assert zero["stage3_prefetch_bucket_size"] == LLAMA_8B.layer
-    layers = 2 * LLAMA_8B.layer if name == "ds_z3_nvme.json" else 3 * LLAMA_8B.layer + LLAMA_8B.largest
+    layers = (
+        2 * LLAMA_8B.layer if name == "ds_z3_nvme.json" else 3 * LLAMA_8B.layer + LLAMA_8B.largest
+    )
     assert zero["stage3_max_live_parameters"] == layers
     assert zero["stage3_max_reuse_distance"] >= 2 * LLAMA_8B.layer
     assert zero["reduce_bucket_size"] <= 5e8 and zero["sub_group_size"] <= 1e8
@@ -71,7 +94,10 @@ def test_auto_leaves_nothing(name, world, tmp_path):
         assert zero["offload_optimizer"]["buffer_count"] == 9
         assert zero["offload_optimizer"]["nvme_path"] == str(tmp_path)
     if name == "ds_z3_nvme.json":
-        assert zero["offload_param"]["buffer_size"] >= LLAMA_8B.largest / world and zero["offload_param"]["max_in_cpu"] == 0
+        assert (
+            zero["offload_param"]["buffer_size"] >= LLAMA_8B.largest / world
+            and zero["offload_param"]["max_in_cpu"] == 0
+        )
         assert zero["offload_param"]["buffer_count"] >= 3 * LLAMA_8B.layer_tensors + 2
     check_buffers(done, LLAMA_8B, world, name)
     assert all(n >= 0 for n in locked_bytes(done, LLAMA_8B, world))
@@ -90,26 +116,37 @@ def edit(path, value):
     return config
 
 
-@pytest.mark.parametrize("path, value, words", [
-    ("zero_optimisation", {"stage": 3}, ["zero_optimisation", "did you mean zero_optimization"]),
-    ("aio.que_depth", 8, ["aio.que_depth", "did you mean queue_depth"]),
-    ("aio.queue_depth", "lots", ["aio.queue_depth", "lots", "int"]),
-    ("aio.queue_depth", 0, ["aio.queue_depth"]),
-    ("aio", 3, ["aio"]),
-    ("aio.block_size", "auto", ["auto"]),
-    ("zero_optimization.stage", 2, ["stage 3", "stage 2"]),
-    ("zero_optimization.stage", None, ["stage"]),
-    ("zero_optimization", None, ["no zero_optimization"]),
-    ("zero_optimization.offload_param.nvme_path", None, ["nvme_path"]),
-    ("zero_optimization.offload_optimizer.nvme_path", None, ["nvme_path"]),
-    ("zero_optimization.offload_param.device", "nvm", ["device", "did you mean nvme"]),
-    ("zero_optimization.stage3_prefetch_bucket_sizes", 1, ["did you mean stage3_prefetch_bucket_size"]),
-    ("zero_optimization.sub_group_size", -1, ["negative"]),
-    ("zero_optimization.sub_group_size", "big", ["big"]),
-    ("optimizer", {"type": "AdamW"}, ["recipe"]),
-    ("fp8", {"enabled": True}, ["fp8"]),
-    ("bf16.enabled", "yes", ["bf16.enabled"]),
-])
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        (
+            "zero_optimisation",
+            {"stage": 3},
+            ["zero_optimisation", "did you mean zero_optimization"],
+        ),
+        ("aio.que_depth", 8, ["aio.que_depth", "did you mean queue_depth"]),
+        ("aio.queue_depth", "lots", ["aio.queue_depth", "lots", "int"]),
+        ("aio.queue_depth", 0, ["aio.queue_depth"]),
+        ("aio", 3, ["aio"]),
+        ("aio.block_size", "auto", ["auto"]),
+        ("zero_optimization.stage", 2, ["stage 3", "stage 2"]),
+        ("zero_optimization.stage", None, ["stage"]),
+        ("zero_optimization", None, ["no zero_optimization"]),
+        ("zero_optimization.offload_param.nvme_path", None, ["nvme_path"]),
+        ("zero_optimization.offload_optimizer.nvme_path", None, ["nvme_path"]),
+        ("zero_optimization.offload_param.device", "nvm", ["device", "did you mean nvme"]),
+        (
+            "zero_optimization.stage3_prefetch_bucket_sizes",
+            1,
+            ["did you mean stage3_prefetch_bucket_size"],
+        ),
+        ("zero_optimization.sub_group_size", -1, ["negative"]),
+        ("zero_optimization.sub_group_size", "big", ["big"]),
+        ("optimizer", {"type": "AdamW"}, ["recipe"]),
+        ("fp8", {"enabled": True}, ["fp8"]),
+        ("bf16.enabled", "yes", ["bf16.enabled"]),
+    ],
+)
 def test_refused(path, value, words):
     with pytest.raises(RunError) as error:
         check_config(edit(path, value), "my.json")
@@ -121,26 +158,40 @@ def test_refused(path, value, words):
 def test_contradiction_with_the_recipe():
     config = edit("train_micro_batch_size_per_gpu", 4)
     with pytest.raises(RunError, match="contradicts"):
-        check_agreement(config, resolve(["--model_name_or_path", "x", "--per_device_train_batch_size", "2"]), "my.json")
+        check_agreement(
+            config,
+            resolve(["--model_name_or_path", "x", "--per_device_train_batch_size", "2"]),
+            "my.json",
+        )
 
 
 def test_small_buffers_are_refused(tmp_path):
-    for path, value, word in (("zero_optimization.offload_param.buffer_size", 10**6, "buffer_size"),
-                              ("zero_optimization.offload_optimizer.buffer_count", 4, "buffer_count")):
+    for path, value, word in (
+        ("zero_optimization.offload_param.buffer_size", 10**6, "buffer_size"),
+        ("zero_optimization.offload_optimizer.buffer_count", 4, "buffer_count"),
+    ):
         with pytest.raises(RunError, match=word):
-            check_buffers(resolve_auto(edit(path, value), LLAMA_8B, 1, tmp_path), LLAMA_8B, 1, "my.json")
+            check_buffers(
+                resolve_auto(edit(path, value), LLAMA_8B, 1, tmp_path), LLAMA_8B, 1, "my.json"
+            )
 
 
 def test_find_looks_here_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_config("ds_z3.json") == CONFIGS / "ds_z3.json" and find_config("ds_z3") == CONFIGS / "ds_z3.json"
+    assert (
+        find_config("ds_z3.json") == CONFIGS / "ds_z3.json"
+        and find_config("ds_z3") == CONFIGS / "ds_z3.json"
+    )
     (tmp_path / "ds_z3.json").write_text("{}")
     assert str(find_config("ds_z3.json")) == "ds_z3.json"
     with pytest.raises(RunError, match="did you mean ds_z3_nvme.json"):
         find_config("ds_z3_nvm.json")
 
 
-@pytest.mark.parametrize("text, word", [("{", "not readable"), ("[1]", "not a DeepSpeed"), ('{"aio": {}, "aio": {}}', "twice")])
+@pytest.mark.parametrize(
+    "text, word",
+    [("{", "not readable"), ("[1]", "not a DeepSpeed"), ('{"aio": {}, "aio": {}}', "twice")],
+)
 def test_unreadable(tmp_path, text, word):
     path = tmp_path / "c.json"
     path.write_text(text)
@@ -148,21 +199,39 @@ def test_unreadable(tmp_path, text, word):
         read_config(path)
 
 
-@pytest.mark.parametrize("flags, gpu, hardware_has, expected", [
-    ([], False, False, "fp32"), ([], False, True, "bf16"), ([], True, True, "bf16"), ([], True, False, "fp16"),
-    (["--precision", "fp32"], True, True, "fp32"), (["--bf16", "false"], True, True, "fp32"), (["--bf16"], False, False, "bf16"),
-])
+@pytest.mark.parametrize(
+    "flags, gpu, hardware_has, expected",
+    [
+        ([], False, False, "fp32"),
+        ([], False, True, "bf16"),
+        ([], True, True, "bf16"),
+        ([], True, False, "fp16"),
+        (["--precision", "fp32"], True, True, "fp32"),
+        (["--bf16", "false"], True, True, "fp32"),
+        (["--bf16"], False, False, "bf16"),
+    ],
+)
 def test_precision(monkeypatch, flags, gpu, hardware_has, expected):
     monkeypatch.setattr("trainer.system.hardware.cpu_has_bf16", lambda: hardware_has)
     monkeypatch.setattr("trainer.system.hardware.gpu_has_bf16", lambda: hardware_has)
     config = shipped()
-    chosen, _ = choose_precision(resolve(["--model_name_or_path", "x", *flags]), config, gpu, "my.json")
+    chosen, _ = choose_precision(
+        resolve(["--model_name_or_path", "x", *flags]), config, gpu, "my.json"
+    )
     assert chosen == expected
-    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (expected == "bf16", expected == "fp16")
+    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (
+        expected == "bf16",
+        expected == "fp16",
+    )
 
 
-@pytest.mark.parametrize("flags, gpu", [(["--fp16"], False), (["--bf16", "--fp16"], True), (["--precision", "bf16"], True)])
+@pytest.mark.parametrize(
+    "flags, gpu",
+    [(["--fp16"], False), (["--bf16", "--fp16"], True), (["--precision", "bf16"], True)],
+)
 def test_precision_refused(monkeypatch, flags, gpu):
     monkeypatch.setattr("trainer.system.hardware.gpu_has_bf16", lambda: False)
     with pytest.raises(RunError):
-        choose_precision(resolve(["--model_name_or_path", "x", *flags]), copy.deepcopy(shipped()), gpu, "my.json")
+        choose_precision(
+            resolve(["--model_name_or_path", "x", *flags]), copy.deepcopy(shipped()), gpu, "my.json"
+        )

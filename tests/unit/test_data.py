@@ -1,4 +1,5 @@
 """Rows in: every format and every fault, sources and mixtures, packing, order, the split. No torch."""
+
 import json
 import random
 import subprocess
@@ -21,8 +22,11 @@ def read(path, **options):
     (one,) = source.resolve([str(path)], **options)
     notes = []
     found = list(source.read(one, lambda line, text: notes.append((line, text))))
-    return ([r for _, r, _ in found if not isinstance(r, RowError)],
-            [(line, str(r)) for line, r, _ in found if isinstance(r, RowError)], notes)
+    return (
+        [r for _, r, _ in found if not isinstance(r, RowError)],
+        [(line, str(r)) for line, r, _ in found if isinstance(r, RowError)],
+        notes,
+    )
 
 
 def contents(row):
@@ -33,29 +37,53 @@ def contents(row):
 def test_alpaca():
     rows, refused, _ = read(DATA / "formats" / "alpaca.jsonl")
     assert not refused and len(rows) == 7
-    assert contents(rows[1]) == [("user", "What is 2 plus 2?\n\nAnswer with a number."), ("assistant", "4")]
-    assert contents(rows[6]) == [("system", "You add."), ("user", "What is 6 plus 6?"), ("assistant", "12"), ("user", "And 7?"),
-                                 ("assistant", "14")]
+    assert contents(rows[1]) == [
+        ("user", "What is 2 plus 2?\n\nAnswer with a number."),
+        ("assistant", "4"),
+    ]
+    assert contents(rows[6]) == [
+        ("system", "You add."),
+        ("user", "What is 6 plus 6?"),
+        ("assistant", "12"),
+        ("user", "And 7?"),
+        ("assistant", "14"),
+    ]
 
 
 def test_sharegpt_and_messages_say_the_same():
     for name in ("sharegpt", "messages"):
         (talk, tools), refused, _ = read(DATA / "formats" / f"{name}.jsonl")
         assert not refused
-        assert contents(talk) == [("system", "Be brief."), ("user", "Who wrote Faust?"), ("assistant", "Goethe."),
-                                  ("user", "And Hamlet?"), ("assistant", "Shakespeare.")]
+        assert contents(talk) == [
+            ("system", "Be brief."),
+            ("user", "Who wrote Faust?"),
+            ("assistant", "Goethe."),
+            ("user", "And Hamlet?"),
+            ("assistant", "Shakespeare."),
+        ]
         call = tools.messages[1]["tool_calls"][0]["function"]
-        assert call == {"name": "weather", "arguments": {"city": "Bern"}} and tools.messages[1]["content"] == ""
-        assert tools.tools[0]["function"]["name"] == "weather" and tools.messages[2]["role"] == "tool"
+        assert (
+            call == {"name": "weather", "arguments": {"city": "Bern"}}
+            and tools.messages[1]["content"] == ""
+        )
+        assert (
+            tools.tools[0]["function"]["name"] == "weather" and tools.messages[2]["role"] == "tool"
+        )
 
 
 def test_raw_text():
-    assert contents(read(DATA / "formats" / "prompt_completion.jsonl")[0][0]) == [("prompt", "The capital of France is"),
-                                                                                 ("completion", " Paris.")]
-    assert [role for role, _ in contents(read(DATA / "formats" / "text.jsonl")[0][0])] == ["completion"]
+    assert contents(read(DATA / "formats" / "prompt_completion.jsonl")[0][0]) == [
+        ("prompt", "The capital of France is"),
+        ("completion", " Paris."),
+    ]
+    assert [role for role, _ in contents(read(DATA / "formats" / "text.jsonl")[0][0])] == [
+        "completion"
+    ]
 
 
-@pytest.mark.parametrize("name", ["list.json", "packed.jsonl.gz", "packed.jsonl.zst", "table.parquet"])
+@pytest.mark.parametrize(
+    "name", ["list.json", "packed.jsonl.gz", "packed.jsonl.zst", "table.parquet"]
+)
 def test_the_same_rows_in_every_container(name):
     plain, _, _ = read(DATA / "formats" / "alpaca.jsonl")
     rows, refused, _ = read(DATA / "formats" / name)
@@ -63,7 +91,9 @@ def test_the_same_rows_in_every_container(name):
 
 
 def test_null_columns_do_not_decide_the_format(tmp_path):
-    (tmp_path / "q?.jsonl").write_text('{"instruction": "q", "output": "a", "messages": null, "text": null}\n')  # an odd name, too
+    (tmp_path / "q?.jsonl").write_text(
+        '{"instruction": "q", "output": "a", "messages": null, "text": null}\n'
+    )  # an odd name, too
     rows, refused, _ = read(tmp_path / "q?.jsonl")
     assert not refused and contents(rows[0]) == [("user", "q"), ("assistant", "a")]
 
@@ -71,56 +101,124 @@ def test_null_columns_do_not_decide_the_format(tmp_path):
 ANSWER = {"role": "assistant", "content": "b"}
 
 
-@pytest.mark.parametrize("record, messages", [
-    ({"prompt": [{"role": "user", "content": "a"}], "completion": [ANSWER]}, [("user", "a"), ("assistant", "b")]),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWER]}, [("user", "a"), ("assistant", "b")]),
-    ({"messages": json.dumps([{"role": "user", "content": "a"}, ANSWER])}, [("user", "a"), ("assistant", "b")]),
-    ({"conversations": [{"role": "user", "content": "a"}, ANSWER]}, [("user", "a"), ("assistant", "b")]),
-    ({"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "a"}, ANSWER]},
-     [("system", "s"), ("user", "a"), ("assistant", "b")]),
-    ({"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, [("user", "a"), ("assistant", "b")]),
-    ({"instruction": "c", "output": "d", "history": '[["a", "b"]]'}, [("user", "a"), ("assistant", "b"), ("user", "c"),
-                                                                       ("assistant", "d")]),
-])
+@pytest.mark.parametrize(
+    "record, messages",
+    [
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": [ANSWER]},
+            [("user", "a"), ("assistant", "b")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWER]},
+            [("user", "a"), ("assistant", "b")],
+        ),
+        (
+            {"messages": json.dumps([{"role": "user", "content": "a"}, ANSWER])},
+            [("user", "a"), ("assistant", "b")],
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "a"}, ANSWER]},
+            [("user", "a"), ("assistant", "b")],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    ANSWER,
+                ]
+            },
+            [("system", "s"), ("user", "a"), ("assistant", "b")],
+        ),
+        (
+            {
+                "conversations": [
+                    {"role": "user", "value": "a"},
+                    {"role": "assistant", "value": "b"},
+                ]
+            },
+            [("user", "a"), ("assistant", "b")],
+        ),
+        (
+            {"instruction": "c", "output": "d", "history": '[["a", "b"]]'},
+            [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+        ),
+    ],
+)
 def test_other_spellings(record, messages):
     assert contents(formats.convert(record, formats.detect(record), 1)) == messages
 
 
-@pytest.mark.parametrize("turn", [
-    {"tool_calls": [{"function": {"name": "f", "arguments": None}}]},
-    {"tool_calls": '[{"function": {"name": "f", "arguments": ""}}]'},
-    {"function_call": {"name": "f", "arguments": "{}"}},
-])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"tool_calls": [{"function": {"name": "f", "arguments": None}}]},
+        {"tool_calls": '[{"function": {"name": "f", "arguments": ""}}]'},
+        {"function_call": {"name": "f", "arguments": "{}"}},
+    ],
+)
 def test_tool_calls_in_every_spelling(turn):
-    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, **turn}],
-              "functions": [{"name": "f", "parameters": {}}]}
+    record = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, **turn},
+        ],
+        "functions": [{"name": "f", "parameters": {}}],
+    }
     row = formats.convert(record, "messages", 1)
-    assert row.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert row.messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {}}}
+    ]
     assert row.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
 DEEP = "[" * 5000 + "]" * 5000
 
 
-@pytest.mark.parametrize("text, words", [(DEEP, "nested too deeply"), (r'[{"role": "user", "content": "\ud800"}]', "surrogate"),
-                                         ('[{"role": "user", "role": "user"}]', "stands twice"), ("[{", "not JSON")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (DEEP, "nested too deeply"),
+        (r'[{"role": "user", "content": "\ud800"}]', "surrogate"),
+        ('[{"role": "user", "role": "user"}]', "stands twice"),
+        ("[{", "not JSON"),
+    ],
+)
 def test_json_within_json(tmp_path, text, words):
     """Lists, tools and calls that stand as JSON text in a row pass the same checks as the row."""
     text = text.replace("\\\\", "\\")
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": text}}],
+    }
     ask = {"role": "user", "content": "a"}
-    for record in ({"messages": text}, {"instruction": "a", "output": "b", "tools": text}, {"messages": [ask, call]},
-                   {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": text}]},
-                   {"instruction": "a", "output": "b", "history": text}):
+    for record in (
+        {"messages": text},
+        {"instruction": "a", "output": "b", "tools": text},
+        {"messages": [ask, call]},
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": text},
+            ]
+        },
+        {"instruction": "a", "output": "b", "history": text},
+    ):
         (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
         rows, refused, _ = read(tmp_path / "d.jsonl")
         assert not rows and len(refused) == 1 and words in refused[0][1], (record.keys(), refused)
 
 
-@pytest.mark.parametrize("text, line, words", [
-    ('[{"text": "a"}]\n\nrubbish', 3, "after the list's end"), ('[{"text": "a"},]', 1, "broken JSON"),
-    ('[{"text": "a"},\n{"text": "\0"}]', 2, "NUL byte"), ('[]', 1, "no rows"),
-])
+@pytest.mark.parametrize(
+    "text, line, words",
+    [
+        ('[{"text": "a"}]\n\nrubbish', 3, "after the list's end"),
+        ('[{"text": "a"},]', 1, "broken JSON"),
+        ('[{"text": "a"},\n{"text": "\0"}]', 2, "NUL byte"),
+        ("[]", 1, "no rows"),
+    ],
+)
 def test_json_lists_to_their_end(tmp_path, text, line, words):
     (tmp_path / "d.json").write_text(text)
     _, refused, _ = read(tmp_path / "d.json")
@@ -139,14 +237,26 @@ def test_parquet_with_what_it_adds(tmp_path):
     import pyarrow.parquet
 
     def call(name, **arguments):
-        return [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments":
-                                                                                                  arguments}}]}]
+        return [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": name, "arguments": arguments}}],
+            },
+        ]
 
-    table = pyarrow.table({"messages": [call("f", x=1), call("g", y=2)],
-                           "made": pyarrow.array([2**50, 1], pyarrow.timestamp("s")), "tools": [None, [{"type": "function"}]]})
+    table = pyarrow.table(
+        {
+            "messages": [call("f", x=1), call("g", y=2)],
+            "made": pyarrow.array([2**50, 1], pyarrow.timestamp("s")),
+            "tools": [None, [{"type": "function"}]],
+        }
+    )
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     rows, refused, _ = read(tmp_path / "d.parquet")
-    assert not refused and [r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in rows] == [{"x": 1}, {"y": 2}]
+    assert not refused and [
+        r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in rows
+    ] == [{"x": 1}, {"y": 2}]
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b\0"]}), tmp_path / "d.parquet")
     rows, refused, _ = read(tmp_path / "d.parquet")
     assert len(rows) == 1 and refused[0][0] == 2 and "NUL" in refused[0][1]
@@ -159,46 +269,78 @@ def test_weights(tmp_path):
 
 
 # -- faults -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, line, words", [
-    ("broken_json", 2, "broken JSON at column"), ("nul", 2, "NUL byte"), ("invalid_utf8", 2, "iconv"), ("utf16", 1, "UTF-16"),
-    ("surrogate", 2, "surrogate"), ("empty", 1, "no rows"), ("null_content", 2, "null"), ("not_text", 2, "not text but int"),
-    ("no_output", 2, "no output"), ("wrong_role", 2, "unknown role 'asistant'"), ("role_order", 2, "user after user"),
-    ("no_assistant", 2, "no assistant turn"), ("ends_with_user", 2, "ends with a user turn"),
-    ("duplicate_keys", 2, "'output' stands twice"),
-    ("mixed_formats", 2, "format messages in a file of alpaca"), ("no_format", 1, "the keys are question, answer"),
-    ("preference", 1, "preference data"), ("not_an_object", 2, "not an object but list"), ("half_list.json", 27, "half-written"),
-    ("half_written.jsonl.gz", None, "damaged or half-written"), ("not_parquet.parquet", 1, "not readable as Parquet"),
-])
+@pytest.mark.parametrize(
+    "name, line, words",
+    [
+        ("broken_json", 2, "broken JSON at column"),
+        ("nul", 2, "NUL byte"),
+        ("invalid_utf8", 2, "iconv"),
+        ("utf16", 1, "UTF-16"),
+        ("surrogate", 2, "surrogate"),
+        ("empty", 1, "no rows"),
+        ("null_content", 2, "null"),
+        ("not_text", 2, "not text but int"),
+        ("no_output", 2, "no output"),
+        ("wrong_role", 2, "unknown role 'asistant'"),
+        ("role_order", 2, "user after user"),
+        ("no_assistant", 2, "no assistant turn"),
+        ("ends_with_user", 2, "ends with a user turn"),
+        ("duplicate_keys", 2, "'output' stands twice"),
+        ("mixed_formats", 2, "format messages in a file of alpaca"),
+        ("no_format", 1, "the keys are question, answer"),
+        ("preference", 1, "preference data"),
+        ("not_an_object", 2, "not an object but list"),
+        ("half_list.json", 27, "half-written"),
+        ("half_written.jsonl.gz", None, "damaged or half-written"),
+        ("not_parquet.parquet", 1, "not readable as Parquet"),
+    ],
+)
 def test_faults_are_named(name, line, words):
     path = DATA / "faults" / (name if "." in name else f"{name}.jsonl")
     _, refused, _ = read(path)
     assert len(refused) == 1 and words in refused[0][1] and line in (None, refused[0][0]), refused
     with pytest.raises(DataError) as error:
         source.check_all(source.resolve([str(path)]), "stop")
-    assert f"{path}:{refused[0][0]}: " in str(error.value) and words in str(error.value) and "--on_bad_row skip" in str(error.value)
+    assert (
+        f"{path}:{refused[0][0]}: " in str(error.value)
+        and words in str(error.value)
+        and "--on_bad_row skip" in str(error.value)
+    )
 
 
-@pytest.mark.parametrize("line, reason", [
-    ('{"instruction": "q", "output": "a", "id": ' + "1" * 5000 + "}", "5,000 digits"),
-    (r'{"instruction": "what is \\u0000 in C?", "output": "NUL"}', None), (r'{"instruction": "a\u0000", "output": "b"}', "NUL"),
-])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"instruction": "q", "output": "a", "id": ' + "1" * 5000 + "}", "5,000 digits"),
+        (r'{"instruction": "what is \\u0000 in C?", "output": "NUL"}', None),
+        (r'{"instruction": "a\u0000", "output": "b"}', "NUL"),
+    ],
+)
 def test_odd_numbers_and_characters(tmp_path, line, reason):
     for name, text in (("d.jsonl", line + "\n"), ("d.json", f"[{line}]")):
         (tmp_path / name).write_text(text)
         rows, refused, _ = read(tmp_path / name)
-        assert (len(rows), len(refused)) == ((1, 0) if reason is None else (0, 1)) and (reason is None or reason in refused[0][1])
+        assert (len(rows), len(refused)) == ((1, 0) if reason is None else (0, 1)) and (
+            reason is None or reason in refused[0][1]
+        )
 
 
 def test_json_that_is_one_object(tmp_path):
-    for text, reason in (('{\n "instruction": "a",\n "output": "b"\n}\n', None), ('{"data": [\n{}]}', "the keys are data"),
-                         ('\n\ufeff{\n "text": "a"}'.replace("\n\ufeff", "\ufeff\n"), None),
-                         ('{\n "instruction": "a"', "broken JSON")):
+    for text, reason in (
+        ('{\n "instruction": "a",\n "output": "b"\n}\n', None),
+        ('{"data": [\n{}]}', "the keys are data"),
+        ('\n\ufeff{\n "text": "a"}'.replace("\n\ufeff", "\ufeff\n"), None),
+        ('{\n "instruction": "a"', "broken JSON"),
+    ):
         (tmp_path / "d.json").write_text(text)
         rows, refused, _ = read(tmp_path / "d.json")
         assert (len(rows), len(refused)) == (1, 0) if reason is None else reason in refused[0][1]
 
 
-@pytest.mark.parametrize("name, words", [("bom", "byte order mark"), ("crlf", "CRLF"), ("blank_lines", "2 blank line(s)")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("bom", "byte order mark"), ("crlf", "CRLF"), ("blank_lines", "2 blank line(s)")],
+)
 def test_noted_and_accepted(name, words):
     rows, refused, notes = read(DATA / "noted" / f"{name}.jsonl")
     assert rows and not refused and words in notes[0][1]
@@ -211,12 +353,23 @@ def test_every_fault_file_is_tested():
 
 def test_a_huge_line_costs_no_memory(tmp_path):
     path = tmp_path / "huge.jsonl"
-    path.write_bytes(b'{"instruction": "a", "output": "' + b"x" * 50_000_000 + b'"}\n{"instruction": "a", "output": "b"}\n')
-    code = ("import sys; sys.path.insert(0, sys.argv[2]); from data import source\n"
-            "found = list(source.read(source.resolve([sys.argv[1]])[0]))\n"
-            "print([(l, str(r)[:40]) for l, r, _ in found][0], len(found), "
-            "open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # its own peak; ru_maxrss is inherited
-    out = subprocess.run([sys.executable, "-c", code, str(path), str(ROOT)], text=True, capture_output=True, check=True).stdout
+    path.write_bytes(
+        b'{"instruction": "a", "output": "'
+        + b"x" * 50_000_000
+        + b'"}\n{"instruction": "a", "output": "b"}\n'
+    )
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from data import source\n"
+        "found = list(source.read(source.resolve([sys.argv[1]])[0]))\n"
+        "print([(l, str(r)[:40]) for l, r, _ in found][0], len(found), "
+        "open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )  # its own peak; ru_maxrss is inherited
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(ROOT)],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
     assert "(1, 'a row of 50,000,03" in out and int(out.split()[-1]) < 200_000, out
 
 
@@ -245,12 +398,20 @@ def test_files_folders_globs_and_shares(tmp_path):
     assert (one.weight, two.weight, one.group, two.group) == (0.7, 0.3, 0, 1)
 
 
-@pytest.mark.parametrize("specs, words", [
-    (["absent.jsonl"], "nothing at"), (["{}/c.txt"], "not a data file"), (["{}/a.jsonl:0"], "above 0"),
-    (["{}/z*"], "no data file matches"),
-    (["x" * 5000], "no data file xxx"), ([""], "no data file"),
-    (["{}/a.jsonl:1", "{}/b.jsonl"], "a share for each"), (["ftp://x/y.jsonl"], "not supported"), (["{}/none"], "no data file in"),
-])
+@pytest.mark.parametrize(
+    "specs, words",
+    [
+        (["absent.jsonl"], "nothing at"),
+        (["{}/c.txt"], "not a data file"),
+        (["{}/a.jsonl:0"], "above 0"),
+        (["{}/z*"], "no data file matches"),
+        (["x" * 5000], "no data file xxx"),
+        ([""], "no data file"),
+        (["{}/a.jsonl:1", "{}/b.jsonl"], "a share for each"),
+        (["ftp://x/y.jsonl"], "not supported"),
+        (["{}/none"], "no data file in"),
+    ],
+)
 def test_sources_refused(tmp_path, specs, words):
     (tmp_path / "none").mkdir()
     for name in ("a.jsonl", "b.jsonl", "c.txt"):
@@ -262,38 +423,71 @@ def test_sources_refused(tmp_path, specs, words):
 def test_registry():
     (sums,) = source.resolve(["sums"], str(DATA))
     assert len([r for _, r, _ in source.read(sums)]) == 4
-    (quiz,), (talk,) = source.resolve(["quiz"], str(DATA)), source.resolve(["talk"], str(DATA / "dataset_info.json"))
-    assert contents(next(r for _, r, _ in source.read(quiz))) == [("user", "1 + 1?"), ("assistant", "2")]
-    assert contents(next(r for _, r, _ in source.read(talk))) == [("user", "Hello?"), ("assistant", "Welcome.")]
+    (quiz,), (talk,) = (
+        source.resolve(["quiz"], str(DATA)),
+        source.resolve(["talk"], str(DATA / "dataset_info.json")),
+    )
+    assert contents(next(r for _, r, _ in source.read(quiz))) == [
+        ("user", "1 + 1?"),
+        ("assistant", "2"),
+    ]
+    assert contents(next(r for _, r, _ in source.read(talk))) == [
+        ("user", "Hello?"),
+        ("assistant", "Welcome."),
+    ]
     with pytest.raises(DataError, match="did you mean quiz"):
         source.resolve(["quizz"], str(DATA))
 
 
-@pytest.mark.parametrize("entry, words", [
-    ({"file_name": "a.jsonl", "formatting": "vicuna"}, "formatting"), ({"file_name": "a.jsonl", "ranking": True}, "preference"),
-    ({"file_name": "a.jsonl", "columns": {"promt": "q"}}, "column 'promt'"), ({}, "names no data"),
-    ({"file_name": "a.jsonl", "num_samples": 0}, "num_samples"), ({"file_name": "a.jsonl", "columns": "q"}, "columns"),
-    ({"file_name": "a.jsonl", "columns": {"prompt": 3}}, "columns"), ({"file_name": "a.jsonl", "tags": ["x"]}, "tags"),
-    ({"file_name": "a.jsonl", "formatting": ["alpaca"]}, "formatting"),
-])
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"file_name": "a.jsonl", "formatting": "vicuna"}, "formatting"),
+        ({"file_name": "a.jsonl", "ranking": True}, "preference"),
+        ({"file_name": "a.jsonl", "columns": {"promt": "q"}}, "column 'promt'"),
+        ({}, "names no data"),
+        ({"file_name": "a.jsonl", "num_samples": 0}, "num_samples"),
+        ({"file_name": "a.jsonl", "columns": "q"}, "columns"),
+        ({"file_name": "a.jsonl", "columns": {"prompt": 3}}, "columns"),
+        ({"file_name": "a.jsonl", "tags": ["x"]}, "tags"),
+        ({"file_name": "a.jsonl", "formatting": ["alpaca"]}, "formatting"),
+    ],
+)
 def test_registry_refused(tmp_path, entry, words):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
     with pytest.raises(DataError, match=words):
         source.resolve(["x"], str(tmp_path))
 
 
-@pytest.mark.parametrize("entry, record, found", [
-    ({"columns": {"prompt": "q", "response": "a"}}, {"q": "x", "a": "y", "messages": "id 7"},
-     ("alpaca", [("user", "x"), ("assistant", "y")])),
-    ({"columns": {"prompt": "body"}}, {"body": "x", "instruction": "y"}, ("text", [("completion", "x")])),
-    ({"formatting": "sharegpt", "columns": {"messages": "talk"}},
-     {"talk": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "messages": 3},
-     ("sharegpt", [("user", "x"), ("assistant", "y")])),
-    ({"columns": {"prompt": "q", "response": "a"}}, {"q": "x"}, "no output"),
-    ({"columns": {"prompt": "q", "response": "a"}}, {"a": "x"}, "no q, which"),
-])
+@pytest.mark.parametrize(
+    "entry, record, found",
+    [
+        (
+            {"columns": {"prompt": "q", "response": "a"}},
+            {"q": "x", "a": "y", "messages": "id 7"},
+            ("alpaca", [("user", "x"), ("assistant", "y")]),
+        ),
+        (
+            {"columns": {"prompt": "body"}},
+            {"body": "x", "instruction": "y"},
+            ("text", [("completion", "x")]),
+        ),
+        (
+            {"formatting": "sharegpt", "columns": {"messages": "talk"}},
+            {
+                "talk": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
+                "messages": 3,
+            },
+            ("sharegpt", [("user", "x"), ("assistant", "y")]),
+        ),
+        ({"columns": {"prompt": "q", "response": "a"}}, {"q": "x"}, "no output"),
+        ({"columns": {"prompt": "q", "response": "a"}}, {"a": "x"}, "no q, which"),
+    ],
+)
 def test_the_registry_decides_the_format(tmp_path, entry, record, found):
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "d.jsonl", **entry}}), encoding="utf-8-sig")
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"x": {"file_name": "d.jsonl", **entry}}), encoding="utf-8-sig"
+    )
     (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
     (one,) = source.resolve(["x"], str(tmp_path))
     ((_, row, _),) = source.read(one)
@@ -313,7 +507,10 @@ def test_damaged_memory_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
     first = source.check(source.resolve([str(tmp_path / "d.jsonl")])[0])
-    for memo in [*(tmp_path / "cache" / "hashes").iterdir(), *(tmp_path / "cache" / "checked").iterdir()]:
+    for memo in [
+        *(tmp_path / "cache" / "hashes").iterdir(),
+        *(tmp_path / "cache" / "checked").iterdir(),
+    ]:
         for damage in (b"\xff\xfe", b"", memo.read_bytes().replace(b"1", b"7")):
             memo.write_bytes(damage)
             assert source.check(source.resolve([str(tmp_path / "d.jsonl")])[0]) == first
@@ -334,9 +531,14 @@ def test_a_check_is_remembered_until_the_content_changes(tmp_path, monkeypatch):
 def test_samples_do_not_leak():
     import re
 
-    (train, _, _), (validation, _, _) = (read(SAMPLES / f"{n}.jsonl") for n in ("train", "validation"))
+    (train, _, _), (validation, _, _) = (
+        read(SAMPLES / f"{n}.jsonl") for n in ("train", "validation")
+    )
     assert len(train) >= 2000 and len(validation) >= 50
-    words = [{re.search(r"'([^']+)'", r.messages[0]["content"])[1] for r in part} for part in (train, validation)]
+    words = [
+        {re.search(r"'([^']+)'", r.messages[0]["content"])[1] for r in part}
+        for part in (train, validation)
+    ]
     answers = [{r.messages[-1]["content"] for r in part} for part in (train, validation)]
     assert not words[0] & words[1] and not answers[0] & answers[1]
     assert len(words[0]) == len(train) and len(answers[0]) == len(train)
@@ -377,7 +579,10 @@ def test_best_fit_decreasing(seed):
 
 def test_the_number_of_bins_does_not_depend_on_the_order():
     lengths = long_tailed(5000)
-    counts = {int(pack.best_fit(np.random.default_rng(s).permutation(lengths), 2048).max()) for s in range(5)}
+    counts = {
+        int(pack.best_fit(np.random.default_rng(s).permutation(lengths), 2048).max())
+        for s in range(5)
+    }
     assert len(counts) == 1
 
 
@@ -385,4 +590,6 @@ def test_fill_and_speed():
     lengths = long_tailed(200_000)
     began = time.perf_counter()
     assert pack.fill(lengths, 2048) >= 0.97
-    assert len(lengths) / (time.perf_counter() - began) > 100_000  # rows/s; 5 times that on a machine of its own
+    assert (
+        len(lengths) / (time.perf_counter() - began) > 100_000
+    )  # rows/s; 5 times that on a machine of its own

@@ -1,4 +1,5 @@
 """The doctor's checks, each with the fault that it is for; GPUs by a stand-in for NVML."""
+
 import json
 import os
 import re
@@ -40,14 +41,27 @@ def nvmlDeviceGetNvLinkState(h, link): raise NVMLError()
 
 def doctor(*flags, env=None, limits=(), code=None):
     """{name: check} and the whole output."""
+
     def limit():
         for which, value in limits:
             resource.setrlimit(which, value)
 
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online",
-                   "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    done = subprocess.run([sys.executable, "launch/doctor.py", "--json", *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-                          env=environment, preexec_fn=limit if limits else None)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_MODE": "online",
+        "CUDA_VISIBLE_DEVICES": "",
+        **(env or {}),
+    }
+    done = subprocess.run(
+        [sys.executable, "launch/doctor.py", "--json", *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        preexec_fn=limit if limits else None,
+    )
     assert "Traceback" not in done.stderr, done.stderr
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert done.returncode == (3 if any(c["status"] == "failure" for c in checks.values()) else 0)
@@ -61,36 +75,66 @@ def test_this_machine(tmp_path):
     began = time.perf_counter()
     checks, _ = doctor("--nvme_path", tmp_path)
     assert time.perf_counter() - began < 20
-    assert checks["packages"]["status"] == checks["compiler"]["status"] == checks["python"]["status"] == "ok"
-    assert checks["nvme"]["found"].startswith(str(tmp_path)) and checks["gpu"]["status"] == "warning"
+    assert (
+        checks["packages"]["status"]
+        == checks["compiler"]["status"]
+        == checks["python"]["status"]
+        == "ok"
+    )
+    assert (
+        checks["nvme"]["found"].startswith(str(tmp_path)) and checks["gpu"]["status"] == "warning"
+    )
 
 
-@pytest.mark.parametrize("value, fix", [("8.0;9.0a", "'8.0;9.0'"), ("9.0a,8.6", "'9.0;8.6'"), ("8.6 9.0+PTX;Hopper", "'8.6;9.0'"),
-                                        ("Hopper", "unset TORCH_CUDA_ARCH_LIST"), ("90", "unset TORCH_CUDA_ARCH_LIST")])
+@pytest.mark.parametrize(
+    "value, fix",
+    [
+        ("8.0;9.0a", "'8.0;9.0'"),
+        ("9.0a,8.6", "'9.0;8.6'"),
+        ("8.6 9.0+PTX;Hopper", "'8.6;9.0'"),
+        ("Hopper", "unset TORCH_CUDA_ARCH_LIST"),
+        ("90", "unset TORCH_CUDA_ARCH_LIST"),
+    ],
+)
 def test_architectures(value, fix):
     checks, _ = doctor(env={"TORCH_CUDA_ARCH_LIST": value})
-    assert checks["architectures"]["status"] == "failure" and checks["architectures"]["fix"].endswith(fix)
+    assert checks["architectures"]["status"] == "failure" and checks["architectures"][
+        "fix"
+    ].endswith(fix)
 
 
 def test_stale_lock(tmp_path):
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam" / "lock").touch()
     checks, _ = doctor(env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
-    assert checks["op builds"]["status"] == "failure" and checks["op builds"]["fix"] == f"rm {tmp_path}/cpu_adam/lock"
+    assert (
+        checks["op builds"]["status"] == "failure"
+        and checks["op builds"]["fix"] == f"rm {tmp_path}/cpu_adam/lock"
+    )
     (tmp_path / "cpu_adam" / "lock").unlink()
     if ops.installed("cpu_adam", False):
         return  # in the container's environment they are there anyway
-    checks, _ = doctor("--nvme", "--nvme_path", tmp_path, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
-    assert checks["op builds"]["status"] == "warning" and "cpu_adam, async_io" in checks["op builds"]["found"]
+    checks, _ = doctor(
+        "--nvme", "--nvme_path", tmp_path, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    )
+    assert (
+        checks["op builds"]["status"] == "warning"
+        and "cpu_adam, async_io" in checks["op builds"]["found"]
+    )
 
 
 def test_no_compiler(tmp_path):
     bare = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     checks, _ = doctor(env=bare)
-    assert checks["compiler"]["status"] == "failure" and checks["compiler"]["fix"] == "apt-get install g++"
+    assert (
+        checks["compiler"]["status"] == "failure"
+        and checks["compiler"]["fix"] == "apt-get install g++"
+    )
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
-    assert doctor(env=bare)[0]["compiler"]["status"] == "failure"  # our own step is still to be compiled
+    assert (
+        doctor(env=bare)[0]["compiler"]["status"] == "failure"
+    )  # our own step is still to be compiled
     from trainer.system import ops
 
     ops._adam(tmp_path)[1].parent.mkdir()
@@ -124,12 +168,19 @@ def test_in_a_container(tmp_path):
     own = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1]
     if not int(own, 16) & hardware.CAP_IPC_LOCK:  # root locks what it likes
         limits = [(resource.RLIMIT_MEMLOCK, (65536, 65536))]
-        checks, _ = doctor("--nvme_path", tmp_path, env={"ZERO_OFFLOAD_IMAGE": "cpu"}, limits=limits)
-        assert checks["locked memory"]["status"] == "failure" and checks["locked memory"]["fix"] == "docker run --ulimit memlock=-1"
+        checks, _ = doctor(
+            "--nvme_path", tmp_path, env={"ZERO_OFFLOAD_IMAGE": "cpu"}, limits=limits
+        )
+        assert (
+            checks["locked memory"]["status"] == "failure"
+            and checks["locked memory"]["fix"] == "docker run --ulimit memlock=-1"
+        )
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
-@pytest.mark.parametrize("image, fix", [("cpu", "docker run --user 0:0"), ("", "chown 65534:65534")])
+@pytest.mark.parametrize(
+    "image, fix", [("cpu", "docker run --user 0:0"), ("", "chown 65534:65534")]
+)
 def test_directories_of_somebody_else(tmp_path, monkeypatch, image, fix):
     from types import SimpleNamespace
 
@@ -144,13 +195,17 @@ def test_directories_of_somebody_else(tmp_path, monkeypatch, image, fix):
     monkeypatch.setattr(checks.os, "getgid", lambda: 65534)
     for check in (checks.run_disk, checks.cache):
         found = check(SimpleNamespace())
-        assert found.status == "failure" and "owned by 0:0, mode 755; this is user 65534:65534" in found.found
+        assert (
+            found.status == "failure"
+            and "owned by 0:0, mode 755; this is user 65534:65534" in found.found
+        )
         assert found.fix.startswith(fix)
 
 
 @pytest.fixture
 def server():
     """A server whose answers the test chooses: .status, .date; .asked: [(path, authorization)]."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
             one.asked.append((self.path, self.headers.get("Authorization")))
@@ -173,15 +228,32 @@ def server():
     one.shutdown()
 
 
-@pytest.mark.parametrize("status, found, words", [(200, "ok", "can be read"), (401, "failure", "gated"), (403, "failure", "gated"),
-                                                  (404, "failure", "has no")])
+@pytest.mark.parametrize(
+    "status, found, words",
+    [
+        (200, "ok", "can be read"),
+        (401, "failure", "gated"),
+        (403, "failure", "gated"),
+        (404, "failure", "has no"),
+    ],
+)
 def test_gated_model(server, status, found, words):
     server.status = status
-    checks, output = doctor("--model", "meta-llama/Meta-Llama-3-8B", env={"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_secret",
-                                                                          "WANDB_API_KEY": "wandb_secret",
-                                                                          "WANDB_BASE_URL": server.address})
+    checks, output = doctor(
+        "--model",
+        "meta-llama/Meta-Llama-3-8B",
+        env={
+            "HF_ENDPOINT": server.address,
+            "HF_TOKEN": "hf_secret",
+            "WANDB_API_KEY": "wandb_secret",
+            "WANDB_BASE_URL": server.address,
+        },
+    )
     assert checks["hub"]["status"] == found and words in checks["hub"]["found"]
-    assert ("/meta-llama/Meta-Llama-3-8B/resolve/main/config.json", "Bearer hf_secret") in server.asked
+    assert (
+        "/meta-llama/Meta-Llama-3-8B/resolve/main/config.json",
+        "Bearer hf_secret",
+    ) in server.asked
     assert "secret" not in output and checks["wandb"]["status"] == "ok"
 
 
@@ -189,12 +261,20 @@ def test_a_token_goes_to_one_server_only(server):
     other = ThreadingHTTPServer(("127.0.0.1", 0), server.RequestHandlerClass)
     server.status, server.location = 302, f"http://127.0.0.1:{other.server_port}/elsewhere"
     threading.Thread(target=other.serve_forever, daemon=True).start()
-    checks, _ = doctor("--model", "a/b", env={"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_secret"})
+    checks, _ = doctor(
+        "--model", "a/b", env={"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_secret"}
+    )
     other.shutdown()
-    assert checks["hub"]["status"] == "ok" and [path for path, _ in server.asked] .count("/elsewhere") == 0
+    assert (
+        checks["hub"]["status"] == "ok"
+        and [path for path, _ in server.asked].count("/elsewhere") == 0
+    )
 
 
-@pytest.mark.parametrize("model, status, found", [("a/b", 503, "warning"), ("llama-3-8b", 200, "failure"), ("a/b c", 200, "failure")])
+@pytest.mark.parametrize(
+    "model, status, found",
+    [("a/b", 503, "warning"), ("llama-3-8b", 200, "failure"), ("a/b c", 200, "failure")],
+)
 def test_what_the_hub_does_not_know(server, model, status, found):
     server.status = status
     checks, _ = doctor("--model", model, env={"HF_ENDPOINT": server.address})
@@ -204,14 +284,20 @@ def test_what_the_hub_does_not_know(server, model, status, found):
 def test_clock(server):
     server.date = "Mon, 01 Jan 2024 00:00:00 GMT"
     checks, _ = doctor(env={"HF_ENDPOINT": server.address})
-    assert checks["clock"]["status"] == "failure" and checks["clock"]["fix"] == "timedatectl set-ntp true"
+    assert (
+        checks["clock"]["status"] == "failure"
+        and checks["clock"]["fix"] == "timedatectl set-ntp true"
+    )
 
 
 def test_servers_that_do_not_answer(server):
     server.delay = 60
     began = time.perf_counter()
     checks, _ = doctor(env={"HF_ENDPOINT": server.address, "WANDB_BASE_URL": server.address})
-    assert time.perf_counter() - began < 20 and checks["hub"]["status"] == checks["wandb"]["status"] == "warning"
+    assert (
+        time.perf_counter() - began < 20
+        and checks["hub"]["status"] == checks["wandb"]["status"] == "warning"
+    )
 
 
 def test_gpus(tmp_path):
@@ -219,8 +305,15 @@ def test_gpus(tmp_path):
     environment = {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1"}
     checks, _ = doctor(env=environment)
     assert checks["gpu"]["found"] == "2 x NVIDIA Test 24GB, 24.0 GiB"
-    assert checks["gpu processes"]["found"] == "GPU 1: 10.0 GiB" and checks["gpu processes"]["status"] == "warning"
-    assert checks["pcie"]["status"] == "warning" and "x4 of x16" in checks["pcie"]["found"] and "8 GB/s" in checks["pcie"]["found"]
+    assert (
+        checks["gpu processes"]["found"] == "GPU 1: 10.0 GiB"
+        and checks["gpu processes"]["status"] == "warning"
+    )
+    assert (
+        checks["pcie"]["status"] == "warning"
+        and "x4 of x16" in checks["pcie"]["found"]
+        and "8 GB/s" in checks["pcie"]["found"]
+    )
     assert checks["gpu links"]["status"] == "warning" and "PCIe" in checks["gpu links"]["found"]
     import torch
 
@@ -251,9 +344,18 @@ def test_before_every_run(tmp_path, monkeypatch, capsys):
     from trainer.doctor import checks as module
     from trainer.errors import RunError
 
-    done = subprocess.run([sys.executable, "launch/train.py", "--dataset", tmp_path / "missing.jsonl", "--use_cpu"], cwd=ROOT,
-                          text=True, capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
-    assert done.returncode == 2 and "warning: open files: 256; needed: 4096" in done.stdout and "nofile" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", "--dataset", tmp_path / "missing.jsonl", "--use_cpu"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
+    assert (
+        done.returncode == 2
+        and "warning: open files: 256; needed: 4096" in done.stdout
+        and "nofile" in done.stdout
+    )
     (tmp_path / "pynvml.py").write_text(PYNVML)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
@@ -276,23 +378,64 @@ def test_bench_io(tmp_path):
 
     cache = tmp_path / "cache"
     environment = {**os.environ, "ZERO_OFFLOAD_CACHE": str(cache)}
-    done = subprocess.run([sys.executable, "launch/bench.py", "io", tmp_path / "disk", "--bytes", "64MB", "--seconds", "20", "--out",
-                           tmp_path / "io.json"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "launch/bench.py",
+            "io",
+            tmp_path / "disk",
+            "--bytes",
+            "64MB",
+            "--seconds",
+            "20",
+            "--out",
+            tmp_path / "io.json",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "io.json").read_text())
-    assert found["aio"].keys() <= ds_schema.CONFIG["aio"].keys() and found["aio"]["intra_op_parallelism"] >= 1
+    assert (
+        found["aio"].keys() <= ds_schema.CONFIG["aio"].keys()
+        and found["aio"]["intra_op_parallelism"] >= 1
+    )
     best = json.loads((cache / "box.json").read_text())
     assert best["nvme_read"] == pytest.approx(found["read_gbps"] * 1e9) and len(found["rows"]) > 1
     assert not list((tmp_path / "disk").iterdir())
-    plan = subprocess.run([sys.executable, "launch/plan.py", "--gpus", "0", "--json", "--nvme_path", tmp_path / "disk"], cwd=ROOT,
-                          capture_output=True, text=True, env=environment)
+    plan = subprocess.run(
+        [
+            sys.executable,
+            "launch/plan.py",
+            "--gpus",
+            "0",
+            "--json",
+            "--nvme_path",
+            tmp_path / "disk",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert json.loads(plan.stdout)["box"]["nvme_read"] == best["nvme_read"]
 
 
-@pytest.mark.parametrize("flags, words", [(["/dev/shm/x"], "tmpfs"), ([".", "--bytes", "lots"], "is not a size"),
-                                          ([".", "--bytes", "900TB"], "free RAM"), ([".", "--seconds", "-5"], "1 to 3600"),
-                                          ([".", "--out", "/no/such/x.json"], "cannot be written")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["/dev/shm/x"], "tmpfs"),
+        ([".", "--bytes", "lots"], "is not a size"),
+        ([".", "--bytes", "900TB"], "free RAM"),
+        ([".", "--seconds", "-5"], "1 to 3600"),
+        ([".", "--out", "/no/such/x.json"], "cannot be written"),
+    ],
+)
 def test_bench_io_refuses(flags, words):
-    done = subprocess.run([sys.executable, "launch/bench.py", "io", *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "launch/bench.py", "io", *flags], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode in (2, 3) and words in done.stderr and "Traceback" not in done.stderr
     assert not list(Path(ROOT).glob(".bench-io*"))

@@ -1,4 +1,5 @@
 """CPU cores for each rank, and what a run is on."""
+
 import pytest
 
 from trainer.config.flags import resolve
@@ -34,7 +35,9 @@ def test_more_ranks_than_cores():
     assert share_cores({0, 1}, [set()] * 3, lambda cpu: {cpu}) == [{0, 1}, {0}, {1}]
 
 
-@pytest.mark.parametrize("flags, words", [([], "no GPU was passed through"), (["--use_cpu", "true"], "--use_cpu")])
+@pytest.mark.parametrize(
+    "flags, words", [([], "no GPU was passed through"), (["--use_cpu", "true"], "--use_cpu")]
+)
 def test_the_image_for_gpus_without_one(monkeypatch, flags, words):
     """Its ops are CUDA's: a run on the CPU would want a compiler. The mend is a flag of docker, or the other image."""
     monkeypatch.setenv("ZERO_OFFLOAD_IMAGE", "cuda")

@@ -1,4 +1,5 @@
 """The layout of the code: who may import whom, and what stays without torch."""
+
 import ast
 import subprocess
 import sys
@@ -25,8 +26,20 @@ LAYERS = [
     ("run",),
     ("data_check", "measure", "supervise"),
 ]
-WITHOUT_TORCH = ("config", "system", "plan", "doctor", "errors", "console", "files", "distributed", "run_dir", "data_setup",
-                 "run", "supervise")
+WITHOUT_TORCH = (
+    "config",
+    "system",
+    "plan",
+    "doctor",
+    "errors",
+    "console",
+    "files",
+    "distributed",
+    "run_dir",
+    "data_setup",
+    "run",
+    "supervise",
+)
 ENGINE_ONLY = ("deepspeed.runtime", "deepspeed.ops")
 
 
@@ -54,13 +67,21 @@ def layer(module):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_launch_trainer_data(path):
     here = path.relative_to(ROOT).parts[0]
-    below = {"launch": {"trainer"}, "trainer": {"trainer", "data"}, "data": set() if "samples" in path.parts else {"data"}}
+    below = {
+        "launch": {"trainer"},
+        "trainer": {"trainer", "data"},
+        "data": set() if "samples" in path.parts else {"data"},
+    }
     for name in imports(path):
         top = name.split(".")[0]
-        assert top not in ("launch", "trainer", "data") or top in below[here], f"{path} imports {name}"
+        assert top not in ("launch", "trainer", "data") or top in below[here], (
+            f"{path} imports {name}"
+        )
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if name_of(p).startswith("trainer.")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if name_of(p).startswith("trainer.")], ids=name_of
+)
 def test_layers_inside_trainer(path):
     own = name_of(path).split(".")[1]
     for name in imports(path):
@@ -75,9 +96,18 @@ def test_only_the_engine_touches_the_inside_of_deepspeed(path):
         assert not [name for name in imports(path) if name.startswith(ENGINE_ONLY)]
 
 
-@pytest.mark.parametrize("module", [name_of(p) for p in FILES if name_of(p).split(".")[0] == "data" and "samples" not in p.parts
-                                    and name_of(p) != "data.dataset" or name_of(p).split(".")[1:2] in [[m] for m in WITHOUT_TORCH]
-                                    and name_of(p).startswith("trainer.")])
+@pytest.mark.parametrize(
+    "module",
+    [
+        name_of(p)
+        for p in FILES
+        if name_of(p).split(".")[0] == "data"
+        and "samples" not in p.parts
+        and name_of(p) != "data.dataset"
+        or name_of(p).split(".")[1:2] in [[m] for m in WITHOUT_TORCH]
+        and name_of(p).startswith("trainer.")
+    ],
+)
 def test_without_torch(module):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

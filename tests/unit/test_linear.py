@@ -1,4 +1,5 @@
 """The linear layers' own autograd function against PEFT and torch: same losses, same gradients, one multiplication less."""
+
 import pytest
 import torch
 
@@ -10,11 +11,23 @@ def make(method="lora", kind="Llama", **changes):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 64, "use_cache": False}
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "use_cache": False,
+    }
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**shape)
+    )
     if method == "lora":
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **changes))
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **changes)
+        )
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -28,7 +41,9 @@ def step(model):
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def decoder(model):
@@ -44,7 +59,11 @@ def test_same_gradients(method, kind):
     loss, gradients = step(model)
     assert linear.install(decoder(model), leaf=True) == 14
     own, found = step(model)
-    assert own == pytest.approx(loss, abs=1e-6) and found.keys() == gradients.keys() and len(found) >= 14
+    assert (
+        own == pytest.approx(loss, abs=1e-6)
+        and found.keys() == gradients.keys()
+        and len(found) >= 14
+    )
     for name, gradient in gradients.items():
         assert torch.allclose(found[name], gradient, atol=1e-6, rtol=1e-4), name
 
@@ -67,7 +86,9 @@ def test_the_last_matrix_is_not_recomputed():
     assert 0 <= attention < 2 * 2 * tokens * 32 * 96  # less than the last matrices would have cost
 
 
-@pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}]
+)
 def test_what_it_does_not_compute_is_left_alone(changes):
     model = make(**changes)
     before = [m.forward for layer in decoder(model) for m in layer.modules()]
@@ -92,7 +113,9 @@ def test_what_plain_layers_allow():
         own = layer["q"].weight.grad.clone(), x.grad.clone()
         layer.zero_grad()
         x.grad = None
-        torch.nn.functional.linear(x, layer["q"].weight, layer["q"].bias).clamp(-0.1, 0.1).sum().backward()
+        torch.nn.functional.linear(x, layer["q"].weight, layer["q"].bias).clamp(
+            -0.1, 0.1
+        ).sum().backward()
         assert torch.allclose(own[0], layer["q"].weight.grad) and torch.allclose(own[1], x.grad)
 
 

@@ -1,4 +1,5 @@
 """The plan's formulas against numbers worked out by hand, against the models themselves, and the command as a user types it."""
+
 import json
 import re
 import subprocess
@@ -15,29 +16,65 @@ from trainer.errors import RunError
 from trainer.plan import calibrate, estimate, machine, model_shapes
 
 GIB = 2**30
-H100 = machine.given({"gpus": "1", "gpu_memory": "80GiB", "ram": "125GiB", "nvme": "64GB", "nvme_read": "1.35GB/s",
-                  "nvme_write": "1.4GB/s", "pcie": "54.6GB/s", "gpu_tflops": "790", "ram_rate": "86GB/s"})
+H100 = machine.given(
+    {
+        "gpus": "1",
+        "gpu_memory": "80GiB",
+        "ram": "125GiB",
+        "nvme": "64GB",
+        "nvme_read": "1.35GB/s",
+        "nvme_write": "1.4GB/s",
+        "pcie": "54.6GB/s",
+        "gpu_tflops": "790",
+        "ram_rate": "86GB/s",
+    }
+)
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, "launch/plan.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "launch/plan.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, parameters", [
-    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824), ("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496),
-    ("llama-2-7b", 6_738_415_616), ("llama-2-13b", 13_015_864_320), ("mistral-7b", 7_248_023_552), ("qwen2.5-0.5b", 494_032_768),
-    ("qwen2.5-7b", 7_615_616_512), ("qwen2.5-14b", 14_770_033_664), ("qwen2.5-32b", 32_763_876_352), ("qwen2.5-72b", 72_706_203_648),
-    ("llama-3.1-405b", 405_853_388_800), ("smollm2-135m", 134_515_008)])
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("mistral-7b", 7_248_023_552),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-14b", 14_770_033_664),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("qwen2.5-72b", 72_706_203_648),
+        ("llama-3.1-405b", 405_853_388_800),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
 def test_published_counts(name, parameters):
     """The number of parameters that each model's card or safetensors index gives."""
     assert model_shapes.built_in(name).parameters == parameters
 
 
-FAMILIES = [("Llama", {}), ("Llama", {"attention_bias": True}), ("Mistral", {"head_dim": 32}), ("Qwen2", {}),
-            ("Qwen2", {"tie_word_embeddings": True}), ("Qwen3", {"head_dim": 48})]
+FAMILIES = [
+    ("Llama", {}),
+    ("Llama", {"attention_bias": True}),
+    ("Mistral", {"head_dim": 32}),
+    ("Qwen2", {}),
+    ("Qwen2", {"tie_word_embeddings": True}),
+    ("Qwen3", {"head_dim": 48}),
+]
 
 
 @pytest.mark.parametrize("family, changes", FAMILIES)
@@ -50,16 +87,34 @@ def test_shapes_of_real_models(tmp_path, family, changes, method):
     from trainer.config.flags import Settings
     from trainer.modeling import load as models
 
-    made = getattr(transformers, f"{family}Config")(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
-                                                    num_attention_heads=4, num_key_value_heads=2, **changes)
+    made = getattr(transformers, f"{family}Config")(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **changes,
+    )
     made.architectures = [f"{family}ForCausalLM"]
     made.save_pretrained(tmp_path)
     found = model_shapes.find(str(tmp_path))
-    settings = Settings({"trust_remote_code": False, "method": method, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0,
-                         "lora_target_modules": "all-linear"}, {})
+    settings = Settings(
+        {
+            "trust_remote_code": False,
+            "method": method,
+            "lora_r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "lora_target_modules": "all-linear",
+        },
+        {},
+    )
     with torch.device("meta"):
         skeleton = models.skeleton(made, settings)
-    assert found.parameters == sum(p.numel() for n, p in skeleton.named_parameters() if "lora_" not in n)
+    assert found.parameters == sum(
+        p.numel() for n, p in skeleton.named_parameters() if "lora_" not in n
+    )
     assert found.shapes("bf16", method, 8) == models.shapes_of(skeleton, "bf16")
 
 
@@ -69,23 +124,35 @@ def test_full_offload_by_hand():
     job = estimate.Job(model_shapes.built_in("llama-3-8b"))
     found = estimate.evaluate(job, H100, "ds_z3_offload", 8)
     n = 8_030_261_248
-    assert found["host"]["parameters"] == 2 * n and found["host"]["gradients"] == 2 * n and found["host"]["optimizer"] == 12 * n
+    assert (
+        found["host"]["parameters"] == 2 * n
+        and found["host"]["gradients"] == 2 * n
+        and found["host"]["optimizer"] == 12 * n
+    )
     # Four layers' worth at most are gathered: three layers of 218,112,000 and the embedding of 525,336,576, in bf16.
     assert found["gpu"]["gathered layers"] == 2 * (3 * 218_112_000 + 525_336_576)
     assert found["gpu"]["inputs of layers"] == 32 * 8 * 2048 * 4096 * 2
     assert not found["fits"] and found["short"].keys() == {"RAM"}
     held = sum(found["host"].values())
-    assert held == pytest.approx(16 * n + estimate.BASE_RAM) and found["short"]["RAM"] == pytest.approx(held - 0.97 * 125 * GIB)
+    assert held == pytest.approx(16 * n + estimate.BASE_RAM) and found["short"][
+        "RAM"
+    ] == pytest.approx(held - 0.97 * 125 * GIB)
 
 
 def test_lora_by_hand():
     """Rank 16 on all seven matrices of Llama-3-8B: 16 (4096+4096 + 2 (4096+1024) + 4096+4096 + 3 (4096+14336)) a layer."""
     model = model_shapes.built_in("llama-3-8b")
     a_layer = 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
-    assert sum(model.adapters(16).values()) == a_layer and model.shapes("bf16", "lora", 16).trainable == 32 * a_layer == 41_943_040
+    assert (
+        sum(model.adapters(16).values()) == a_layer
+        and model.shapes("bf16", "lora", 16).trainable == 32 * a_layer == 41_943_040
+    )
     assert sum(model.adapters(16, "q_proj,v_proj").values()) == 16 * (8192 + 5120)
     found = estimate.evaluate(estimate.Job(model, "lora"), H100, "ds_z3_offload", 6)
-    assert found["host"]["parameters"] == 2 * (8_030_261_248 + 41_943_040) and found["host"]["optimizer"] == 12 * 41_943_040
+    assert (
+        found["host"]["parameters"] == 2 * (8_030_261_248 + 41_943_040)
+        and found["host"]["optimizer"] == 12 * 41_943_040
+    )
 
 
 def test_activations_measured():
@@ -98,7 +165,9 @@ def test_gpu_only_by_hand():
     """Everything on the GPU: 16 bytes a parameter of a 1.2B model."""
     found = estimate.evaluate(estimate.Job(model_shapes.built_in("llama-3.2-1b")), H100, "ds_z3", 1)
     n = 1_235_814_400
-    assert found["gpu"]["parameters"] + found["gpu"]["optimizer"] + found["gpu"]["gradients"] == 16 * n
+    assert (
+        found["gpu"]["parameters"] + found["gpu"]["optimizer"] + found["gpu"]["gradients"] == 16 * n
+    )
     assert "gathered layers" not in found["gpu"]
 
 
@@ -109,18 +178,34 @@ def test_nvme_by_hand():
     # 9 buffers of a sub-group that closed at 1e8 elements and has at most the embedding more, in fp32
     assert found["host"]["NVMe buffers"] == 9 * (100_000_000 + 128256 * 3072) * 4
     assert found["host"]["first moments"] == 2 * (100_000_000 + 128256 * 3072) * 4
-    assert found["time"]["io"] == pytest.approx(12 * 3_212_749_824 * (1 / H100.nvme_read + 1 / H100.nvme_write))
-    stock = estimate.evaluate(replace(job, fused_step=False), H100, "ds_z3_nvme_optimizer", 16)  # writes the gradients too, in fp32
+    assert found["time"]["io"] == pytest.approx(
+        12 * 3_212_749_824 * (1 / H100.nvme_read + 1 / H100.nvme_write)
+    )
+    stock = estimate.evaluate(
+        replace(job, fused_step=False), H100, "ds_z3_nvme_optimizer", 16
+    )  # writes the gradients too, in fp32
     assert stock["host"]["NVMe buffers"] == 12 * (100_000_000 + 128256 * 3072) * 4
-    assert stock["nvme"] == {"optimizer": 16 * 3_212_749_824} and stock["time"]["io"] == pytest.approx(found["time"]["io"] * 16 / 12)
+    assert stock["nvme"] == {"optimizer": 16 * 3_212_749_824} and stock["time"][
+        "io"
+    ] == pytest.approx(found["time"]["io"] * 16 / 12)
 
 
 def test_more_gpus_share():
-    model, spec = model_shapes.built_in("llama-3.2-3b"), machine.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB"})
-    one, four = (estimate.evaluate(estimate.Job(model), b, "ds_z3_offload", 1) for b in (H100, spec))
+    model, spec = (
+        model_shapes.built_in("llama-3.2-3b"),
+        machine.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB"}),
+    )
+    one, four = (
+        estimate.evaluate(estimate.Job(model), b, "ds_z3_offload", 1) for b in (H100, spec)
+    )
     assert four["host"]["optimizer"] == one["host"]["optimizer"]  # of the machine, not of a rank
     two_machines = machine.given({"gpus": "4", "gpu_memory": "24GB", "ram": "256GB", "nodes": "2"})
-    assert estimate.evaluate(estimate.Job(model), two_machines, "ds_z3_offload", 1)["host"]["optimizer"] == one["host"]["optimizer"] / 2
+    assert (
+        estimate.evaluate(estimate.Job(model), two_machines, "ds_z3_offload", 1)["host"][
+            "optimizer"
+        ]
+        == one["host"]["optimizer"] / 2
+    )
 
 
 def test_deepspeeds_own_accounting():
@@ -128,9 +213,13 @@ def test_deepspeeds_own_accounting():
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     model = model_shapes.built_in("llama-3-8b")
-    cpu, _, _ = estimate_zero3_model_states_mem_needs(model.parameters, model.embedding, 1, 1, True, True, False, 1.0)
+    cpu, _, _ = estimate_zero3_model_states_mem_needs(
+        model.parameters, model.embedding, 1, 1, True, True, False, 1.0
+    )
     host = estimate.evaluate(estimate.Job(model), H100, "ds_z3_offload", 1)["host"]
-    assert sum(v for k, v in host.items() if k != "processes") == pytest.approx(cpu * 16 / 18, rel=1e-6)
+    assert sum(v for k, v in host.items() if k != "processes") == pytest.approx(
+        cpu * 16 / 18, rel=1e-6
+    )
 
 
 # -- measured runs -----------------------------------------------------------------------------------------------------
@@ -146,18 +235,25 @@ RUNS = [  # docs/benchmarks.md, calls d to h of 2026-11-25, the 24th for 12 and 
     ("llama-3.2-3b", "full", "ds_z3_offload", 1, 16, 2048, 1.751, 23, 73.6, 58.6),
     ("llama-3.2-1b", "full", "ds_z3_offload", 1, 16, 2048, 0.706, 16, 44.0, 27.2),
     ("llama-3-70b", "lora", "ds_z3_offload", 2, 4, 2048, 5.78, 24, 76.0, 154.5),
-    ("llama-3-8b", "full", "ds_z3_offload", 2, 8, 2048, 2.45, 29, 74.5, 130.4)]
+    ("llama-3-8b", "full", "ds_z3_offload", 2, 8, 2048, 2.45, 29, 74.5, 130.4),
+]
 
 
-@pytest.mark.parametrize("name, method, config, gpus, micro, length, step_s, kept, gpu_gib, host_gib", RUNS)
-def test_runs_on_an_h100(name, method, config, gpus, micro, length, step_s, kept, gpu_gib, host_gib):
+@pytest.mark.parametrize(
+    "name, method, config, gpus, micro, length, step_s, kept, gpu_gib, host_gib", RUNS
+)
+def test_runs_on_an_h100(
+    name, method, config, gpus, micro, length, step_s, kept, gpu_gib, host_gib
+):
     """Peaks within 10 %, the time of an update within 20 %. torch 2.11, which rounds pinned RAM up; untied heads."""
     shape = model_shapes.built_in(name)
     shape.tied = False
     spec = replace(H100, gpus=gpus, ram=gpus * H100.ram, ram_rate=155e9, exact_pinning=False)
     found = estimate.evaluate(estimate.Job(shape, method, max_length=length), spec, config, micro)
-    print(f"{name} {method} {config} {gpus} x {micro} x {length} | {sum(found['gpu'].values()) / GIB:.1f} -> {gpu_gib} | "
-          f"{sum(found['host'].values()) / GIB:.1f} -> {host_gib} | {found['step_s']:.2f} -> {step_s:.2f}")
+    print(
+        f"{name} {method} {config} {gpus} x {micro} x {length} | {sum(found['gpu'].values()) / GIB:.1f} -> {gpu_gib} | "
+        f"{sum(found['host'].values()) / GIB:.1f} -> {host_gib} | {found['step_s']:.2f} -> {step_s:.2f}"
+    )
     assert found["step_s"] == pytest.approx(step_s, rel=0.2)
     assert sum(found["gpu"].values()) / GIB == pytest.approx(gpu_gib, rel=0.1)
     assert sum(found["host"].values()) / GIB == pytest.approx(host_gib, rel=0.1)
@@ -174,27 +270,47 @@ def test_pinned_rounding_by_hand():
 def test_the_step_beside_the_forward_pass():
     """8B on eight GPUs: what the CPU's step takes longer than the forward pass is what an update pays for it."""
     job, spec = estimate.Job(model_shapes.built_in("llama-3-8b")), replace(H100, gpus=8, ram=10**12)
-    beside, after = (estimate.evaluate(replace(job, overlap_step=o), spec, "ds_z3_offload", 4) for o in (None, False))
-    assert after["time"] == beside["time"] and after["time"]["optimizer"] == pytest.approx(8_030_261_248 * 28 / 86e9)
+    beside, after = (
+        estimate.evaluate(replace(job, overlap_step=o), spec, "ds_z3_offload", 4)
+        for o in (None, False)
+    )
+    assert after["time"] == beside["time"] and after["time"]["optimizer"] == pytest.approx(
+        8_030_261_248 * 28 / 86e9
+    )
     assert 0 < after["step_s"] - beside["step_s"] <= after["time"]["optimizer"]
 
 
 # -- the calibration ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("rates, start, best, tried", [
-    ([1, 2, 3, 4, 5, 6], 1, 4, [1, 2, 3, 4]),  # upwards as long as it gains, four at most
-    ([1, 2, 3, None, None], 1, 2, [1, 2, 3]),  # to the edge
-    ([1, 4, 3, 2], 2, 1, [2, 3, 1, 0]),  # downwards where upwards is no gain
-    ([1, 2, 3, 2], 2, 2, [2, 3, 1]),
-    ([5, 4, None, None, None, None, None], 5, 1, [5, 4, 3, 2, 1]),  # more than four, until one fits
-    ([None, None], 1, None, [1, 0])])
+@pytest.mark.parametrize(
+    "rates, start, best, tried",
+    [
+        ([1, 2, 3, 4, 5, 6], 1, 4, [1, 2, 3, 4]),  # upwards as long as it gains, four at most
+        ([1, 2, 3, None, None], 1, 2, [1, 2, 3]),  # to the edge
+        ([1, 4, 3, 2], 2, 1, [2, 3, 1, 0]),  # downwards where upwards is no gain
+        ([1, 2, 3, 2], 2, 2, [2, 3, 1]),
+        (
+            [5, 4, None, None, None, None, None],
+            5,
+            1,
+            [5, 4, 3, 2, 1],
+        ),  # more than four, until one fits
+        ([None, None], 1, None, [1, 0]),
+    ],
+)
 def test_search(rates, start, best, tried):
     seen = []
     found = calibrate.search(len(rates), start, lambda i: (seen.append(i), rates[i])[1])
     assert seen == tried and (found[0] if found else None) == best
 
 
-@pytest.mark.parametrize("output, code, rate", [("", 0, 30.0), ("error: the GPU is out of memory", 1, None),
-                                                ("error: no model", 2, "no model")])
+@pytest.mark.parametrize(
+    "output, code, rate",
+    [
+        ("", 0, 30.0),
+        ("error: the GPU is out of memory", 1, None),
+        ("error: no model", 2, "no model"),
+    ],
+)
 def test_trial(tmp_path, monkeypatch, output, code, rate):
     """What a trial makes of a run's end: its rate, that it does not fit, or what else was wrong."""
     from trainer.config.flags import resolve
@@ -203,35 +319,87 @@ def test_trial(tmp_path, monkeypatch, output, code, rate):
         stdout.write(output)
         where = Path(command[command.index("--output_dir") + 1])
         where.mkdir()
-        (where / "metrics.jsonl").write_text("".join(json.dumps({"loss": 1, "tokens_per_s_per_gpu": i}) + "\n" for i in (
-            1, 1, 1, 1, 1, 1, 1, 1, 20, 30, 30, 40)))
+        (where / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps({"loss": 1, "tokens_per_s_per_gpu": i}) + "\n"
+                for i in (1, 1, 1, 1, 1, 1, 1, 1, 20, 30, 30, 40)
+            )
+        )
         return type("Done", (), {"returncode": code})
 
     monkeypatch.setattr(calibrate.subprocess, "run", run)
-    settings, way = resolve(["--deepspeed", "auto", "--lora_r", "8"]), {"micro_batch": 2, "accumulation": 1}
+    settings, way = (
+        resolve(["--deepspeed", "auto", "--lora_r", "8"]),
+        {"micro_batch": 2, "accumulation": 1},
+    )
     if isinstance(rate, str):
         with pytest.raises(RunError, match=rate):
-            calibrate._trial(settings, estimate.Job(model_shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path)
+            calibrate._trial(
+                settings,
+                estimate.Job(model_shapes.built_in("smollm2-135m")),
+                "ds_z3",
+                way,
+                1,
+                tmp_path,
+            )
     else:
-        assert calibrate._trial(settings, estimate.Job(model_shapes.built_in("smollm2-135m")), "ds_z3", way, 1, tmp_path) == rate
+        assert (
+            calibrate._trial(
+                settings,
+                estimate.Job(model_shapes.built_in("smollm2-135m")),
+                "ds_z3",
+                way,
+                1,
+                tmp_path,
+            )
+            == rate
+        )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
-BOX = ("--gpus", 2, "--gpu_memory", "80GB", "--ram", "270GB", "--nvme", "2TB", "--nvme_read", "6GB/s", "--nvme_write", "4GB/s",
-       "--pcie", "50GB/s", "--gpu_tflops", 700)
+BOX = (
+    "--gpus",
+    2,
+    "--gpu_memory",
+    "80GB",
+    "--ram",
+    "270GB",
+    "--nvme",
+    "2TB",
+    "--nvme_read",
+    "6GB/s",
+    "--nvme_write",
+    "4GB/s",
+    "--pcie",
+    "50GB/s",
+    "--gpu_tflops",
+    700,
+)
 
 
 def test_json_and_time():
     began = time.perf_counter()
-    done = run("--model", "llama-3-70b", "--method", "lora", *BOX, "--tokens_per_step", 131072, "--json")
+    done = run(
+        "--model", "llama-3-70b", "--method", "lora", *BOX, "--tokens_per_step", 131072, "--json"
+    )
     assert time.perf_counter() - began < 1.5 and done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     best = found["recommended"]
     assert best["config"] == "ds_z3_offload.json"
-    assert best["per_device_train_batch_size"] * best["gradient_accumulation_steps"] * 2 * 2048 == pytest.approx(131072, rel=0.2)
+    assert best["per_device_train_batch_size"] * best[
+        "gradient_accumulation_steps"
+    ] * 2 * 2048 == pytest.approx(131072, rel=0.2)
     assert [m["name"] for m in found["modes"]] == list(estimate.MODES)
     for mode in found["modes"]:
-        assert {"fits", "gpu_bytes", "host_bytes", "nvme_bytes", "step_s", "tokens_per_s_per_gpu", "shortfall_bytes"} <= mode.keys()
+        assert {
+            "fits",
+            "gpu_bytes",
+            "host_bytes",
+            "nvme_bytes",
+            "step_s",
+            "tokens_per_s_per_gpu",
+            "shortfall_bytes",
+        } <= mode.keys()
         assert mode["fits"] == (mode["shortfall_bytes"] == 0)
 
 
@@ -239,16 +407,29 @@ def test_does_not_fit():
     done = run("--model", "llama-3-70b", "--gpus", 1, "--gpu_memory", "24GB", "--ram", "64GB")
     assert done.returncode == 3 and "does not fit; the least that would mend it" in done.stdout
     assert "GB of RAM short" in done.stdout and "TB" not in done.stderr
-    found = json.loads(run("--model", "llama-3-70b", "--gpus", 1, "--gpu_memory", "24GB", "--ram", "64GB", "--json").stdout)
-    assert found["recommended"] is None and found["remedy"] and not any(m["fits"] for m in found["modes"])
+    found = json.loads(
+        run(
+            "--model", "llama-3-70b", "--gpus", 1, "--gpu_memory", "24GB", "--ram", "64GB", "--json"
+        ).stdout
+    )
+    assert (
+        found["recommended"] is None
+        and found["remedy"]
+        and not any(m["fits"] for m in found["modes"])
+    )
 
 
 def test_the_remedy_mends():
     """What it names is enough."""
     tight = {"gpus": "1", "gpu_memory": "24GB", "ram": "64GB"}
-    for model, method, flags in (("llama-3-8b", "full", tight), ("llama-3-70b", "lora", tight),
-                                 ("llama-3-8b", "lora", {**tight, "ram": "128GB", "gpu_memory": "4GB"})):
-        ways = estimate.remedy(estimate.Job(model_shapes.built_in(model), method), machine.given(flags))
+    for model, method, flags in (
+        ("llama-3-8b", "full", tight),
+        ("llama-3-70b", "lora", tight),
+        ("llama-3-8b", "lora", {**tight, "ram": "128GB", "gpu_memory": "4GB"}),
+    ):
+        ways = estimate.remedy(
+            estimate.Job(model_shapes.built_in(model), method), machine.given(flags)
+        )
         assert ways, (model, method)
         for words in ways.split("; or "):
             more = {}
@@ -260,22 +441,33 @@ def test_the_remedy_mends():
                 more["gpu_memory"] = words.split()[2] + "GB"
             if "machines" in words:
                 more["nodes"] = words.split()[0]
-            job = estimate.Job(model_shapes.built_in(model), "lora" if "--method lora" in words else method,
-                           activation_offload="--activation_offload" in words,
-                           max_length=int(words.split("--max_length ")[1].split()[0]) if "--max_length" in words else 2048)
+            job = estimate.Job(
+                model_shapes.built_in(model),
+                "lora" if "--method lora" in words else method,
+                activation_offload="--activation_offload" in words,
+                max_length=int(words.split("--max_length ")[1].split()[0])
+                if "--max_length" in words
+                else 2048,
+            )
             assert estimate.compare(job, machine.given({**flags, **more}))[0]["fits"], words
 
 
-@pytest.mark.parametrize("ram, nvme, most_ram, most_nvme", [("140GB", "0", 160, 160), ("64GB", "0", 160, 160)])
+@pytest.mark.parametrize(
+    "ram, nvme, most_ram, most_nvme", [("140GB", "0", 160, 160), ("64GB", "0", 160, 160)]
+)
 def test_the_remedy_is_no_more_than_needed(ram, nvme, most_ram, most_nvme):
     """70B LoRA is 141 GB of weights: neither 1,450 GB of NVMe nor 200 GB of RAM."""
     flags = {"gpus": "1", "gpu_memory": "80GB", "ram": ram, "nvme": nvme}
-    words = estimate.remedy(estimate.Job(model_shapes.built_in("llama-3-70b"), "lora"), machine.given(flags))
+    words = estimate.remedy(
+        estimate.Job(model_shapes.built_in("llama-3-70b"), "lora"), machine.given(flags)
+    )
     sizes = {kind: int(n) for n, kind in re.findall(r"(\d+) GB (free|of RAM)", words)}
     assert 140 < sizes["free"] <= most_nvme and 140 < sizes["of RAM"] <= most_ram
 
 
-@pytest.mark.parametrize("tokens, rows", [(6144, 3), (10240, 5), (14336, 7), (2049, 1), (65536, 32)])
+@pytest.mark.parametrize(
+    "tokens, rows", [(6144, 3), (10240, 5), (14336, 7), (2049, 1), (65536, 32)]
+)
 def test_an_update_has_the_tokens_that_were_asked(tokens, rows):
     job = estimate.Job(model_shapes.built_in("llama-3-8b"), tokens_per_step=tokens)
     for found in estimate.compare(job, replace(H100, ram=10**12)):
@@ -284,13 +476,24 @@ def test_an_update_has_the_tokens_that_were_asked(tokens, rows):
 
 def test_directions():
     """fp32 is slower on a GPU, several machines are slower than their network allows, and writes include the parameters."""
-    job, spec = estimate.Job(model_shapes.built_in("llama-3-8b"), "lora"), replace(H100, gpus=8, ram=10**12, nvme=10**13)
-    bf16, fp32 = (estimate.evaluate(replace(job, precision=p), spec, "ds_z3_offload", 2)["time"]["compute"] for p in ("bf16", "fp32"))
+    job, spec = (
+        estimate.Job(model_shapes.built_in("llama-3-8b"), "lora"),
+        replace(H100, gpus=8, ram=10**12, nvme=10**13),
+    )
+    bf16, fp32 = (
+        estimate.evaluate(replace(job, precision=p), spec, "ds_z3_offload", 2)["time"]["compute"]
+        for p in ("bf16", "fp32")
+    )
     assert fp32 > 8 * bf16
-    one, four = (estimate.evaluate(job, replace(spec, nodes=n), "ds_z3", 1)["step_s"] for n in (1, 4))
+    one, four = (
+        estimate.evaluate(job, replace(spec, nodes=n), "ds_z3", 1)["step_s"] for n in (1, 4)
+    )
     assert four > 1.5 * one
-    optimizer, both = (estimate.evaluate(estimate.Job(model_shapes.built_in("llama-3-8b")), spec, m, 1)["written"] / 8_030_261_248
-                       for m in ("ds_z3_nvme_optimizer", "ds_z3_nvme"))
+    optimizer, both = (
+        estimate.evaluate(estimate.Job(model_shapes.built_in("llama-3-8b")), spec, m, 1)["written"]
+        / 8_030_261_248
+        for m in ("ds_z3_nvme_optimizer", "ds_z3_nvme")
+    )
     assert (optimizer, both) == (12, 14)
 
 
@@ -300,19 +503,35 @@ def test_weights_beside_a_configuration(tmp_path):
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                         tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    )
     model = LlamaForCausalLM(config)
     config.save_pretrained(tmp_path)
-    weights = {**{k: v.clone() for k, v in model.state_dict().items()}, "lm_head.weight": torch.zeros(64, 32)}
+    weights = {
+        **{k: v.clone() for k, v in model.state_dict().items()},
+        "lm_head.weight": torch.zeros(64, 32),
+    }
     save_file(weights, tmp_path / "model.safetensors")
     save_file({"x": torch.zeros(10**4)}, tmp_path / "consolidated.safetensors")
     assert run("--model", tmp_path, "--gpus", 0).returncode == 0
-    save_file({**weights, "model.embed_tokens.weight": torch.zeros(32, 64)}, tmp_path / "model.safetensors")
+    save_file(
+        {**weights, "model.embed_tokens.weight": torch.zeros(32, 64)},
+        tmp_path / "model.safetensors",
+    )
     assert "an embedding of [32, 64]" in run("--model", tmp_path).stderr
-    for content, words in ((b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs pointer"), (b"",
-                                                                                                                        "safetensors"),
-                           (b"\xff" * 100, "longer than the file"), (b"\x02" + bytes(7) + b"[]", "safetensors")):
+    for content, words in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-lfs pointer"),
+        (b"", "safetensors"),
+        (b"\xff" * 100, "longer than the file"),
+        (b"\x02" + bytes(7) + b"[]", "safetensors"),
+    ):
         (tmp_path / "model.safetensors").write_bytes(content)
         done = run("--model", tmp_path)
         assert done.returncode == 2 and words in done.stderr, (content, done.stderr)
@@ -324,22 +543,38 @@ def test_the_written_recipe_names_the_model(tmp_path):
     from transformers import LlamaConfig
 
     LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
-    for name, expected in (("llama-3-8b", "meta-llama/Meta-Llama-3-8B-Instruct"), ("smollm2-135m", None),
-                           ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
-                           (tmp_path / "model", str(tmp_path / "model")), (tmp_path / "model" / "config.json",
-                                                                           str(tmp_path / "model"))):
+    for name, expected in (
+        ("llama-3-8b", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("smollm2-135m", None),
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        (tmp_path / "model", str(tmp_path / "model")),
+        (tmp_path / "model" / "config.json", str(tmp_path / "model")),
+    ):
         done = run("--model", name, *BOX, "--json", "--write", tmp_path / "made")
         assert done.returncode == 0 and json.loads(done.stdout)["recommended"], done.stderr
-        assert yaml.safe_load((tmp_path / "made" / "recipe.yaml").read_text()).get("model_name_or_path") == expected
+        assert (
+            yaml.safe_load((tmp_path / "made" / "recipe.yaml").read_text()).get(
+                "model_name_or_path"
+            )
+            == expected
+        )
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '"text"', '{"host": "HOST", "nvme_read": 0, "flops": -5, "pcie": "fast"}', "{"])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", '"text"', '{"host": "HOST", "nvme_read": 0, "flops": -5, "pcie": "fast"}', "{"],
+)
 def test_broken_figures_of_the_benches(tmp_path, content):
     import os
 
     (tmp_path / "box.json").write_text(content.replace("HOST", os.uname().nodename))
-    done = subprocess.run([sys.executable, "launch/plan.py", "--gpus", "0"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "ZERO_OFFLOAD_CACHE": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "launch/plan.py", "--gpus", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ZERO_OFFLOAD_CACHE": str(tmp_path)},
+    )
     assert done.returncode in (0, 3) and "Traceback" not in done.stderr, done.stderr
 
 
@@ -351,12 +586,17 @@ def test_this_machine_with_one_thing_changed():
     assert done["box"]["nvme"] == 0 or done["box"]["gpus"] == 0
     done = json.loads(run("--nvme_path", "/dev/shm/x", "--json").stdout)
     assert done["box"]["nvme"] == 0 and any("tmpfs" in note for note in done["box"]["notes"])
-    assert any("not a directory" in n for n in json.loads(run("--nvme_path", "README.md", "--json").stdout)["box"]["notes"])
+    assert any(
+        "not a directory" in n
+        for n in json.loads(run("--nvme_path", "README.md", "--json").stdout)["box"]["notes"]
+    )
 
 
 def test_written_files_are_taken(tmp_path):
     """The JSON keeps its comments, has numbers in the place of "auto", and passes the check that a run makes."""
-    done = run("--model", "llama-3-8b", *BOX, "--write", tmp_path / "made", "--plot", tmp_path / "plan.png")
+    done = run(
+        "--model", "llama-3-8b", *BOX, "--write", tmp_path / "made", "--plot", tmp_path / "plan.png"
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "made").glob("*.json")
     text = path.read_text()
@@ -365,55 +605,130 @@ def test_written_files_are_taken(tmp_path):
     assert content["zero_optimization"]["stage3_prefetch_bucket_size"] == 218_112_000
     from trainer.config.flags import resolve
 
-    settings = resolve(["--config", str(tmp_path / "made" / "recipe.yaml"), "--model_name_or_path", "x/y"])
-    assert settings.deepspeed == str(path) and settings.per_device_train_batch_size >= 1 and settings.method == "full"
+    settings = resolve(
+        ["--config", str(tmp_path / "made" / "recipe.yaml"), "--model_name_or_path", "x/y"]
+    )
+    assert (
+        settings.deepspeed == str(path)
+        and settings.per_device_train_batch_size >= 1
+        and settings.method == "full"
+    )
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--model", "llama-3-7b"], "did you mean"), (["--model", "nothing/here"], "no model"), (["--model", "./nowhere"], "nothing at"),
-    (["--gpu_memory", "80", "--ram", "1TB"], "--gpu_memory is not a size"), (["--gpu_memory", "80GB"], "--ram is missing"),
-    (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50GB"], "--pcie is not a rate"),
-    (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50"], "--pcie is not a rate"),
-    (["--gpu_memory=-80GB", "--ram", "1TB"], "--gpu_memory is not a size"),
-    (["--gpus", "0", "--gpu_memory", "80GB", "--ram", "1TB"], "without GPUs"),
-    (["--gpus", "1.5", "--gpu_memory", "80GB", "--ram", "1TB"], "whole numbers"),
-    (["--gpus", "many", "--ram", "1TB"], "not a number"), (["--gpsu", "1"], "unrecognized"),
-    (["--max_length", "0"], "--max_length"), (["--method", "qlora"], "full | lora"), (["--lora_r", "0"], "--lora_r"),
-    (["--precision", "fp8"], "bf16 | fp16 | fp32"), (["--tokens_per_step", "5"], "less than one row"),
-    (["--lora_target_modules", "q_porj"], "did you mean q_proj"), (["--gpu_tflops", "nan", "--gpu_memory", "80GB", "--ram", "1TB"],
-                                                                   "not a number"),
-    (["--nodes", "0", "--gpu_memory", "80GB", "--ram", "1TB"], "--nodes"), (["--gpus", "99"], "fewer GPUs"),
-    *((["--gpu_memory", "80GB", "--ram", "1TB", *more], words) for more, words in (
-        (["--gpu_tflops", "0"], "--gpu_tflops"), (["--gpu_tflops", "1e300"], "--gpu_tflops"), (["--gpus", "1e300"], "--gpus"),
-        (["--ram_rate", "0.0000001KB/s"], "--ram_rate"), (["--pcie", "400Gb/s"], "b is bits"), (["--pcie", "0GB/s"], "not a rate"),
-        (["--plot", "x.txt"], "picture"), (["--method", "lora", "--lora_target_modules", ","], "is empty"), (["--nodes", ""],
-                                                                                                             "is empty"),
-        (["--tokens_per_step", " "], "is empty"), (["--gpu-memory", "1GB"], "did you mean gpu_memory"))),
-    (["--gpu_memory", "80GB", "--ram", "0"], "--ram is not a size"), (["--gpu_memory", "0GB", "--ram", "1TB"], "--gpu_memory"),
-    (["--ram", "999999999999999TB"], "--ram"), (["--gpus", "0", "--ram", "64GB", "--precision", "fp16"], "needs a GPU"),
-    (["--model", ""], "--model is empty"), (["--model", "x" * 5000], "too long"), (["--model", "x" * 300], "no model")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model", "llama-3-7b"], "did you mean"),
+        (["--model", "nothing/here"], "no model"),
+        (["--model", "./nowhere"], "nothing at"),
+        (["--gpu_memory", "80", "--ram", "1TB"], "--gpu_memory is not a size"),
+        (["--gpu_memory", "80GB"], "--ram is missing"),
+        (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50GB"], "--pcie is not a rate"),
+        (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50"], "--pcie is not a rate"),
+        (["--gpu_memory=-80GB", "--ram", "1TB"], "--gpu_memory is not a size"),
+        (["--gpus", "0", "--gpu_memory", "80GB", "--ram", "1TB"], "without GPUs"),
+        (["--gpus", "1.5", "--gpu_memory", "80GB", "--ram", "1TB"], "whole numbers"),
+        (["--gpus", "many", "--ram", "1TB"], "not a number"),
+        (["--gpsu", "1"], "unrecognized"),
+        (["--max_length", "0"], "--max_length"),
+        (["--method", "qlora"], "full | lora"),
+        (["--lora_r", "0"], "--lora_r"),
+        (["--precision", "fp8"], "bf16 | fp16 | fp32"),
+        (["--tokens_per_step", "5"], "less than one row"),
+        (["--lora_target_modules", "q_porj"], "did you mean q_proj"),
+        (["--gpu_tflops", "nan", "--gpu_memory", "80GB", "--ram", "1TB"], "not a number"),
+        (["--nodes", "0", "--gpu_memory", "80GB", "--ram", "1TB"], "--nodes"),
+        (["--gpus", "99"], "fewer GPUs"),
+        *(
+            (["--gpu_memory", "80GB", "--ram", "1TB", *more], words)
+            for more, words in (
+                (["--gpu_tflops", "0"], "--gpu_tflops"),
+                (["--gpu_tflops", "1e300"], "--gpu_tflops"),
+                (["--gpus", "1e300"], "--gpus"),
+                (["--ram_rate", "0.0000001KB/s"], "--ram_rate"),
+                (["--pcie", "400Gb/s"], "b is bits"),
+                (["--pcie", "0GB/s"], "not a rate"),
+                (["--plot", "x.txt"], "picture"),
+                (["--method", "lora", "--lora_target_modules", ","], "is empty"),
+                (["--nodes", ""], "is empty"),
+                (["--tokens_per_step", " "], "is empty"),
+                (["--gpu-memory", "1GB"], "did you mean gpu_memory"),
+            )
+        ),
+        (["--gpu_memory", "80GB", "--ram", "0"], "--ram is not a size"),
+        (["--gpu_memory", "0GB", "--ram", "1TB"], "--gpu_memory"),
+        (["--ram", "999999999999999TB"], "--ram"),
+        (["--gpus", "0", "--ram", "64GB", "--precision", "fp16"], "needs a GPU"),
+        (["--model", ""], "--model is empty"),
+        (["--model", "x" * 5000], "too long"),
+        (["--model", "x" * 300], "no model"),
+    ],
+)
 def test_bad_input(arguments, words):
     done = run(*arguments)
     assert done.returncode == 2 and words in done.stderr, (done.returncode, done.stderr)
 
 
-@pytest.mark.parametrize("content, words", [
-    ("{", "not readable"), ("[]", "not readable"), ("{}", "does not know"),
-    (json.dumps({"architectures": ["BertForMaskedLM"], "model_type": "bert"}), "not a causal language model"),
-    (json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}), "hidden_size"),
-    (json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 1, "num_hidden_layers": 0, "num_attention_heads": 4,
-                 "vocab_size": 5}), "impossible size"),
-    (json.dumps({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}), "family"), ("[" * 100000, "not readable"),
-    (json.dumps({"architectures": "BertModel", "model_type": "bert"}), "found:  BertModel"),
-    (json.dumps({"text_config": 5, "architectures": [None]}), "not a causal"), (json.dumps({"text_config": [5]}), "family"),
-    (json.dumps({"model_type": "llama", "hidden_size": 1e200, "intermediate_size": 1, "num_hidden_layers": 1,
-                 "num_attention_heads": 1,
-                 "vocab_size": 5}), "impossible size"),
-    ('{"model_type": "llama", "hidden_size": Infinity}', "lacks"),
-    (json.dumps({"model_type": "llama", "quantization_config": {"bits": 4}}), "quantized"),
-    (json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 0,
-                 "vocab_size": 5}), "lacks")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "not readable"),
+        ("[]", "not readable"),
+        ("{}", "does not know"),
+        (
+            json.dumps({"architectures": ["BertForMaskedLM"], "model_type": "bert"}),
+            "not a causal language model",
+        ),
+        (json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}), "hidden_size"),
+        (
+            json.dumps(
+                {
+                    "model_type": "llama",
+                    "hidden_size": 64,
+                    "intermediate_size": 1,
+                    "num_hidden_layers": 0,
+                    "num_attention_heads": 4,
+                    "vocab_size": 5,
+                }
+            ),
+            "impossible size",
+        ),
+        (json.dumps({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}), "family"),
+        ("[" * 100000, "not readable"),
+        (json.dumps({"architectures": "BertModel", "model_type": "bert"}), "found:  BertModel"),
+        (json.dumps({"text_config": 5, "architectures": [None]}), "not a causal"),
+        (json.dumps({"text_config": [5]}), "family"),
+        (
+            json.dumps(
+                {
+                    "model_type": "llama",
+                    "hidden_size": 1e200,
+                    "intermediate_size": 1,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 1,
+                    "vocab_size": 5,
+                }
+            ),
+            "impossible size",
+        ),
+        ('{"model_type": "llama", "hidden_size": Infinity}', "lacks"),
+        (json.dumps({"model_type": "llama", "quantization_config": {"bits": 4}}), "quantized"),
+        (
+            json.dumps(
+                {
+                    "model_type": "llama",
+                    "hidden_size": 64,
+                    "intermediate_size": 1,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 0,
+                    "vocab_size": 5,
+                }
+            ),
+            "lacks",
+        ),
+    ],
+)
 def test_bad_configuration(tmp_path, content, words):
     (tmp_path / "config.json").write_text(content)
     for name in (tmp_path, tmp_path / "config.json"):

@@ -5,6 +5,7 @@ trainer_state.json, rng-<rank>.json, and safetensors parts: one per rank and opt
 padding as a flat tensor `<kind>/<parameter>`; the file's metadata gives its first element within the whole parameter. So parts do not
 depend on the world size.
 """
+
 import base64
 import json
 import os
@@ -62,9 +63,11 @@ def write_file(path, chunks):
             hashed.update(chunk)
             view = memoryview(chunk)
             while view:
-                view = view[file.write(view):]
+                view = view[file.write(view) :]
             size += len(chunk)
-            if size - started >= 4 * CHUNK:  # the disk begins now, and what it has leaves the page cache
+            if (
+                size - started >= 4 * CHUNK
+            ):  # the disk begins now, and what it has leaves the page cache
                 os.posix_fadvise(file.fileno(), started, size - started, os.POSIX_FADV_DONTNEED)
                 started = size
         os.fsync(file.fileno())
@@ -86,7 +89,11 @@ def _part(state, i):
         for piece in state.groups[i]:
             if piece.numel:
                 end = at + piece.numel * size
-                header[f"{kind}/{piece.name}"] = {"dtype": _DTYPES[state.dtype()], "shape": [piece.numel], "data_offsets": [at, end]}
+                header[f"{kind}/{piece.name}"] = {
+                    "dtype": _DTYPES[state.dtype()],
+                    "shape": [piece.numel],
+                    "data_offsets": [at, end],
+                }
                 order.append((kind, piece))
                 at = end
     header["__metadata__"] = {piece.name: str(piece.start) for piece in state.groups[i]}
@@ -110,7 +117,11 @@ def verify_file(path, known):
                 hashed.update(memoryview(block)[:count])
     except OSError as error:
         return f"{path.name}: {error.strerror}"
-    return None if hashed.hexdigest() == known["xxh3_128"] else f"{path.name} is not what was written (its hash differs)"
+    return (
+        None
+        if hashed.hexdigest() == known["xxh3_128"]
+        else f"{path.name} is not what was written (its hash differs)"
+    )
 
 
 def read_manifest(folder):
@@ -142,8 +153,11 @@ def listed(directory):
 
 def supersede(directory, step):
     """Put aside the checkpoints after `step`: the run goes another way from there, and must not take up the old one again."""
-    return [path.rename(path.with_name(f"superseded-{path.name}-{uuid.uuid4().hex[:8]}"))
-            for later, path in checkpoints(directory) if later > step]
+    return [
+        path.rename(path.with_name(f"superseded-{path.name}-{uuid.uuid4().hex[:8]}"))
+        for later, path in checkpoints(directory)
+        if later > step
+    ]
 
 
 # -- save ----------------------------------------------------------------------------------------------------------------
@@ -185,7 +199,10 @@ class Checkpointer:
         if failure:
             if main:
                 shutil.rmtree(work, ignore_errors=True)
-                print(f"checkpoint-{step} was not saved: {failure}; earlier checkpoints are untouched", flush=True)
+                print(
+                    f"checkpoint-{step} was not saved: {failure}; earlier checkpoints are untouched",
+                    flush=True,
+                )
             return None
         if main:
             self._rotate(target)
@@ -197,7 +214,9 @@ class Checkpointer:
         if not folder.exists():
             return False
         manifest, wrong = read_manifest(folder)
-        return not wrong and all(verify_file(folder / name, known) is None for name, known in manifest["files"].items())
+        return not wrong and all(
+            verify_file(folder / name, known) is None for name, known in manifest["files"].items()
+        )
 
     def _clean(self):
         """Remove what killed saves left."""
@@ -210,19 +229,30 @@ class Checkpointer:
             _point("before-parts")
             # Two at once: while one waits for the disk at its end, the other is copied and hashed.
             with ThreadPoolExecutor(2) as pool:
-                names = [f"rank-{rank:05}-group-{i:05}.safetensors" for i in range(len(state.groups))]
-                for name, entry in zip(names, pool.map(lambda i: write_file(work / names[i], _part(state, i)), range(len(names)))):
+                names = [
+                    f"rank-{rank:05}-group-{i:05}.safetensors" for i in range(len(state.groups))
+                ]
+                for name, entry in zip(
+                    names,
+                    pool.map(
+                        lambda i: write_file(work / names[i], _part(state, i)), range(len(names))
+                    ),
+                ):
                     entries[name] = entry
                     _point("after-a-part")
-            entries[f"rng-{rank:05}.json"] = write_file(work / f"rng-{rank:05}.json", [json.dumps(_rng_state()).encode()])
+            entries[f"rng-{rank:05}.json"] = write_file(
+                work / f"rng-{rank:05}.json", [json.dumps(_rng_state()).encode()]
+            )
             if rank == 0:
                 module = trainer.model_wrapped.module
                 buffers = {n: b for n, b in module.named_buffers() if _is_saved(module, n)}
                 if buffers:
                     from safetensors.torch import save
 
-                    entries["buffers.safetensors"] = write_file(work / "buffers.safetensors",
-                                                                [save({n: b.contiguous().cpu() for n, b in buffers.items()})])
+                    entries["buffers.safetensors"] = write_file(
+                        work / "buffers.safetensors",
+                        [save({n: b.contiguous().cpu() for n, b in buffers.items()})],
+                    )
         except OSError as error:
             return f"{work.parent}: {error.strerror}", entries
         except RunError as error:
@@ -235,12 +265,24 @@ class Checkpointer:
             text = trainer.state_json()
             files[STATE] = write_file(work / STATE, [text.encode()])
             last = trainer.evaluated if trainer.evaluated_at == trainer.state.global_step else None
-            manifest = {"format": FORMAT, "step": trainer.state.global_step, "world_size": dist.get_world_size(), "files": files,
-                        "parameters": state.shapes, "kinds": state.kinds(0), "scalars": state.scalars(),
-                        "eval_loss": last and last["eval_loss"], **trainer.progress(), **self.describe}
+            manifest = {
+                "format": FORMAT,
+                "step": trainer.state.global_step,
+                "world_size": dist.get_world_size(),
+                "files": files,
+                "parameters": state.shapes,
+                "kinds": state.kinds(0),
+                "scalars": state.scalars(),
+                "eval_loss": last and last["eval_loss"],
+                **trainer.progress(),
+                **self.describe,
+            }
             manifest = json.loads(json.dumps(manifest))
             _point("before-manifest")
-            write_file(work / MANIFEST, [json.dumps({**manifest, "hash": _digest(manifest)}, indent=1).encode()])
+            write_file(
+                work / MANIFEST,
+                [json.dumps({**manifest, "hash": _digest(manifest)}, indent=1).encode()],
+            )
             _sync_folder(work)
             _point("before-rename")
             if target.exists():  # one that was found damaged
@@ -260,13 +302,25 @@ class Checkpointer:
         found = [(p, read_manifest(p)[0]) for p in listed(self.directory)]
         whole = [(p, m) for p, m in found if m]
         losses = [(m["eval_loss"], p) for p, m in whole if m["eval_loss"] is not None]
-        kept = {newest, *(p for p, _ in whole[:self.limit]), *([min(losses, key=lambda pair: pair[0])[1]] if losses else [])}
-        doomed = {path: self.directory / f"{_TEMPORARY}old-{uuid.uuid4().hex[:8]}" for path, _ in whole if path not in kept}
+        kept = {
+            newest,
+            *(p for p, _ in whole[: self.limit]),
+            *([min(losses, key=lambda pair: pair[0])[1]] if losses else []),
+        }
+        doomed = {
+            path: self.directory / f"{_TEMPORARY}old-{uuid.uuid4().hex[:8]}"
+            for path, _ in whole
+            if path not in kept
+        }
         for path, away in doomed.items():
             os.rename(path, away)  # gone at once: half of a checkpoint is never seen
             _point("during-rotation")
-        if doomed:  # freeing gigabytes takes a file system long enough to be seen in the time of a step
-            self.removal = threading.Thread(target=lambda: [shutil.rmtree(away, True) for away in doomed.values()], daemon=True)
+        if (
+            doomed
+        ):  # freeing gigabytes takes a file system long enough to be seen in the time of a step
+            self.removal = threading.Thread(
+                target=lambda: [shutil.rmtree(away, True) for away in doomed.values()], daemon=True
+            )
             self.removal.start()
 
     def finish(self):
@@ -282,8 +336,11 @@ def _is_saved(module, name):
 
 def _rng_state():
     numpy_state = np.random.get_state()
-    result = {"python": random.getstate(), "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
-              "torch": base64.b64encode(torch.random.get_rng_state().numpy().tobytes()).decode()}
+    result = {
+        "python": random.getstate(),
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "torch": base64.b64encode(torch.random.get_rng_state().numpy().tobytes()).decode(),
+    }
     if torch.cuda.is_available():
         result["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
     return result
@@ -319,26 +376,44 @@ def choose(directory, asked, say):
     skipped = []
     for folder in candidates:
         if not auto and not folder.is_dir():
-            raise RunError(f"no checkpoint {folder}", found=", ".join(p.name for p in listed(directory)) or "none in the run",
-                           needed="a checkpoint-<step> directory, or auto")
+            raise RunError(
+                f"no checkpoint {folder}",
+                found=", ".join(p.name for p in listed(directory)) or "none in the run",
+                needed="a checkpoint-<step> directory, or auto",
+            )
         manifest, wrong = from_main(read_manifest(folder))
         if not wrong:
             began, names = time.monotonic(), sorted(manifest["files"])
-            mine = names[dist.get_rank()::dist.get_world_size()]
-            wrong = next((w for name in mine if (w := verify_file(folder / name, manifest["files"][name]))), None)
+            mine = names[dist.get_rank() :: dist.get_world_size()]
+            wrong = next(
+                (w for name in mine if (w := verify_file(folder / name, manifest["files"][name]))),
+                None,
+            )
             wrong = next((w for w in gathered(wrong) if w), None)
         if not wrong:
-            seconds, size = time.monotonic() - began, sum(f["bytes"] for f in manifest["files"].values())
-            say(f"resume: {folder}, verified ({size / 1e9:.2f} GB at {size / 1e9 / max(seconds, 1e-3):.1f} GB/s)")
+            seconds, size = (
+                time.monotonic() - began,
+                sum(f["bytes"] for f in manifest["files"].values()),
+            )
+            say(
+                f"resume: {folder}, verified ({size / 1e9:.2f} GB at {size / 1e9 / max(seconds, 1e-3):.1f} GB/s)"
+            )
             return folder, manifest
         skipped.append(f"{folder.name}: {wrong}")
         if not auto:
-            raise RunError(f"the checkpoint {folder} cannot be used", found=wrong, needed="the files as they were written",
-                           fix="--resume_from_checkpoint auto takes the newest one that is whole")
+            raise RunError(
+                f"the checkpoint {folder} cannot be used",
+                found=wrong,
+                needed="the files as they were written",
+                fix="--resume_from_checkpoint auto takes the newest one that is whole",
+            )
         say(f"resume: skipped {skipped[-1]}")
     if skipped:
-        raise RunError(f"no checkpoint of {directory} is whole", found="; ".join(skipped),
-                       fix="another --run_name starts anew; move the damaged ones away to start this run from its beginning")
+        raise RunError(
+            f"no checkpoint of {directory} is whole",
+            found="; ".join(skipped),
+            fix="another --run_name starts anew; move the damaged ones away to start this run from its beginning",
+        )
     return None, None
 
 
@@ -358,8 +433,9 @@ class _Index:
                 kind, _, parameter = key.partition("/")
                 begin, end = entry["data_offsets"]
                 size = (end - begin) // entry["shape"][0]
-                self.places.setdefault((kind, parameter), []).append((int(starts[parameter]) * size, end - begin, folder / name,
-                                                                      8 + length + begin))
+                self.places.setdefault((kind, parameter), []).append(
+                    (int(starts[parameter]) * size, end - begin, folder / name, 8 + length + begin)
+                )
 
     def fill(self, kind, piece, at, view, size):
         """Read bytes [at, at + len(view)) of a slice, wherever they are."""
@@ -370,7 +446,7 @@ class _Index:
             if first < last:
                 if path not in self.handles:
                     self.handles[path] = os.open(path, os.O_RDONLY)
-                target, place = view[first - begin:last - begin], offset + first - start
+                target, place = view[first - begin : last - begin], offset + first - start
                 while target:
                     count = os.preadv(self.handles[path], [target], place)
                     if not count:
@@ -378,8 +454,11 @@ class _Index:
                     target, place = target[count:], place + count
                 missing -= last - first
         if missing:
-            raise RunError(f"the checkpoint lacks a part of {piece.name}", found=f"{missing:,} bytes of {kind} are in no file",
-                           code=FAILED)
+            raise RunError(
+                f"the checkpoint lacks a part of {piece.name}",
+                found=f"{missing:,} bytes of {kind} are in no file",
+                code=FAILED,
+            )
 
     def close(self):
         for handle in self.handles.values():
@@ -391,11 +470,17 @@ def check_fits(shapes, manifest, folder):
     saved = {name: list(shape) for name, shape in manifest["parameters"].items()}
     if saved == shapes:
         return
-    rows = [f"{name}: {saved.get(name, 'not there')} saved, {shapes.get(name, 'not there')} here"
-            for name in sorted({**saved, **shapes}) if saved.get(name) != shapes.get(name)]
+    rows = [
+        f"{name}: {saved.get(name, 'not there')} saved, {shapes.get(name, 'not there')} here"
+        for name in sorted({**saved, **shapes})
+        if saved.get(name) != shapes.get(name)
+    ]
     more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
-    raise RunError(f"{folder} is of another model, method or adapter shape", found="; ".join(rows[:5]) + more,
-                   needed="the --model_name_or_path, --method and --lora_… of the run that saved it")
+    raise RunError(
+        f"{folder} is of another model, method or adapter shape",
+        found="; ".join(rows[:5]) + more,
+        needed="the --model_name_or_path, --method and --lora_… of the run that saved it",
+    )
 
 
 def restore(engine, folder, manifest, space=None):
@@ -404,11 +489,19 @@ def restore(engine, folder, manifest, space=None):
     check_fits(state.shapes, manifest, folder)
     index, size = _Index(folder, manifest), state.itemsize()
     if manifest["kinds"][1:] and sorted(manifest["kinds"][1:]) != ["exp_avg", "exp_avg_sq"]:
-        raise RunError(f"{folder} was saved with another optimizer", found=", ".join(manifest["kinds"]), needed="Adam's moments")
+        raise RunError(
+            f"{folder} was saved with another optimizer",
+            found=", ".join(manifest["kinds"]),
+            needed="Adam's moments",
+        )
     state.begin_restore()
     for i in range(len(state.groups)):
-        state.restore(i, manifest["kinds"], manifest["scalars"],
-                      lambda kind, piece, at, view: index.fill(kind, piece, at, view, size))
+        state.restore(
+            i,
+            manifest["kinds"],
+            manifest["scalars"],
+            lambda kind, piece, at, view: index.fill(kind, piece, at, view, size),
+        )
     state.end_restore(manifest["scalars"].get("step", 0))
     index.close()
     if "buffers.safetensors" in manifest["files"]:

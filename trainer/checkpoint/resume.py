@@ -1,4 +1,5 @@
 """What a resumed run takes from its checkpoint and what from its flags. Imports no torch."""
+
 import json
 import os
 import re
@@ -11,12 +12,32 @@ from trainer.system import hardware
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # They decide which rows an update has: the saved value goes on, or the run would not be the one that was stopped.
-KEPT = ("seed", "data_seed", "train_sampling_strategy", "packing", "max_length", "too_long", "template", "train_on_prompt",
-        "last_turn_only")
+KEPT = (
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "packing",
+    "max_length",
+    "too_long",
+    "template",
+    "train_on_prompt",
+    "last_turn_only",
+)
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # They name the run or where it is, and change nothing in it.
-_FREE = ("run_name", "output_dir", "resume_from_checkpoint", "nvme_path", "report_to", "eval_on_start", "deepspeed", "export",
-         "max_shard_size", "config", *_BATCH)
+_FREE = (
+    "run_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "nvme_path",
+    "report_to",
+    "eval_on_start",
+    "deepspeed",
+    "export",
+    "max_shard_size",
+    "config",
+    *_BATCH,
+)
 
 
 def settle(settings, public, manifest, world_size):
@@ -36,13 +57,22 @@ def settle(settings, public, manifest, world_size):
     batch, accumulate = (values[k] for k in _BATCH)
     if world_size * batch * accumulate != wanted:
         old = manifest["settings"]["per_device_train_batch_size"]
-        fitting = [b for b in dict.fromkeys((batch, old, *range(min(batch, wanted), 0, -1))) if wanted % (world_size * b) == 0]
+        fitting = [
+            b
+            for b in dict.fromkeys((batch, old, *range(min(batch, wanted), 0, -1)))
+            if wanted % (world_size * b) == 0
+        ]
         if not fitting:
-            raise RunError(f"an update of {wanted} rows cannot be dealt out to {world_size} ranks", needed=f"a divisor of {wanted}",
-                           found=f"the checkpoint's update has {wanted} rows; the order of rows belongs to it",
-                           fix="another number of ranks, or a new run from the exported model")
+            raise RunError(
+                f"an update of {wanted} rows cannot be dealt out to {world_size} ranks",
+                needed=f"a divisor of {wanted}",
+                found=f"the checkpoint's update has {wanted} rows; the order of rows belongs to it",
+                fix="another number of ranks, or a new run from the exported model",
+            )
         values.update(zip(_BATCH, (fitting[0], wanted // (world_size * fitting[0]))))
-        settings.sources.update(dict.fromkeys(_BATCH, "checkpoint"))  # or TrainingArguments would not hear of them
+        settings.sources.update(
+            dict.fromkeys(_BATCH, "checkpoint")
+        )  # or TrainingArguments would not hear of them
         rows.append(("rows of an update", wanted, world_size * batch * accumulate, wanted))
         for key, before in zip(_BATCH, (batch, accumulate)):
             if values[key] != before or manifest["settings"][key] != before:
@@ -73,7 +103,11 @@ def trim_metrics(path, step):
 
 def checkpoints(directory):
     """[(step, folder), …] of a run's checkpoints, the newest first."""
-    found = [(int(m[1]), p) for p in Path(directory).glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    found = [
+        (int(m[1]), p)
+        for p in Path(directory).glob("checkpoint-*")
+        if (m := _NAME.fullmatch(p.name)) and p.is_dir()
+    ]
     return sorted(found, reverse=True)
 
 

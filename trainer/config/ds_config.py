@@ -1,4 +1,5 @@
 """The DeepSpeed JSON: found, read as hjson, held against the schema, its "auto" values resolved. Imports no torch."""
+
 import copy
 import math
 from dataclasses import dataclass
@@ -22,12 +23,16 @@ def find_config(name):
             return path
     have = sorted(p.name for p in CONFIGS.glob("*.json"))
     hint = did_you_mean(Path(name).name, have)
-    raise RunError(f"no DeepSpeed configuration {name}{hint}", found="none of " + ", ".join(map(str, looked)),
-                   needed=f"a JSON file; deepspeed_configs/ has {', '.join(have)}")
+    raise RunError(
+        f"no DeepSpeed configuration {name}{hint}",
+        found="none of " + ", ".join(map(str, looked)),
+        needed=f"a JSON file; deepspeed_configs/ has {', '.join(have)}",
+    )
 
 
 def read_config(path):
     """The JSON with comments, as plain dicts."""
+
     def plain(node):
         if isinstance(node, dict):
             return {k: plain(v) for k, v in node.items()}
@@ -45,7 +50,11 @@ def read_config(path):
     except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not readable as JSON", found=str(error)) from None
     if not isinstance(config, dict):
-        raise RunError(f"{path} is not a DeepSpeed configuration", found=type(config).__name__, needed="a JSON object")
+        raise RunError(
+            f"{path} is not a DeepSpeed configuration",
+            found=type(config).__name__,
+            needed="a JSON object",
+        )
     return plain(config)
 
 
@@ -53,7 +62,9 @@ def _is(value, kind):
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
-        return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+        return not isinstance(value, bool) and (
+            isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        )
     return isinstance(value, kind)
 
 
@@ -62,21 +73,36 @@ def _check_block(block, schema, where, prefix=""):
         name = f"{prefix}{key}"
         if key not in schema:
             if key in ("fp8", "float8"):
-                raise RunError(f"{where}: fp8 is not supported", found=name,
-                               needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these")
-            raise RunError(f"{where}: unknown key {name}{did_you_mean(key, schema)}",
-                           fix="DeepSpeed would ignore it without a word; correct or remove it")
+                raise RunError(
+                    f"{where}: fp8 is not supported",
+                    found=name,
+                    needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these",
+                )
+            raise RunError(
+                f"{where}: unknown key {name}{did_you_mean(key, schema)}",
+                fix="DeepSpeed would ignore it without a word; correct or remove it",
+            )
         kind = schema[key]
         if value == "auto":
             parent = prefix[:-1]
-            if key not in ds_schema.AUTO_MODEL.get(parent, ()) and key not in ds_schema.AUTO_TRAINING.get(parent, ()):
-                raise RunError(f"{where}: {name} cannot be \"auto\"", needed="a value, or leave the key out")
+            if key not in ds_schema.AUTO_MODEL.get(
+                parent, ()
+            ) and key not in ds_schema.AUTO_TRAINING.get(parent, ()):
+                raise RunError(
+                    f'{where}: {name} cannot be "auto"', needed="a value, or leave the key out"
+                )
         elif isinstance(kind, dict):
             if not isinstance(value, dict):
-                raise RunError(f"{where}: {name} has the wrong type", found=repr(value), needed="an object { … }")
+                raise RunError(
+                    f"{where}: {name} has the wrong type",
+                    found=repr(value),
+                    needed="an object { … }",
+                )
             _check_block(value, kind, where, f"{name}.")
         elif value is not None and not _is(value, kind):
-            raise RunError(f"{where}: {name} has the wrong type", found=repr(value), needed=kind.__name__)
+            raise RunError(
+                f"{where}: {name} has the wrong type", found=repr(value), needed=kind.__name__
+            )
         elif kind is int and key != "stage" and value is not None and value < 0:
             raise RunError(f"{where}: {name} is negative", found=value, needed="0 or more")
 
@@ -86,24 +112,40 @@ def check_config(config, where):
     _check_block(config, ds_schema.CONFIG, where)
     zero = config.get("zero_optimization")
     if zero is None:
-        raise RunError(f"{where}: no zero_optimization block", needed='"zero_optimization": {"stage": 3, …}')
+        raise RunError(
+            f"{where}: no zero_optimization block", needed='"zero_optimization": {"stage": 3, …}'
+        )
     for tier in ("offload_param", "offload_optimizer"):
         block = zero.get(tier) or {}
         device = block.get("device", "none")
         if device not in ("none", "cpu", "nvme"):
-            raise RunError(f"{where}: zero_optimization.{tier}.device{did_you_mean(device, ('none', 'cpu', 'nvme'))}",
-                           found=device, needed="none, cpu or nvme")
+            raise RunError(
+                f"{where}: zero_optimization.{tier}.device{did_you_mean(device, ('none', 'cpu', 'nvme'))}",
+                found=device,
+                needed="none, cpu or nvme",
+            )
         if tier == "offload_param" and device != "none" and zero.get("stage") != 3:
-            raise RunError(f"{where}: parameter offload works with ZeRO stage 3 only", found=f"stage {zero.get('stage')}",
-                           fix='"stage": 3, or remove offload_param')
+            raise RunError(
+                f"{where}: parameter offload works with ZeRO stage 3 only",
+                found=f"stage {zero.get('stage')}",
+                fix='"stage": 3, or remove offload_param',
+            )
         if device == "nvme" and not block.get("nvme_path"):
-            raise RunError(f"{where}: zero_optimization.{tier}.device is nvme without an nvme_path",
-                           fix='"nvme_path": "auto" takes --nvme_path; or write the directory')
+            raise RunError(
+                f"{where}: zero_optimization.{tier}.device is nvme without an nvme_path",
+                fix='"nvme_path": "auto" takes --nvme_path; or write the directory',
+            )
     if zero.get("stage") != 3:
-        raise RunError(f"{where}: this trainer runs ZeRO stage 3", found=f"stage {zero.get('stage', 0)}", fix='"stage": 3')
+        raise RunError(
+            f"{where}: this trainer runs ZeRO stage 3",
+            found=f"stage {zero.get('stage', 0)}",
+            fix='"stage": 3',
+        )
     if config.get("optimizer") or config.get("scheduler"):
-        raise RunError(f"{where}: optimizer and scheduler belong to the recipe",
-                       fix="remove them; use --learning_rate, --weight_decay, --adam_beta1, --lr_scheduler_type, --warmup_steps")
+        raise RunError(
+            f"{where}: optimizer and scheduler belong to the recipe",
+            fix="remove them; use --learning_rate, --weight_decay, --adam_beta1, --lr_scheduler_type, --warmup_steps",
+        )
     aio = config.get("aio") or {}
     for key in ("block_size", "queue_depth", "intra_op_parallelism"):
         if aio.get(key, 1) < 1:
@@ -113,14 +155,19 @@ def check_config(config, where):
 
 def check_agreement(config, settings, where):
     """Batch, clip and precision belong to the recipe. A JSON that says otherwise than the flags is refused before torch."""
-    pairs = (("train_micro_batch_size_per_gpu", "per_device_train_batch_size"), ("gradient_clipping", "max_grad_norm"),
-             ("gradient_accumulation_steps", "gradient_accumulation_steps"))
+    pairs = (
+        ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
+        ("gradient_clipping", "max_grad_norm"),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps"),
+    )
     for key, flag in pairs:
         value = config.get(key, "auto")
         if value != "auto" and value != settings.values[flag]:
-            raise RunError(f"{where}: {key} contradicts --{flag}",
-                           found=f"{value} in the JSON, {settings.values[flag]} in the run",
-                           fix=f'"{key}": "auto"')
+            raise RunError(
+                f"{where}: {key} contradicts --{flag}",
+                found=f"{value} in the JSON, {settings.values[flag]} in the run",
+                fix=f'"{key}": "auto"',
+            )
         config[key] = "auto"
     config.setdefault("train_batch_size", "auto")
 
@@ -154,7 +201,9 @@ class Shapes:
 def _swap_buffers(optimizer, fused_step):
     """The optimizer's NVMe swapper holds weight and both moments of the current sub-group, and of the previous and the next one where
     it reads or writes ahead; without fused_step gradients too (DeepSpeed, swap_tensor/pipelined_optimizer_swapper.py)."""
-    return (3 if fused_step else 4) * (1 + bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write")))
+    return (3 if fused_step else 4) * (
+        1 + bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write"))
+    )
 
 
 def resolve_auto(config, shapes, world_size, swap_directory, fused_step=True):
@@ -166,9 +215,16 @@ def resolve_auto(config, shapes, world_size, swap_directory, fused_step=True):
     config = copy.deepcopy(config)
     zero = config["zero_optimization"]
     parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
-    on_nvme = parameters.get("device") == "nvme"  # there, what stays on the GPU would be read at once, into too few buffers
-    adapters = (not on_nvme and shapes.largest_trainable < 4e6 and shapes.trainable * shapes.itemsize < 1e9
-                and shapes.trainable < shapes.layer and shapes.small_frozen < 1e8)
+    on_nvme = (
+        parameters.get("device") == "nvme"
+    )  # there, what stays on the GPU would be read at once, into too few buffers
+    adapters = (
+        not on_nvme
+        and shapes.largest_trainable < 4e6
+        and shapes.trainable * shapes.itemsize < 1e9
+        and shapes.trainable < shapes.layer
+        and shapes.small_frozen < 1e8
+    )
     values = {
         # At least 2e7: the many small gradients of adapters travel together.
         "reduce_bucket_size": min(max(shapes.largest_trainable, int(2e7)), int(5e8)),
@@ -176,8 +232,12 @@ def resolve_auto(config, shapes, world_size, swap_directory, fused_step=True):
         "sub_group_size": max(min(int(1e8), math.ceil(shapes.trainable / world_size / 8)), 1),
         "stage3_prefetch_bucket_size": shapes.layer,
         # Norms and biases stay on the GPU; adapters too, which are hundreds of small tensors and a hundredth of the model.
-        "stage3_param_persistence_threshold": max(int(1e5), shapes.largest_trainable + 1 if adapters else 0),
-        "stage3_max_live_parameters": 3 * shapes.layer + shapes.largest + (shapes.trainable if adapters else 0),
+        "stage3_param_persistence_threshold": max(
+            int(1e5), shapes.largest_trainable + 1 if adapters else 0
+        ),
+        "stage3_max_live_parameters": 3 * shapes.layer
+        + shapes.largest
+        + (shapes.trainable if adapters else 0),
         "stage3_max_reuse_distance": 2 * shapes.layer,
     }
     if on_nvme:
@@ -208,11 +268,18 @@ def locked_bytes(config, shapes, world_size):
     parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
     first = second = 0
     if parameters.get("device") == "nvme":
-        first = int(parameters.get("buffer_count", 5)) * int(parameters.get("buffer_size", 1e8)) * shapes.itemsize
+        first = (
+            int(parameters.get("buffer_count", 5))
+            * int(parameters.get("buffer_size", 1e8))
+            * shapes.itemsize
+        )
     if optimizer.get("device") == "nvme":
         # A sub-group closes once it has reached sub_group_size, so it can be larger by one parameter.
         share = math.ceil(shapes.trainable / world_size)
-        group = min(share, int(zero.get("sub_group_size", 1e9)) + math.ceil(shapes.largest_trainable / world_size))
+        group = min(
+            share,
+            int(zero.get("sub_group_size", 1e9)) + math.ceil(shapes.largest_trainable / world_size),
+        )
         second = int(optimizer.get("buffer_count", 4)) * group * 4
     return first, second
 
@@ -224,14 +291,21 @@ def check_buffers(config, shapes, world_size, where, fused_step=True):
     if parameters.get("device") == "nvme":
         needed = math.ceil(shapes.largest / world_size)
         if int(parameters.get("buffer_size", 1e8)) < needed:
-            raise RunError(f"{where}: offload_param.buffer_size is smaller than the largest parameter",
-                           found=f"{int(parameters.get('buffer_size', 1e8)):,} elements", needed=f"{needed:,}",
-                           fix='"buffer_size": "auto"')
+            raise RunError(
+                f"{where}: offload_param.buffer_size is smaller than the largest parameter",
+                found=f"{int(parameters.get('buffer_size', 1e8)):,} elements",
+                needed=f"{needed:,}",
+                fix='"buffer_size": "auto"',
+            )
     if optimizer.get("device") == "nvme":
         needed = _swap_buffers(optimizer, fused_step)
         if int(optimizer.get("buffer_count", 4)) < needed:
-            raise RunError(f"{where}: offload_optimizer.buffer_count is too small for its pipelining",
-                           found=optimizer.get("buffer_count", 4), needed=needed, fix='"buffer_count": "auto"')
+            raise RunError(
+                f"{where}: offload_optimizer.buffer_count is too small for its pipelining",
+                found=optimizer.get("buffer_count", 4),
+                needed=needed,
+                fix='"buffer_count": "auto"',
+            )
 
 
 def write_yaml(path, content):

@@ -3,6 +3,7 @@
 defaults < `--config recipe.yaml` < command line. The fields of TrainingArguments are read from its source, because importing
 it imports torch, and a misspelt flag should be answered at once.
 """
+
 import ast
 import dataclasses
 import functools
@@ -29,52 +30,123 @@ def _flag(default, help):
 class RunArguments:
     """What this trainer adds to TrainingArguments."""
 
-    model_name_or_path: str | None = _flag(None, "model directory or hub name; none: the embedded SmolLM2-135M-Instruct")
-    model_revision: str = _flag("main", "hub revision; pin a commit for a model that you do not own")
+    model_name_or_path: str | None = _flag(
+        None, "model directory or hub name; none: the embedded SmolLM2-135M-Instruct"
+    )
+    model_revision: str = _flag(
+        "main", "hub revision; pin a commit for a model that you do not own"
+    )
     trust_remote_code: bool = _flag(False, "run Python code that comes with the model")
-    attn_implementation: str | None = _flag(None, "attention backend of transformers; none: the model's default")
-    random_weights: bool = _flag(False, "random weights in the shape of the model's config.json: for benchmarks")
-    dataset: list | None = _flag(None, "files, folders, globs, s3:// gs:// https:// addresses or registered names, each with :SHARE "
-                                 "for a mixture; none: the bundled samples")
-    dataset_dir: str | None = _flag(None, "folder with dataset_info.json, the registry of names; none: data/, then here")
-    validation_split: str | None = _flag(None, "validation rows: a file, a share (0.05), a count (200), or 0 for none")
+    attn_implementation: str | None = _flag(
+        None, "attention backend of transformers; none: the model's default"
+    )
+    random_weights: bool = _flag(
+        False, "random weights in the shape of the model's config.json: for benchmarks"
+    )
+    dataset: list | None = _flag(
+        None,
+        "files, folders, globs, s3:// gs:// https:// addresses or registered names, each with :SHARE "
+        "for a mixture; none: the bundled samples",
+    )
+    dataset_dir: str | None = _flag(
+        None, "folder with dataset_info.json, the registry of names; none: data/, then here"
+    )
+    validation_split: str | None = _flag(
+        None, "validation rows: a file, a share (0.05), a count (200), or 0 for none"
+    )
     max_length: int = _flag(2048, "tokens a row, or of a packed row")
-    too_long: str = _flag("truncate", "rows of more than max_length tokens: truncate, split into several, or drop")
-    packing: bool = _flag(False, "fill every row of a batch with samples (best-fit decreasing); they do not see each other")
-    template: str = _flag("auto", "chat template: auto (the model's own), llama3, chatml, llama2, mistral, alpaca, or a file")
+    too_long: str = _flag(
+        "truncate", "rows of more than max_length tokens: truncate, split into several, or drop"
+    )
+    packing: bool = _flag(
+        False,
+        "fill every row of a batch with samples (best-fit decreasing); they do not see each other",
+    )
+    template: str = _flag(
+        "auto",
+        "chat template: auto (the model's own), llama3, chatml, llama2, mistral, alpaca, or a file",
+    )
     train_on_prompt: bool = _flag(False, "take the loss over the prompt too")
     last_turn_only: bool = _flag(False, "take the loss over the last answer of a conversation only")
-    on_bad_row: str = _flag("stop", "a row that cannot be used: stop, or skip it and write it to rejected.jsonl")
+    on_bad_row: str = _flag(
+        "stop", "a row that cannot be used: stop, or skip it and write it to rejected.jsonl"
+    )
     method: str = _flag("full", "full: all parameters; lora: low-rank adapters on a frozen model")
     lora_r: int = _flag(16, "rank of the LoRA adapters")
     lora_alpha: int = _flag(32, "LoRA scaling: the update is multiplied by alpha / r")
     lora_dropout: float = _flag(0.0, "dropout before the adapters")
     lora_target_modules: str = _flag("all-linear", "comma-separated module names, or all-linear")
-    precision: str = _flag("auto", "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, else fp32")
-    fused_loss: bool = _flag(True, "compute the loss in chunks and never hold the logits of a whole batch")
-    fused_linear: bool = _flag(True, "matrix and LoRA adapter as one function; a layer's last is not redone")
-    kept_layers: str = _flag("auto", "decoder layers that keep their activations on the GPU and do not recompute them: a number, or "
-                             "auto, as many as fit (0 on a CPU)")
-    activation_offload: bool = _flag(False, "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU")
-    bind_cores: bool | None = _flag(None, "give each rank CPU cores of its own, near its GPU; none: where GPU ranks share a machine")
-    fused_step: bool = _flag(True, "gradients go to the host once, and the CPU's optimizer step is one pass over RAM")
-    overlap_step: bool | None = _flag(None, "with fused_step: the CPU steps beside the next forward pass; none: on a GPU")
+    precision: str = _flag(
+        "auto",
+        "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, else fp32",
+    )
+    fused_loss: bool = _flag(
+        True, "compute the loss in chunks and never hold the logits of a whole batch"
+    )
+    fused_linear: bool = _flag(
+        True, "matrix and LoRA adapter as one function; a layer's last is not redone"
+    )
+    kept_layers: str = _flag(
+        "auto",
+        "decoder layers that keep their activations on the GPU and do not recompute them: a number, or "
+        "auto, as many as fit (0 on a CPU)",
+    )
+    activation_offload: bool = _flag(
+        False, "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU"
+    )
+    bind_cores: bool | None = _flag(
+        None,
+        "give each rank CPU cores of its own, near its GPU; none: where GPU ranks share a machine",
+    )
+    fused_step: bool = _flag(
+        True, "gradients go to the host once, and the CPU's optimizer step is one pass over RAM"
+    )
+    overlap_step: bool | None = _flag(
+        None, "with fused_step: the CPU steps beside the next forward pass; none: on a GPU"
+    )
     leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")
-    fetch_ahead: bool = _flag(True, "on a GPU, with leaf_modules and parameters in RAM: the host does not wait for a layer's copy")
-    calibrate: bool | None = _flag(None, "with --deepspeed auto: try out the micro-batch in short runs; none: on GPUs of one machine")
+    fetch_ahead: bool = _flag(
+        True,
+        "on a GPU, with leaf_modules and parameters in RAM: the host does not wait for a layer's copy",
+    )
+    calibrate: bool | None = _flag(
+        None,
+        "with --deepspeed auto: try out the micro-batch in short runs; none: on GPUs of one machine",
+    )
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
-    grace_seconds: int = _flag(570 if os.environ.get("ZERO_OFFLOAD_IMAGE") else 30,  # a container's stop waits for ten minutes
-                               "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then")
-    max_nonfinite_steps: int = _flag(1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient")
+    grace_seconds: int = _flag(
+        570
+        if os.environ.get("ZERO_OFFLOAD_IMAGE")
+        else 30,  # a container's stop waits for ten minutes
+        "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then",
+    )
+    max_nonfinite_steps: int = _flag(
+        1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient"
+    )
     export: bool = _flag(True, "write runs/<name>/export/ at the end")
     max_shard_size: str = _flag("4GB", "largest file of the exported model")
 
 
-CHOICES = {"method": ("full", "lora"), "too_long": ("truncate", "split", "drop"), "on_bad_row": ("stop", "skip"),
-           "precision": ("auto", "bf16", "fp16", "fp32")}
-MINIMUM = {"lora_r": 1, "lora_alpha": 1, "max_length": 2, "max_nonfinite_steps": 1, "per_device_train_batch_size": 1,
-           "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "num_train_epochs": 0,
-           "lora_dropout": 0, "grace_seconds": 0, "save_total_limit": 2}
+CHOICES = {
+    "method": ("full", "lora"),
+    "too_long": ("truncate", "split", "drop"),
+    "on_bad_row": ("stop", "skip"),
+    "precision": ("auto", "bf16", "fp16", "fp32"),
+}
+MINIMUM = {
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "max_length": 2,
+    "max_nonfinite_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "lora_dropout": 0,
+    "grace_seconds": 0,
+    "save_total_limit": 2,
+}
 
 # Ours where TrainingArguments has another default. learning_rate depends on the method: see `resolve`.
 TRAINING_DEFAULTS = {
@@ -96,8 +168,10 @@ TRAINING_DEFAULTS = {
 }
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 
-RENAMED = {"gradient_checkpointing": "activation_checkpointing",
-           "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _PRECISION = {"precision", "bf16", "fp16"}
 _OLD = {new: old for old, new in RENAMED.items()}
 
@@ -146,9 +220,13 @@ def training_keys():
     """The fields of TrainingArguments, read from the installed transformers without importing it."""
     spec = importlib.util.find_spec("transformers")
     if spec is None:
-        raise RunError("transformers is not installed", fix="make setup, then use .venv/bin/deepspeed", code=3)
+        raise RunError(
+            "transformers is not installed", fix="make setup, then use .venv/bin/deepspeed", code=3
+        )
     tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text())
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments").body
+    body = next(
+        n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments"
+    ).body
     keys = {}
     for node in body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Call):
@@ -158,9 +236,14 @@ def training_keys():
             default = ast.literal_eval(parts["default"])
         except (KeyError, ValueError):
             default = None
-        help = " ".join(c.value for c in ast.walk(parts.get("metadata", node)) if isinstance(c, ast.Constant)
-                        and isinstance(c.value, str) and c.value != "help")
-        keys[node.target.id] = Key(node.target.id, _type_of(ast.unparse(node.annotation)), default, help, False)
+        help = " ".join(
+            c.value
+            for c in ast.walk(parts.get("metadata", node))
+            if isinstance(c, ast.Constant) and isinstance(c.value, str) and c.value != "help"
+        )
+        keys[node.target.id] = Key(
+            node.target.id, _type_of(ast.unparse(node.annotation)), default, help, False
+        )
     for name, default in TRAINING_DEFAULTS.items():
         keys[name].default = default
     return keys
@@ -169,8 +252,18 @@ def training_keys():
 @functools.cache
 def all_keys():
     """Every flag by name."""
-    ours = {f.name: Key(f.name, _type_of(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))),
-                        f.default, f.metadata["help"], True) for f in dataclasses.fields(RunArguments)}
+    ours = {
+        f.name: Key(
+            f.name,
+            _type_of(
+                f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+            ),
+            f.default,
+            f.metadata["help"],
+            True,
+        )
+        for f in dataclasses.fields(RunArguments)
+    }
     return {**training_keys(), **ours}
 
 
@@ -180,7 +273,9 @@ def convert(key, value, where):
     def wrong(needed):
         return RunError(f"{where}: {key.name} has the wrong type", found=repr(value), needed=needed)
 
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and key.default is None):
+    if value is None or (
+        isinstance(value, str) and value.lower() in ("none", "null") and key.default is None
+    ):
         return None
     if key.type == "bool":
         if isinstance(value, bool):
@@ -202,7 +297,11 @@ def convert(key, value, where):
         if key.type == "int" and abs(number) >= 2**63:
             raise wrong("a whole number of at most 63 bits")
         if number != number or number < MINIMUM.get(key.name, float("-inf")):
-            raise RunError(f"{where}: {key.name} is too small", found=value, needed=f"at least {MINIMUM.get(key.name)}")
+            raise RunError(
+                f"{where}: {key.name} is too small",
+                found=value,
+                needed=f"at least {MINIMUM.get(key.name)}",
+            )
         return int(number) if key.type == "int" else number
     if key.type == "dict":
         if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -216,8 +315,11 @@ def convert(key, value, where):
     if key.name in CHOICES and value not in CHOICES[key.name]:
         if value == "fp8":
             raise RunError(f"{where}: {RETIRED['fp8']}", found="fp8", needed="bf16, fp16 or fp32")
-        raise RunError(f"{where}: {key.name} is not one of its choices{did_you_mean(value, CHOICES[key.name])}",
-                       found=value, needed=" | ".join(CHOICES[key.name]))
+        raise RunError(
+            f"{where}: {key.name} is not one of its choices{did_you_mean(value, CHOICES[key.name])}",
+            found=value,
+            needed=" | ".join(CHOICES[key.name]),
+        )
     return value
 
 
@@ -231,9 +333,11 @@ def _lookup(name, where, shown):
         raise RunError(f"{where}: {shown} is not a flag of this trainer", fix=RETIRED[name])
     prefix = shown[: len(shown) - len(shown.lstrip("-"))]
     hint = did_you_mean(name, keys)
-    raise RunError(f"{where}: unknown {'flag' if prefix else 'key'} {shown}"
-                   + (hint.replace("did you mean ", f"did you mean {prefix}") if hint else ""),
-                   fix="python launch/train.py --help lists them all")
+    raise RunError(
+        f"{where}: unknown {'flag' if prefix else 'key'} {shown}"
+        + (hint.replace("did you mean ", f"did you mean {prefix}") if hint else ""),
+        fix="python launch/train.py --help lists them all",
+    )
 
 
 def parse_command_line(argv):
@@ -258,24 +362,36 @@ def parse_command_line(argv):
                 i += 1
         if name == "config":
             if not following:
-                raise RunError("command line: --config needs a recipe", needed="--config launch/recipes/NAME.yaml")
+                raise RunError(
+                    "command line: --config needs a recipe",
+                    needed="--config launch/recipes/NAME.yaml",
+                )
             values["config"] = following[0]
             continue
         if name == "local_rank":  # the launcher writes it; the rank comes from the environment
             continue
         known = all_keys()
-        if name.startswith("no_") and name not in known and name[3:] in known and known[name[3:]].type == "bool":
+        if (
+            name.startswith("no_")
+            and name not in known
+            and name[3:] in known
+            and known[name[3:]].type == "bool"
+        ):
             values[name[3:]] = False
             continue
         key = _lookup(name, "command line", token.partition("=")[0])
         if not following:
             if key.type != "bool":
-                raise RunError(f"command line: --{name} needs a value", needed=f"--{name} {key.type.upper()}")
+                raise RunError(
+                    f"command line: --{name} needs a value", needed=f"--{name} {key.type.upper()}"
+                )
             values[name] = True
         elif key.type == "list" or name == "lora_target_modules":
             values[name] = convert(key, following, "command line")
         elif len(following) > 1:
-            raise RunError(f"command line: unexpected argument {following[1]!r} after --{name} {following[0]}")
+            raise RunError(
+                f"command line: unexpected argument {following[1]!r} after --{name} {following[0]}"
+            )
         else:
             values[name] = convert(key, following[0], "command line")
     return values
@@ -288,8 +404,12 @@ def find_recipe(name):
     for path in looked:
         if path.is_file():
             return path
-    raise RunError(f"no recipe {name}", found="none of " + ", ".join(map(str, looked)),
-                   needed="a YAML file; launch/recipes has " + ", ".join(sorted(p.name for p in folder.glob("*.yaml"))))
+    raise RunError(
+        f"no recipe {name}",
+        found="none of " + ", ".join(map(str, looked)),
+        needed="a YAML file; launch/recipes has "
+        + ", ".join(sorted(p.name for p in folder.glob("*.yaml"))),
+    )
 
 
 def read_recipe(path):
@@ -297,22 +417,42 @@ def read_recipe(path):
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not readable as YAML", found=" ".join(str(error).split())) from None
+        raise RunError(
+            f"{path} is not readable as YAML", found=" ".join(str(error).split())
+        ) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise RunError(f"{path} is not a recipe", found=type(content).__name__, needed="a YAML mapping of key: value")
-    if Path(path).name == RESOLVED:  # it lists every key: those that have their default were not given
+        raise RunError(
+            f"{path} is not a recipe",
+            found=type(content).__name__,
+            needed="a YAML mapping of key: value",
+        )
+    if (
+        Path(path).name == RESOLVED
+    ):  # it lists every key: those that have their default were not given
         # The learning rate's default depends on the method; that of TrainingArguments is not ours.
-        content = {n: v for n, v in content.items() if n not in REFUSED and n in all_keys()
-                   and (n == "learning_rate" or v != all_keys()[n].default)}
+        content = {
+            n: v
+            for n, v in content.items()
+            if n not in REFUSED
+            and n in all_keys()
+            and (n == "learning_rate" or v != all_keys()[n].default)
+        }
     blocks = {m: content.pop(m) or {} for m in CHOICES["method"] if m in content}
     for method, block in blocks.items():
         if not isinstance(block, dict):
-            raise RunError(f"{path}: the block {method} is not a mapping", found=repr(block), needed=f"{method}: and indented keys")
+            raise RunError(
+                f"{path}: the block {method} is not a mapping",
+                found=repr(block),
+                needed=f"{method}: and indented keys",
+            )
     where = str(path)
     plain = {n: convert(_lookup(n, where, str(n)), v, where) for n, v in content.items()}
-    return plain, {m: {n: convert(_lookup(n, where, str(n)), v, where) for n, v in b.items()} for m, b in blocks.items()}
+    return plain, {
+        m: {n: convert(_lookup(n, where, str(n)), v, where) for n, v in b.items()}
+        for m, b in blocks.items()
+    }
 
 
 @dataclass
@@ -335,10 +475,19 @@ class Settings:
     def training(self):
         """The keyword arguments for TrainingArguments: what was set, and our defaults."""
         names = [n for n, key in all_keys().items() if not key.ours]
-        chosen = {n: self.values[n] for n in names if n in self.sources or n in TRAINING_DEFAULTS or n == "learning_rate"}
+        chosen = {
+            n: self.values[n]
+            for n in names
+            if n in self.sources or n in TRAINING_DEFAULTS or n == "learning_rate"
+        }
         if not self.given("per_device_eval_batch_size"):  # rows that train fit
-            self.values["per_device_eval_batch_size"] = chosen["per_device_eval_batch_size"] = self.per_device_train_batch_size
-        for old, new in RENAMED.items():  # transformers 5.23 renamed them and warns about the old names
+            self.values["per_device_eval_batch_size"] = chosen["per_device_eval_batch_size"] = (
+                self.per_device_train_batch_size
+            )
+        for (
+            old,
+            new,
+        ) in RENAMED.items():  # transformers 5.23 renamed them and warns about the old names
             if new in all_keys():
                 chosen[new] = chosen.pop(old)
         return chosen
@@ -359,7 +508,11 @@ def resolve(argv, default_recipe="tiny_cpu"):
     method = command_line.get("method", plain.get("method", RunArguments.method))
     values["learning_rate"] = LEARNING_RATE[method]
     label = f"recipe {path.name}" if path else ""
-    for layer, source in ((plain, label), (blocks.get(method, {}), f"{label}, {method}"), (command_line, "command line")):
+    for layer, source in (
+        (plain, label),
+        (blocks.get(method, {}), f"{label}, {method}"),
+        (command_line, "command line"),
+    ):
         layer = {_OLD.get(n, n): v for n, v in layer.items()}
         # --precision, --bf16 and --fp16 say one thing: what a later layer says of it replaces what an earlier one said.
         if _PRECISION & layer.keys():
@@ -371,13 +524,23 @@ def resolve(argv, default_recipe="tiny_cpu"):
     if "lora_target_modules" in values:
         values["lora_target_modules"] = str(values["lora_target_modules"])
     if values["train_sampling_strategy"] not in ("random", "sequential", "group_by_length"):
-        raise RunError("train_sampling_strategy is not supported", found=values["train_sampling_strategy"],
-                       needed="random, sequential or group_by_length")
+        raise RunError(
+            "train_sampling_strategy is not supported",
+            found=values["train_sampling_strategy"],
+            needed="random, sequential or group_by_length",
+        )
     if values["packing"] and values["train_sampling_strategy"] == "group_by_length":
-        raise RunError("packed rows are all of one length", found="--packing and --train_sampling_strategy group_by_length",
-                       needed="one of them")
+        raise RunError(
+            "packed rows are all of one length",
+            found="--packing and --train_sampling_strategy group_by_length",
+            needed="one of them",
+        )
     if values["kept_layers"] != "auto" and not str(values["kept_layers"]).isdigit():
-        raise RunError("kept_layers is not a number of layers", found=values["kept_layers"], needed="0 or more, or auto")
+        raise RunError(
+            "kept_layers is not a number of layers",
+            found=values["kept_layers"],
+            needed="0 or more, or auto",
+        )
     return Settings(values, sources)
 
 
@@ -386,20 +549,35 @@ def check_model(name):
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise RunError(f"{path} is not a model directory", needed="config.json, weights and tokenizer files",
-                           found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty directory")
+            raise RunError(
+                f"{path} is not a model directory",
+                needed="config.json, weights and tokenizer files",
+                found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty directory",
+            )
     elif path.exists():
         raise RunError(f"{path} is a file, not a model directory")
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise RunError(f"no model directory {name}", found=f"nothing at {path.absolute()}",
-                       needed="a directory with config.json, or a hub name such as org/model")
+        raise RunError(
+            f"no model directory {name}",
+            found=f"nothing at {path.absolute()}",
+            needed="a directory with config.json, or a hub name such as org/model",
+        )
 
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_size(text, flag):
-    """"4GB" → bytes."""
+    """ "4GB" → bytes."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?B)\s*", str(text).upper())
     if not match or float(match[1]) <= 0:
         raise RunError(f"--{flag} is not a size", found=text, needed="such as 4GB or 500MB")
@@ -408,14 +586,23 @@ def parse_size(text, flag):
 
 def help_text():
     """What `--help` prints."""
-    lines = ["deepspeed launch/train.py [--deepspeed NAME.json] [--config RECIPE.yaml] [--FLAG VALUE ...]", "",
-             "Defaults < recipe < command line. Dashes and underscores are the same. A boolean flag alone means true.", "",
-             "This trainer's flags:", "  --config RECIPE", "      a recipe, as a path or a name under launch/recipes/"]
+    lines = [
+        "deepspeed launch/train.py [--deepspeed NAME.json] [--config RECIPE.yaml] [--FLAG VALUE ...]",
+        "",
+        "Defaults < recipe < command line. Dashes and underscores are the same. A boolean flag alone means true.",
+        "",
+        "This trainer's flags:",
+        "  --config RECIPE",
+        "      a recipe, as a path or a name under launch/recipes/",
+    ]
     for ours in (True, False):
         if not ours:
             lines += ["", "Flags of transformers.TrainingArguments, with this trainer's defaults:"]
         for key in all_keys().values():
             if key.ours == ours and key.name not in REFUSED and key.name != "local_rank":
                 default = LEARNING_RATE if key.name == "learning_rate" else key.default
-                lines += [f"  --{key.name} {key.type.upper()}  (default {default})", f"      {' '.join(key.help.split())[:160]}"]
+                lines += [
+                    f"  --{key.name} {key.type.upper()}  (default {default})",
+                    f"      {' '.join(key.help.split())[:160]}",
+                ]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 """The doctor's checks of the world outside: W&B, the model hub, the clock. No torch."""
+
 import http.client
 import netrc
 import os
@@ -10,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
-WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's own, since its 0.31 and before: which one `wandb login` writes down
+WANDB_HOSTS = (
+    "api.forge.coreweave.com",
+    "api.wandb.ai",
+)  # W&B's own, since its 0.31 and before: which one `wandb login` writes down
 NET_SECONDS = 4  # that a server may take between two bytes
 
 
@@ -32,7 +36,9 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 def _ask(url, token=None):
     """(status or None, Date header or None). A redirection is an answer: followed, it would take the token to another server."""
-    request = urllib.request.Request(url, method="HEAD", headers={"Authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(
+        url, method="HEAD", headers={"Authorization": f"Bearer {token}"} if token else {}
+    )
     try:
         with urllib.request.build_opener(_Stay).open(request, timeout=NET_SECONDS) as answer:
             return answer.status, answer.headers.get("Date")
@@ -48,7 +54,9 @@ def logged_in():
         return True
     given = os.environ.get("WANDB_BASE_URL", "").split("://")[-1].split("/")[0]
     try:
-        return not {given}.union(() if given else WANDB_HOSTS).isdisjoint(netrc.netrc(os.environ.get("NETRC")).hosts)
+        return not {given}.union(() if given else WANDB_HOSTS).isdisjoint(
+            netrc.netrc(os.environ.get("NETRC")).hosts
+        )
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -61,11 +69,20 @@ def wandb(options):
     url = os.environ.get("WANDB_BASE_URL") or f"https://{WANDB_HOSTS[0]}"
     status, _ = _ask(url)
     if status is None:
-        return Check("wandb", WARNING, f"{url} cannot be reached",
-                     "network: without it runs are recorded offline, and wandb sync uploads them",
-                     "export WANDB_MODE=offline")
-    return Check("wandb", OK if known else WARNING, f"{url} answers, a key is {'there' if known else 'not there'}", "a key",
-                 "" if known else "wandb login")
+        return Check(
+            "wandb",
+            WARNING,
+            f"{url} cannot be reached",
+            "network: without it runs are recorded offline, and wandb sync uploads them",
+            "export WANDB_MODE=offline",
+        )
+    return Check(
+        "wandb",
+        OK if known else WARNING,
+        f"{url} answers, a key is {'there' if known else 'not there'}",
+        "a key",
+        "" if known else "wandb login",
+    )
 
 
 def hub(options):
@@ -78,19 +95,38 @@ def hub(options):
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     name = options.model if options.model and not Path(options.model).exists() else None
     if name and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Check("hub", FAILURE, f"--model {name} is no directory here and no ORG/NAME", "a model's directory, or ORG/NAME",
-                     "hf models ls --search NAME")
+        return Check(
+            "hub",
+            FAILURE,
+            f"--model {name} is no directory here and no ORG/NAME",
+            "a model's directory, or ORG/NAME",
+            "hf models ls --search NAME",
+        )
     status, _ = _ask(f"{url}/{name}/resolve/main/config.json" if name else url, token)
     if status is None or status >= 500 or status == 429:
-        return Check("hub", WARNING, f"{url} {f'answers {status}' if status else 'cannot be reached'}, {have}",
-                     "network, or a model in a local directory",
-                     "download the model elsewhere and give its directory: --model_name_or_path DIR")
+        return Check(
+            "hub",
+            WARNING,
+            f"{url} {f'answers {status}' if status else 'cannot be reached'}, {have}",
+            "network, or a model in a local directory",
+            "download the model elsewhere and give its directory: --model_name_or_path DIR",
+        )
     if name and status in (401, 403):
-        return Check("hub", FAILURE, f"{name} is gated, private or not there, and this account may not read it ({have})",
-                     "its licence accepted, and a token",
-                     f"accept it on {url}/{name}, then: hf auth login")
+        return Check(
+            "hub",
+            FAILURE,
+            f"{name} is gated, private or not there, and this account may not read it ({have})",
+            "its licence accepted, and a token",
+            f"accept it on {url}/{name}, then: hf auth login",
+        )
     if name and status == 404:
-        return Check("hub", FAILURE, f"{url} has no {name} ({have})", "org/model", "hf models ls --search NAME")
+        return Check(
+            "hub",
+            FAILURE,
+            f"{url} has no {name} ({have})",
+            "org/model",
+            "hf models ls --search NAME",
+        )
     return Check("hub", OK, f"{url} answers, {have}" + (f", {name} can be read" if name else ""))
 
 
@@ -102,8 +138,17 @@ def clock(options):
         _, date = _ask(url)
         if date:
             off = abs(time.time() - parsedate_to_datetime(date).timestamp())
-            return Check("clock", OK if off < 60 else FAILURE, f"{off:.0f} s off {url}",
-                         "less than 60 s: certificates and S3 signatures",
-                         "" if off < 60 else "timedatectl set-ntp true")
-    return Check("clock", OK if 2025 <= year < 2040 else FAILURE, f"the year {year}; no server to compare with", "",
-                 "" if 2025 <= year < 2040 else "timedatectl set-ntp true")
+            return Check(
+                "clock",
+                OK if off < 60 else FAILURE,
+                f"{off:.0f} s off {url}",
+                "less than 60 s: certificates and S3 signatures",
+                "" if off < 60 else "timedatectl set-ntp true",
+            )
+    return Check(
+        "clock",
+        OK if 2025 <= year < 2040 else FAILURE,
+        f"the year {year}; no server to compare with",
+        "",
+        "" if 2025 <= year < 2040 else "timedatectl set-ntp true",
+    )

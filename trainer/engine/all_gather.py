@@ -5,6 +5,7 @@ copies each parameter out of the whole, in one stream, one after the other. Here
 to its place in the parameter, where it is gathered: nothing waits but the gathering for its own layer's copy, and nothing is copied
 twice. (runtime/zero/partition_parameters.py: all_gather_coalesced)
 """
+
 import functools
 
 import torch
@@ -27,16 +28,26 @@ def install():
 
 
 def _plain(param):
-    return (param.ds_secondary_tensor is None and param.nvme_swapper is None and not param.ds_tensor.is_cuda
-            and not hasattr(param.ds_tensor, "ds_quant_scale")
-            and get_allgather_dtype(param, param.ds_tensor) == param.ds_tensor.dtype)
+    return (
+        param.ds_secondary_tensor is None
+        and param.nvme_swapper is None
+        and not param.ds_tensor.is_cuda
+        and not hasattr(param.ds_tensor, "ds_quant_scale")
+        and get_allgather_dtype(param, param.ds_tensor) == param.ds_tensor.dtype
+    )
 
 
 def _gather(init, stock, params, safe_mode=False, quantize=False):
     params = sorted(params, key=lambda p: p.ds_id)
     groups = {id(init.get_partition_dp_group(p)) for p in params}
-    if (len(groups) != 1 or safe_mode or quantize or init._partition_world_size(params[0]) == 1 or not all(map(_plain, params))
-            or init.use_all_reduce_for_fetch_params):
+    if (
+        len(groups) != 1
+        or safe_mode
+        or quantize
+        or init._partition_world_size(params[0]) == 1
+        or not all(map(_plain, params))
+        or init.use_all_reduce_for_fetch_params
+    ):
         return stock(params, safe_mode=safe_mode, quantize=quantize)
     init._ensure_availability_of_partitioned_params(params)
     group, ranks = init.get_partition_dp_group(params[0]), init._partition_world_size(params[0])

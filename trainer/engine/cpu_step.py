@@ -6,6 +6,7 @@ its norm is taken where it was made; and one pass (adam.c) scales, steps and cas
 and reads it back: 16 bytes a parameter each way, where weight and moments are 12. (runtime/zero/stage3.py: partition_grads,
 _optimizer_step, unscale_and_clip_grads)
 """
+
 import ctypes
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -26,29 +27,66 @@ SMALL = 2**22  # elements; smaller tensors that lie side by side on the host tra
 
 def applies(zero):
     """Whether this optimizer takes the plain way: AdamW by DeepSpeed's CPU kernel, fp32 master weights, data parallel."""
-    return (type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3" and isinstance(zero.optimizer, DeepSpeedCPUAdam)
-            and zero.offload_optimizer and not getattr(zero, "zenflow", False) and not zero.use_muon
-            and zero.master_weights_and_grads_dtype == torch.float32 and zero.optimizer.fp32_optimizer_states
-            and set(zero.subgroup_to_device.values()) == {"cpu"} and not zero.torch_autocast_gradscaler
-            and zero.model_parallel_rank == 0 and zero.optimizer.adam_w_mode)
+    return (
+        type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3"
+        and isinstance(zero.optimizer, DeepSpeedCPUAdam)
+        and zero.offload_optimizer
+        and not getattr(zero, "zenflow", False)
+        and not zero.use_muon
+        and zero.master_weights_and_grads_dtype == torch.float32
+        and zero.optimizer.fp32_optimizer_states
+        and set(zero.subgroup_to_device.values()) == {"cpu"}
+        and not zero.torch_autocast_gradscaler
+        and zero.model_parallel_rank == 0
+        and zero.optimizer.adam_w_mode
+    )
 
 
 class Update(ctypes.Structure):
     """`update` of adam.c."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "first", "second", "grad", "low")),
-                *((name, ctypes.c_int64) for name in ("size", "left")),
-                *((name, ctypes.c_float) for name in ("scale", "lr", "beta1", "beta2", "eps", "decay", "correction1", "correction2"))]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "first", "second", "grad", "low")),
+        *((name, ctypes.c_int64) for name in ("size", "left")),
+        *(
+            (name, ctypes.c_float)
+            for name in (
+                "scale",
+                "lr",
+                "beta1",
+                "beta2",
+                "eps",
+                "decay",
+                "correction1",
+                "correction2",
+            )
+        ),
+    ]
 
 
 def update_of(weight, grad, state, group, scale, low=None):
     """Adam's update of one flat tensor: fp32 weight and moments, a gradient of any of BITS, its low-precision copy of the same type.
     state: step, counted from 1, exp_avg, exp_avg_sq. group: the optimizer's settings. scale: multiplies the gradient."""
     (beta1, beta2), step = group["betas"], state["step"]
-    corrections = (1 - beta1**step, 1 / math.sqrt(1 - beta2**step)) if group["bias_correction"] else (1, 1)
-    return Update(weight.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), grad.data_ptr(),
-                  None if low is None else low.data_ptr(), weight.numel(), weight.numel(), scale, group["lr"], beta1, beta2,
-                  group["eps"], group["weight_decay"], *corrections)
+    corrections = (
+        (1 - beta1**step, 1 / math.sqrt(1 - beta2**step)) if group["bias_correction"] else (1, 1)
+    )
+    return Update(
+        weight.data_ptr(),
+        state["exp_avg"].data_ptr(),
+        state["exp_avg_sq"].data_ptr(),
+        grad.data_ptr(),
+        None if low is None else low.data_ptr(),
+        weight.numel(),
+        weight.numel(),
+        scale,
+        group["lr"],
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        *corrections,
+    )
 
 
 def run(adam, updates, bits, threads):
@@ -68,13 +106,26 @@ def install(zero, overlap=False):
     if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
         return "DeepSpeed's own, this C compiler does not know fp16"
     flats = zero.fp16_partitioned_groups_flat
-    overlap = overlap and not zero.swap_optimizer and all(f is not None and f.device.type == "cpu" for f in flats)
+    overlap = (
+        overlap
+        and not zero.swap_optimizer
+        and all(f is not None and f.device.type == "cpu" for f in flats)
+    )
     state = zero.host_step = _HostStep(zero, adam, overlap)
     if overlap:
         stepping[:] = [state]
-    names = ["partition_grads", "_get_norm_groups", "has_overflow", "reset_cpu_buffers", "unscale_and_clip_grads",
-             "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters"]
-    for name in names + ["_partition_all_parameters", "_post_step"] * (not zero.params_in_nvme_and_cpu):
+    names = [
+        "partition_grads",
+        "_get_norm_groups",
+        "has_overflow",
+        "reset_cpu_buffers",
+        "unscale_and_clip_grads",
+        "_optimizer_step",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ]
+    for name in names + ["_partition_all_parameters", "_post_step"] * (
+        not zero.params_in_nvme_and_cpu
+    ):
         setattr(zero, name, getattr(state, name.lstrip("_")))
     for flat in zero.fp32_partitioned_groups_flat:
         flat.grad = None  # the fp32 copies of the gradients
@@ -88,20 +139,33 @@ class _HostStep:
         self.zero, self.adam = zero, adam
         self.bits = BITS[zero.grad_partitions_flat_buffer.dtype]
         self.table = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        self.reassign_plain, self.post_step_plain = zero._reassign_or_swap_out_partitioned_parameters, zero._post_step
-        self.real = {p.ds_id for group in zero.fp16_groups for p in group
-                     if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel}
+        self.reassign_plain, self.post_step_plain = (
+            zero._reassign_or_swap_out_partitioned_parameters,
+            zero._post_step,
+        )
+        self.real = {
+            p.ds_id
+            for group in zero.fp16_groups
+            for p in group
+            if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel
+        }
         self.everything = list(zero.parameter_offload.module.parameters())
         self.scale, self.written = 1.0, set()
         self.queue, self.pending = {}, {}  # {sub-group: update}: to be made, being made
         self.group_of = {p.ds_id: i for i, group in enumerate(zero.fp16_groups) for p in group}
         # What stays on the GPU gets its new values at once.
-        self.first = {self.group_of[p.ds_id] for p in zero.persistent_parameters if p.ds_id in self.group_of}
+        self.first = {
+            self.group_of[p.ds_id] for p in zero.persistent_parameters if p.ds_id in self.group_of
+        }
         cores = torch.get_num_threads()
-        self.threads = max(1, cores - overlap)  # beside the forward pass one core is left to launch the GPU's work
+        self.threads = max(
+            1, cores - overlap
+        )  # beside the forward pass one core is left to launch the GPU's work
         self.worker = ThreadPoolExecutor(1, "optimizer") if overlap else None
         self.offsets, at = [], 0
-        for numel in zero.fp16_partitioned_groups_flat_numel:  # an fp32 flat on NVMe is empty until it is read
+        for numel in (
+            zero.fp16_partitioned_groups_flat_numel
+        ):  # an fp32 flat on NVMe is empty until it is read
             self.offsets.append(at)
             at += numel
         self.reset_cpu_buffers()
@@ -125,7 +189,9 @@ class _HostStep:
             param.grad = None
         if pairs:
             norms = torch._foreach_norm([part for _, part in pairs], 2, dtype=torch.float32)
-            self.norms.update(zip((p.ds_id for p in params if p.ds_id in self.real), norms))  # the last word of each parameter
+            self.norms.update(
+                zip((p.ds_id for p in params if p.ds_id in self.real), norms)
+            )  # the last word of each parameter
         for held, parts in _runs(pairs):
             held.copy_(parts[0] if len(parts) == 1 else torch.cat(parts), non_blocking=True)
         return [held for held, _ in pairs]
@@ -137,7 +203,9 @@ class _HostStep:
     def total_norm(self):
         """The norm of all gradients on all ranks, times the loss scale; infinite or NaN where one is."""
         if self.norm is None:
-            found = list(self.norms.values()) or [torch.zeros((), device=get_accelerator().current_device_name())]
+            found = list(self.norms.values()) or [
+                torch.zeros((), device=get_accelerator().current_device_name())
+            ]
             total = torch.stack(found).square_().sum()
             dist.all_reduce(total, group=self.zero.dp_process_group)
             self.norm = total.sqrt().cpu()
@@ -158,20 +226,34 @@ class _HostStep:
     def optimizer_step(self, i):
         zero = self.zero
         flat, low = zero.fp32_partitioned_groups_flat[i], zero.fp16_partitioned_groups_flat[i]
-        group, state = dict(zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]), zero.optimizer.state[flat]
+        group, state = (
+            dict(zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]),
+            zero.optimizer.state[flat],
+        )
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(flat, requires_grad=False),
-                         exp_avg_sq=torch.zeros_like(flat, requires_grad=False))
+            state.update(
+                step=0,
+                exp_avg=torch.zeros_like(flat, requires_grad=False),
+                exp_avg_sq=torch.zeros_like(flat, requires_grad=False),
+            )
         state["step"] += 1
         for param in zero.fp16_groups[i]:
             if param.ds_id in self.real and param.ds_id not in self.seen:
-                self.table[param.ds_id].zero_()  # no gradient this time; what lies there is an older one
-        own = low is not None and low.device.type == "cpu" and low.dtype == zero.grad_partitions_flat_buffer.dtype
+                self.table[
+                    param.ds_id
+                ].zero_()  # no gradient this time; what lies there is an older one
+        own = (
+            low is not None
+            and low.device.type == "cpu"
+            and low.dtype == zero.grad_partitions_flat_buffer.dtype
+        )
         if own:
             self.written.add(i)
         grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
         self.queue[i] = update_of(flat, grads, state, group, self.scale, low if own else None)
-        if not own or zero.swap_optimizer:  # its values go out by the stock way, or to NVMe, at once
+        if (
+            not own or zero.swap_optimizer
+        ):  # its values go out by the stock way, or to NVMe, at once
             self._start([i])
         if i == len(zero.fp16_groups) - 1:  # also where its own values are out already
             self._start([i for i in self.queue if not self.worker or i in self.first])
@@ -191,7 +273,9 @@ class _HostStep:
     # -- the step beside the next forward pass -----------------------------------------------------------------------
     def wait_for(self, params):
         """Before parameters are fetched: their update is done."""
-        for group in {self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of} & self.pending.keys():
+        for group in {
+            self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of
+        } & self.pending.keys():
             self.adam.adam_wait(ctypes.byref(self.pending.pop(group)))
 
     def drain(self):
@@ -223,19 +307,30 @@ class _HostStep:
     @torch.no_grad()
     def post_step(self, timer_names):
         """After it: what stayed gets its new values, neighbours in one copy and one gathering."""
-        stayed = [p for p in self.zero.persistent_parameters if p.requires_grad and p.ds_status == ZeroParamStatus.AVAILABLE]
+        stayed = [
+            p
+            for p in self.zero.persistent_parameters
+            if p.requires_grad and p.ds_status == ZeroParamStatus.AVAILABLE
+        ]
         self.post_step_plain(timer_names)
         group, ranks = self.zero.dp_process_group, dist.get_world_size(self.zero.dp_process_group)
         runs = _runs([(p.ds_tensor.data, p) for p in stayed])
-        for held, params in sorted(runs, key=lambda run: run[1][0].ds_id):  # addresses, and so their order, differ between ranks
+        for held, params in sorted(
+            runs, key=lambda run: run[1][0].ds_id
+        ):  # addresses, and so their order, differ between ranks
             new = held.to(params[0].device, non_blocking=True).view(1, -1)
             if ranks > 1:
                 own, new = new, new.new_empty(ranks, held.numel())
                 dist.all_gather_into_tensor(new, own, group)
-            parts = new.split([p.ds_tensor.numel() for p in params], dim=1)  # of each parameter: (ranks, elements of a rank)
-            pairs = [(to, part) for p, of in zip(params, parts, strict=True)
-                     for to, part in zip(p.data.view(-1).split(of.shape[1]), of)]
-            torch._foreach_copy_([to for to, _ in pairs], [part[:len(to)] for to, part in pairs])
+            parts = new.split(
+                [p.ds_tensor.numel() for p in params], dim=1
+            )  # of each parameter: (ranks, elements of a rank)
+            pairs = [
+                (to, part)
+                for p, of in zip(params, parts, strict=True)
+                for to, part in zip(p.data.view(-1).split(of.shape[1]), of)
+            ]
+            torch._foreach_copy_([to for to, _ in pairs], [part[: len(to)] for to, part in pairs])
 
 
 def _runs(pairs):
@@ -249,5 +344,12 @@ def _runs(pairs):
             found[-1][2].append(other)
         else:
             found.append([host, host.numel(), [other]])
-        end = (place[0], place[1] + host.numel() * host.element_size()) if host.numel() < SMALL else None
-    return [(host if len(own) == 1 else host.as_strided((size,), (1,), host.storage_offset()), own) for host, size, own in found]
+        end = (
+            (place[0], place[1] + host.numel() * host.element_size())
+            if host.numel() < SMALL
+            else None
+        )
+    return [
+        (host if len(own) == 1 else host.as_strided((size,), (1,), host.storage_offset()), own)
+        for host, size, own in found
+    ]

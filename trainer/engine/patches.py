@@ -1,4 +1,5 @@
 """Our extension of DeepSpeed's offload path. It fits one version and steps aside for any other."""
+
 import functools
 import weakref
 
@@ -19,8 +20,13 @@ def apply(fetch_ahead=False):
         return []
     from trainer.engine import all_gather
 
-    mends = [_prefetch_each_parameter_once, _make_room_for_what_is_needed, _copy_out_of_swap_buffers, _give_back_the_first_moments,
-             _start_in_less_memory]
+    mends = [
+        _prefetch_each_parameter_once,
+        _make_room_for_what_is_needed,
+        _copy_out_of_swap_buffers,
+        _give_back_the_first_moments,
+        _start_in_less_memory,
+    ]
     for mend in mends + [_let_the_host_run_ahead, all_gather.install] * fetch_ahead:
         if mend not in _mended:
             _mended[mend] = mend()
@@ -33,10 +39,17 @@ def install_step(zero, overlap=False):
 
     from trainer.engine import cpu_step
 
-    how = cpu_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
-    if getattr(zero, "swap_optimizer", False) and not hasattr(zero, "host_step"):  # swap space and buffers have no room for gradients
-        raise RunError("the fused optimizer step does not fit this run, whose optimizer is on NVMe",
-                       found=how or f"deepspeed {deepspeed.__version__}, {type(zero.optimizer).__name__}", fix="--fused_step false")
+    how = (
+        cpu_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
+    )
+    if getattr(zero, "swap_optimizer", False) and not hasattr(
+        zero, "host_step"
+    ):  # swap space and buffers have no room for gradients
+        raise RunError(
+            "the fused optimizer step does not fit this run, whose optimizer is on NVMe",
+            found=how or f"deepspeed {deepspeed.__version__}, {type(zero.optimizer).__name__}",
+            fix="--fused_step false",
+        )
     return how
 
 
@@ -44,7 +57,9 @@ def _prefetch_each_parameter_once():
     # The NVMe look-ahead walks the list of coming uses. Where forward turns into backward the last layers stand in it twice,
     # and the swapper fails with "already assigned swap buffer" (runtime/zero/partitioned_param_coordinator.py,
     # __prefetch_nvme_param_partitions). A look-ahead of a whole layer, or a small model, meets this at once.
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper as Swapper
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
+        AsyncPartitionedParameterSwapper as Swapper,
+    )
 
     plain = Swapper.swap_in
 
@@ -75,7 +90,12 @@ def _make_room_for_what_is_needed():
     def ensure(self, params):
         if stepping:
             stepping[-1].wait_for(params)
-        missing = [p for p in params if p.nvme_swapper is not None and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+        missing = [
+            p
+            for p in params
+            if p.nvme_swapper is not None
+            and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
+        ]
         if missing:
             swapper = missing[0].nvme_swapper
             lacking = len(missing) - swapper.available_swap_in_buffers()
@@ -83,8 +103,13 @@ def _make_room_for_what_is_needed():
                 swapper.synchronize_reads()
                 needed = {p.ds_id for p in params}
                 ahead = getattr(swapper, "read_ahead", {})
-                idle = [p for i, p in ahead.items() if i not in needed and i in swapper.available_params
-                        and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+                idle = [
+                    p
+                    for i, p in ahead.items()
+                    if i not in needed
+                    and i in swapper.available_params
+                    and p.ds_status == ZeroParamStatus.NOT_AVAILABLE
+                ]
                 swapper.remove_partition_and_release_buffers(idle[-lacking:])
         return plain(self, params)
 
@@ -105,7 +130,10 @@ def _copy_out_of_swap_buffers():
         def init(self, params):
             plain(self, params)
             for param in params if isinstance(params, (list, tuple, set)) else [params]:
-                if param.nvme_swapper is not None and param.data.data_ptr() == param.ds_tensor.data_ptr():
+                if (
+                    param.nvme_swapper is not None
+                    and param.data.data_ptr() == param.ds_tensor.data_ptr()
+                ):
                     param.data = param.data.clone()
 
         return init
@@ -120,7 +148,9 @@ def _give_back_the_first_moments():
     # second update reads them: 8 bytes a parameter of RAM, which a run with its optimizer on NVMe is there to save
     # (runtime/swap_tensor/pipelined_optimizer_swapper.py, _swap_out_optimizer_state).
     import torch
-    from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper as Swapper
+    from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import (
+        PipelinedOptimizerSwapper as Swapper,
+    )
 
     plain = Swapper.swap_out_optimizer_state
 
@@ -186,7 +216,9 @@ def _let_the_host_run_ahead():
 
     import torch
     from deepspeed.runtime.zero import partition_parameters as zero
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
     from deepspeed.utils import z3_leaf_module
 
     plain = Coordinator.fetch_sub_module
@@ -200,8 +232,14 @@ def _let_the_host_run_ahead():
         handle.wait = wait
 
     arrived(zero.NoGatherHandle, lambda h: [h._NoGatherHandle__param])
-    arrived(zero.NoGatherCoalescedHandle, lambda h: [p for p in h._NoGatherCoalescedHandle__params
-                                                      if p.ds_status == zero.ZeroParamStatus.INFLIGHT])
+    arrived(
+        zero.NoGatherCoalescedHandle,
+        lambda h: [
+            p
+            for p in h._NoGatherCoalescedHandle__params
+            if p.ds_status == zero.ZeroParamStatus.INFLIGHT
+        ],
+    )
     begun = deque()  # events on the compute stream, where the last layers began
 
     @functools.wraps(plain)

@@ -1,4 +1,5 @@
 """runs/<name>/export/: a Hugging Face model directory, or a PEFT adapter. Written beside its name and renamed when whole."""
+
 import json
 import os
 import shutil
@@ -48,12 +49,18 @@ def _write_shards(folder, tensors, limit):
         size += nbytes
         total += nbytes
     flush()
-    names = (["model.safetensors"] if len(files) == 1 else
-             [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))])
+    names = (
+        ["model.safetensors"]
+        if len(files) == 1
+        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    )
     for file, name in zip(files, names):
         file.rename(folder / name)
     if len(files) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in sorted(index.items())}}
+        content = {
+            "metadata": {"total_size": total},
+            "weight_map": {n: names[i] for n, i in sorted(index.items())},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
 
 
@@ -72,7 +79,9 @@ def export(model, tokenizer, target, card, limit, main):
     if adapter:
         state = dict(_tensors(model, lambda name, p: getattr(p, "requires_grad", False)))
     else:
-        tensors = _tensors(model, lambda name, p: True)  # a tied parameter comes once, and is tied again on load
+        tensors = _tensors(
+            model, lambda name, p: True
+        )  # a tied parameter comes once, and is tied again on load
     try:
         if main and adapter:
             model.save_pretrained(work, state_dict=state, save_embedding_layers=False)
@@ -99,6 +108,10 @@ def export(model, tokenizer, target, card, limit, main):
         failure = error
     if failure is not None:
         shutil.rmtree(work, ignore_errors=True)
-        raise RunError(f"the export could not be written to {target}", found=str(failure),
-                       fix="free space there; the run's checkpoints and metrics are untouched", code=FAILED)
+        raise RunError(
+            f"the export could not be written to {target}",
+            found=str(failure),
+            fix="free space there; the run's checkpoints and metrics are untouched",
+            code=FAILED,
+        )
     return target

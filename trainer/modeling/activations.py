@@ -4,6 +4,7 @@ Gradient checkpointing computes every layer's forward pass twice: half as much a
 fine-tune. Offloading the weights leaves most of a GPU empty, so as many layers as fit keep what they have computed. The numbers are
 the same.
 """
+
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -26,7 +27,11 @@ class KeptLayers:
         self.wanted, self.largest, self.quadratic, self.say = wanted, largest, quadratic, say
         self.update, self.kept, self.bytes, self.retries, self.changed = 0, 0, 0, 0, 0
         if wanted != AUTO and wanted > len(self.layers):
-            raise RunError("--kept_layers is more than there are", found=wanted, needed=f"at most {len(self.layers)}, or auto")
+            raise RunError(
+                "--kept_layers is more than there are",
+                found=wanted,
+                needed=f"at most {len(self.layers)}, or auto",
+            )
 
     def _keep(self, count):
         """The last ones: they are the first to be done with in the backward pass, before a recomputed layer needs room."""
@@ -67,40 +72,59 @@ class KeptLayers:
         self.layers[-1].forward = self.plain
         free, total = torch.cuda.mem_get_info()
         limit = free + torch.cuda.memory_reserved() - SPARE * total
-        stats, scale = torch.cuda.memory_stats(), max(1.0, self.largest / tokens) ** (2 if self.quadratic else 1)
+        stats, scale = (
+            torch.cuda.memory_stats(),
+            max(1.0, self.largest / tokens) ** (2 if self.quadratic else 1),
+        )
         held = stats["active_bytes.all.current"]
         peak = held + (stats["active_bytes.all.peak"] - held) * scale
         more = int((limit - peak) / max(self.bytes * scale, 1))
         fits = torch.tensor(min(max(1 + more, 0), len(self.layers)), device="cuda")
-        torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)  # ZeRO-3 wants one order of layers on all ranks
+        torch.distributed.all_reduce(
+            fits, torch.distributed.ReduceOp.MIN
+        )  # ZeRO-3 wants one order of layers on all ranks
         self._keep(int(fits))
-        self.say(f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
-                 f"({self.bytes * scale / 2**30:.2f} GiB each), the others are recomputed")
+        self.say(
+            f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
+            f"({self.bytes * scale / 2**30:.2f} GiB each), the others are recomputed"
+        )
 
     def _watched(self):
-        return (self.wanted == AUTO and bool(self.layers) and self.update > MEASURED
-                and self.changed + 1 < self.update <= self.changed + WATCHED)
+        return (
+            self.wanted == AUTO
+            and bool(self.layers)
+            and self.update > MEASURED
+            and self.changed + 1 < self.update <= self.changed + WATCHED
+        )
 
     def _watch(self):
-        retries = torch.tensor(torch.cuda.memory_stats()["num_alloc_retries"] - self.retries, device="cuda")
+        retries = torch.tensor(
+            torch.cuda.memory_stats()["num_alloc_retries"] - self.retries, device="cuda"
+        )
         torch.distributed.all_reduce(retries, torch.distributed.ReduceOp.MAX)
         if int(retries) and self.kept:
             self._keep(self.kept - -(-self.kept // 8))
-            self.say(f"activations: the allocator ran short {int(retries)} times, so {self.kept} layers keep theirs")
+            self.say(
+                f"activations: the allocator ran short {int(retries)} times, so {self.kept} layers keep theirs"
+            )
 
 
 def offload_inputs(layers, say):
     """Let the inputs of recomputed layers, all that they keep, wait in pinned RAM from the forward to the backward pass: for one
     layer tokens x hidden size x 2 bytes in bf16. The copies go beside the computation, by DeepSpeed's engine for it. On a CPU they
     are in RAM already."""
-    from deepspeed.runtime.activation_checkpointing.offload_activations import _ActivationOffloadEngine
+    from deepspeed.runtime.activation_checkpointing.offload_activations import (
+        _ActivationOffloadEngine,
+    )
 
     engine = _ActivationOffloadEngine(max_cpu_buffer_pool_count=len(layers) + 2)
 
     def pack(tensor):
         key = engine.offload_input(tensor)
         if key == 1:
-            say(f"activations: the inputs of recomputed layers wait in RAM, {tensor.nbytes / 2**30:.2f} GiB each")
+            say(
+                f"activations: the inputs of recomputed layers wait in RAM, {tensor.nbytes / 2**30:.2f} GiB each"
+            )
         return tensor if key is None else key
 
     def unpack(packed):
@@ -108,7 +132,9 @@ def offload_inputs(layers, say):
 
     def install(layer, plain):
         def checkpoint(function, *args, **kwargs):
-            with saved_tensors_hooks(pack, unpack):  # sees the layer's inputs; what is inside, torch's own hooks take
+            with saved_tensors_hooks(
+                pack, unpack
+            ):  # sees the layer's inputs; what is inside, torch's own hooks take
                 return plain(function, *args, **kwargs)
 
         layer._gradient_checkpointing_func = checkpoint

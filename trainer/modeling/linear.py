@@ -5,6 +5,7 @@ checkpointing ends the recomputation of a layer when the last tensor that its ba
 linear function hands its input over after it has multiplied, so the layer's last matrix (27 % of a Llama's layer) is multiplied
 again for nothing. Here the input is handed over first.
 """
+
 import functools
 
 import torch
@@ -73,19 +74,38 @@ def _linear(module, plain, x):
 
 
 def _lora(module, adapter, plain, x, *args, **kwargs):
-    if args or kwargs or module.disable_adapters or module.merged or not (torch.is_grad_enabled() and x.requires_grad):
+    if (
+        args
+        or kwargs
+        or module.disable_adapters
+        or module.merged
+        or not (torch.is_grad_enabled() and x.requires_grad)
+    ):
         return plain(x, *args, **kwargs)
     base = module.base_layer
-    return _apply(x, base.weight, base.bias, module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter])
+    return _apply(
+        x,
+        base.weight,
+        base.bias,
+        module.lora_A[adapter].weight,
+        module.lora_B[adapter].weight,
+        module.scaling[adapter],
+    )
 
 
 def _adapter_of(module):
     """The name of a PEFT layer's only, plain adapter; None where it does more than `_Linear` computes."""
     active = list(getattr(module, "active_adapters", ()))
-    if len(active) != 1 or active[0] not in module.lora_A or type(module.base_layer) is not nn.Linear:
+    if (
+        len(active) != 1
+        or active[0] not in module.lora_A
+        or type(module.base_layer) is not nn.Linear
+    ):
         return None
     name = active[0]
-    plain = isinstance(module.lora_dropout[name], nn.Identity) and name not in getattr(module, "lora_variant", {})
+    plain = isinstance(module.lora_dropout[name], nn.Identity) and name not in getattr(
+        module, "lora_variant", {}
+    )
     return name if plain and not module.lora_bias.get(name) else None
 
 

@@ -4,13 +4,20 @@ A 128k vocabulary and 16 x 2,048 tokens make 16 GB of fp32 logits, more than any
 the loss go chunk by chunk, and the gradients of the head's input and weight are made in the forward pass while the chunk's logits
 exist (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989), in plain torch.
 """
+
 import torch
 
 CHUNK_BYTES = 2**28  # fp32 logits of one chunk; two more tensors of the size live for a moment
 IGNORED = -100
 
 # Families that change the logits after the head; for these the model's own forward is kept.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "output_multiplier_scale")
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_multiplier_scale",
+)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -24,9 +31,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
+        )
         for start in range(0, len(hidden), chunk):
-            rows, targets = hidden[start:start + chunk], labels[start:start + chunk]
+            rows, targets = hidden[start : start + chunk], labels[start : start + chunk]
             logits = rows @ weight.T
             if bias is not None:
                 logits = logits + bias
@@ -42,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start:start + len(rows)])
+                torch.mm(grad, weight, out=grad_hidden[start : start + len(rows)])
             if grad_weight is not None:
                 grad_weight += grad.T @ rows
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
@@ -77,7 +86,9 @@ def cross_entropy_sum(hidden, weight, bias, labels, liger=False):
     if liger and torch.is_grad_enabled():
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        loss = liger_fused_linear_cross_entropy(rows, weight, targets[kept], bias=bias, reduction="sum", accum_dtype=torch.float32)
+        loss = liger_fused_linear_cross_entropy(
+            rows, weight, targets[kept], bias=bias, reduction="sum", accum_dtype=torch.float32
+        )
         return loss, torch.zeros_like(loss)
     return _ChunkedCrossEntropy.apply(rows, weight, bias, targets[kept])
 
@@ -95,7 +106,12 @@ class ChunkedHead:
         def forward(hidden):
             if self.labels is None:
                 return self._plain(hidden)
-            return torch.stack([t.float() for t in cross_entropy_sum(hidden, head.weight, head.bias, self.labels, liger)])
+            return torch.stack(
+                [
+                    t.float()
+                    for t in cross_entropy_sum(hidden, head.weight, head.bias, self.labels, liger)
+                ]
+            )
 
         head.forward = forward
 
@@ -124,6 +140,8 @@ def whole_logits(model, inputs):
     logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
     loss = correct = 0.0
     for row, labels in zip(logits[:, :-1], inputs["labels"][:, 1:]):
-        loss = loss + torch.nn.functional.cross_entropy(row.float(), labels, ignore_index=IGNORED, reduction="sum")
+        loss = loss + torch.nn.functional.cross_entropy(
+            row.float(), labels, ignore_index=IGNORED, reduction="sum"
+        )
         correct = correct + (row.argmax(-1) == labels).sum()
     return loss, correct

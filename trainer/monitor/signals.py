@@ -1,4 +1,5 @@
 """How a run is asked to stop or to save: signals and files. All ranks decide together, at the end of an update."""
+
 import faulthandler
 import os
 import signal
@@ -37,14 +38,19 @@ class Stopper(TrainerCallback):
         drop_lost_terminal(self.terminals)
         # The deepspeed launcher sends SIGTERM after a terminal's Ctrl-C, and schedulers signal every process of a job, so that a rank
         # hears of it twice: one wish, not two.
-        if self.asked and (_SIGNALS[number] != self.asked or time.monotonic() - self.since < ONE_WISH):
+        if self.asked and (
+            _SIGNALS[number] != self.asked or time.monotonic() - self.since < ONE_WISH
+        ):
             return
         if self.asked:
             os.write(2, b"\nstopped at once; the last checkpoint stands\n")
             os._exit(STOPPED)
         self.asked, self.since = _SIGNALS[number], time.monotonic()
         if dist.get_rank() == 0:
-            os.write(2, f"\n{self.asked}: stopping after this update; once more to stop at once\n".encode())
+            os.write(
+                2,
+                f"\n{self.asked}: stopping after this update; once more to stop at once\n".encode(),
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         main = dist.get_rank() == 0
@@ -54,7 +60,12 @@ class Stopper(TrainerCallback):
         elif main and (self.directory / STOP).exists():
             stop = 1
         save = int(main and (self.directory / SAVE).exists())
-        unfit = int(bool(self.asked in _HURRIED and not self.fits(self.grace - (time.monotonic() - self.since))))
+        unfit = int(
+            bool(
+                self.asked in _HURRIED
+                and not self.fits(self.grace - (time.monotonic() - self.since))
+            )
+        )
         flags = torch.tensor([stop, save, unfit], device=self.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)

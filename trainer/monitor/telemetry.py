@@ -1,4 +1,5 @@
 """Measurements of a run: time by phase, tokens, memory, GPU, PCIe and NVMe. One object a logging step in metrics.jsonl."""
+
 import errno
 import json
 import math
@@ -59,7 +60,13 @@ class GpuSampler(threading.Thread):
 
     def __init__(self, index, interval=0.5):
         super().__init__(daemon=True, name="gpu-sampler")
-        self.index, self.interval, self.samples, self.stopped, self.lock = index, interval, [], False, threading.Lock()
+        self.index, self.interval, self.samples, self.stopped, self.lock = (
+            index,
+            interval,
+            [],
+            False,
+            threading.Lock(),
+        )
         self.handle = None
 
     def run(self):
@@ -74,8 +81,24 @@ class GpuSampler(threading.Thread):
             for key, read in (
                 ("gpu_util", lambda: pynvml.nvmlDeviceGetUtilizationRates(self.handle).gpu),
                 ("gpu_mem_gib", lambda: pynvml.nvmlDeviceGetMemoryInfo(self.handle).used / GIB),
-                ("h2d_gbps", lambda: pynvml.nvmlDeviceGetPcieThroughput(self.handle, pynvml.NVML_PCIE_UTIL_RX_BYTES) / 1e6),
-                ("d2h_gbps", lambda: pynvml.nvmlDeviceGetPcieThroughput(self.handle, pynvml.NVML_PCIE_UTIL_TX_BYTES) / 1e6),
+                (
+                    "h2d_gbps",
+                    lambda: (
+                        pynvml.nvmlDeviceGetPcieThroughput(
+                            self.handle, pynvml.NVML_PCIE_UTIL_RX_BYTES
+                        )
+                        / 1e6
+                    ),
+                ),
+                (
+                    "d2h_gbps",
+                    lambda: (
+                        pynvml.nvmlDeviceGetPcieThroughput(
+                            self.handle, pynvml.NVML_PCIE_UTIL_TX_BYTES
+                        )
+                        / 1e6
+                    ),
+                ),
             ):
                 try:
                     sample[key] = read()
@@ -121,7 +144,11 @@ class DiskCounter:
     def _now(self):
         try:
             counters = self.process.io_counters()
-        except (OSError, AttributeError, NotImplementedError):  # kernels without task I/O accounting
+        except (
+            OSError,
+            AttributeError,
+            NotImplementedError,
+        ):  # kernels without task I/O accounting
             return None
         return counters.read_bytes, counters.write_bytes
 
@@ -132,8 +159,12 @@ class DiskCounter:
             return {}
         rates = [(a - b) / 1e9 / max(seconds, 1e-9) for a, b in zip(now, self.last)]
         self.last = now
-        return {"nvme_read_gbps": rates[0], "nvme_write_gbps": rates[1], "nvme_read_bytes": now[0] - self.first[0],
-                "nvme_written_bytes": now[1] - self.first[1]}
+        return {
+            "nvme_read_gbps": rates[0],
+            "nvme_write_gbps": rates[1],
+            "nvme_read_bytes": now[0] - self.first[0],
+            "nvme_written_bytes": now[1] - self.first[1],
+        }
 
 
 class Telemetry:
@@ -175,15 +206,23 @@ class Telemetry:
         steps = max(self.window_steps, 1)
         tokens = self.window_tokens
         if world_size > 1:
-            device = torch.device("cuda", torch.cuda.current_device()) if self.clock.cuda else torch.device("cpu")
+            device = (
+                torch.device("cuda", torch.cuda.current_device())
+                if self.clock.cuda
+                else torch.device("cpu")
+            )
             total = torch.tensor(float(tokens), dtype=torch.float64, device=device)
             torch.distributed.all_reduce(total)
             tokens = int(total.item())
         self.tokens += tokens
         rate = tokens / seconds / world_size
         phases = self.clock.read()
-        result = {"tokens": self.tokens, "tokens_per_s_per_gpu": rate,
-                  "model_tflops_per_gpu": rate * self.flops_per_token / 1e12, "step_s": seconds / steps}
+        result = {
+            "tokens": self.tokens,
+            "tokens_per_s_per_gpu": rate,
+            "model_tflops_per_gpu": rate * self.flops_per_token / 1e12,
+            "step_s": seconds / steps,
+        }
         for phase in ("data_wait", "forward", "backward", "optimizer"):
             result[f"{phase}_s"] = phases.get(phase, 0.0) / steps
         result["host_rss_gib"] = psutil.Process().memory_info().rss / GIB

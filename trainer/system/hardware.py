@@ -1,4 +1,5 @@
 """What the machine has. Imports no torch."""
+
 import os
 import re
 import resource
@@ -40,7 +41,11 @@ def gpus():
 
     handles = [nvml_handle(i) for i in range(count)]
     name = pynvml.nvmlDeviceGetName(handles[0])
-    return count, name.decode() if isinstance(name, bytes) else name, min(pynvml.nvmlDeviceGetMemoryInfo(h).total for h in handles)
+    return (
+        count,
+        name.decode() if isinstance(name, bytes) else name,
+        min(pynvml.nvmlDeviceGetMemoryInfo(h).total for h in handles),
+    )
 
 
 def existing(path):
@@ -57,23 +62,46 @@ def _control_groups():
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         lines = []
-    for root, kind, names in (("/sys/fs/cgroup", "", ("memory.max", "memory.current", "inactive_file", "active_file")),
-                              ("/sys/fs/cgroup/memory", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
-                                                                   "total_inactive_file", "total_active_file"))):
+    for root, kind, names in (
+        ("/sys/fs/cgroup", "", ("memory.max", "memory.current", "inactive_file", "active_file")),
+        (
+            "/sys/fs/cgroup/memory",
+            "memory",
+            (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+                "total_active_file",
+            ),
+        ),
+    ):
         inside = next((line[2] for line in lines if len(line) == 3 and line[1] == kind), "/")
-        folders = {Path(root), *(Path(root + str(p)) for p in (Path(inside), *Path(inside).parents))}
+        folders = {
+            Path(root),
+            *(Path(root + str(p)) for p in (Path(inside), *Path(inside).parents)),
+        }
         for folder in folders:
             try:
                 limit, used = (int((folder / name).read_text()) for name in names[:2])
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                stat = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
             except (OSError, ValueError):  # not there, or "max"
                 continue
-            yield limit, max(0, used - sum(int(stat.get(name, 0)) for name in names[2:]))  # the kernel gives file pages back
+            yield (
+                limit,
+                max(0, used - sum(int(stat.get(name, 0)) for name in names[2:])),
+            )  # the kernel gives file pages back
 
 
 def ram():
     """Bytes of RAM that this process may ever have: the machine's, or the smallest limit of its control groups."""
-    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit, _ in _control_groups())])
+    return min(
+        [
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            *(limit for limit, _ in _control_groups()),
+        ]
+    )
 
 
 def nvml_handle(index):
@@ -81,9 +109,15 @@ def nvml_handle(index):
     import pynvml
 
     pynvml.nvmlInit()
-    visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
+    visible = [
+        v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()
+    ]
     name = visible[index] if index < len(visible) else str(index)
-    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+    return (
+        pynvml.nvmlDeviceGetHandleByIndex(int(name))
+        if name.isdigit()
+        else pynvml.nvmlDeviceGetHandleByUUID(name)
+    )
 
 
 def gpu_has_bf16():
@@ -113,10 +147,16 @@ def uses_gpu(settings):
     """Whether the run is on CUDA; RunError where CUDA was asked for and there is none."""
     on_cpu = settings.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
     found = 0 if on_cpu else gpu_count()
-    if container() == "cuda" and not found:  # the ops in it are CUDA's, and there is no compiler for others
-        raise RunError("this is the image for GPUs", needed="an NVIDIA GPU",
-                       found="--use_cpu, or DS_ACCELERATOR=cpu" if on_cpu else "no GPU was passed through",
-                       fix=PASS_GPUS, code=DOES_NOT_FIT)
+    if (
+        container() == "cuda" and not found
+    ):  # the ops in it are CUDA's, and there is no compiler for others
+        raise RunError(
+            "this is the image for GPUs",
+            needed="an NVIDIA GPU",
+            found="--use_cpu, or DS_ACCELERATOR=cpu" if on_cpu else "no GPU was passed through",
+            fix=PASS_GPUS,
+            code=DOES_NOT_FIT,
+        )
     if on_cpu:
         return False
     asked = None
@@ -127,22 +167,28 @@ def uses_gpu(settings):
     elif settings.tf32:
         asked = "--tf32 true"
     if asked and not found:
-        raise RunError(f"CUDA was asked for ({asked}) and there is none", found="no NVIDIA GPU that this process may use",
-                       fix="nvidia-smi shows what the driver sees, CUDA_VISIBLE_DEVICES what is hidden; or run on the CPU")
+        raise RunError(
+            f"CUDA was asked for ({asked}) and there is none",
+            found="no NVIDIA GPU that this process may use",
+            fix="nvidia-smi shows what the driver sees, CUDA_VISIBLE_DEVICES what is hidden; or run on the CPU",
+        )
     return found > 0
 
 
 def free_memory():
     """Bytes of RAM that can still be taken: MemAvailable, and what the control groups' limits leave."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    free = next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0
+    )
     return min([free, *(max(0, limit - used) for limit, used in _control_groups())])
 
 
 def container():
     """Where this process runs: "cpu" or "cuda" in our container image of that kind, "other" in another container, None outside."""
     return os.environ.get("ZERO_OFFLOAD_IMAGE") or (
-        "other" if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) else None)
+        "other" if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) else None
+    )
 
 
 def in_our_image():
@@ -152,7 +198,9 @@ def in_our_image():
 
 def lock_more():
     """What raises the limit of locked memory in a container."""
-    if os.path.exists("/run/.containerenv"):  # podman's, which without root raises no limit beyond the host's own
+    if os.path.exists(
+        "/run/.containerenv"
+    ):  # podman's, which without root raises no limit beyond the host's own
         return "podman run --ulimit memlock=-1; without root: memlock unlimited in the host's limits.conf, and a new login"
     return "docker run --ulimit memlock=-1"
 
@@ -184,7 +232,11 @@ def set_allocators(torch):
     os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE
     try:
         torch._C._accelerator_setAllocatorSettings(f"{EXPANDABLE},{EXACT_PINNED}")
-    except (AttributeError, RuntimeError, ValueError):  # an older torch, which does not know these keys, or not this variable
+    except (
+        AttributeError,
+        RuntimeError,
+        ValueError,
+    ):  # an older torch, which does not know these keys, or not this variable
         try:
             torch.cuda.memory._set_allocator_settings(EXPANDABLE)
         except (AttributeError, RuntimeError, ValueError):
@@ -200,7 +252,10 @@ def pins_exactly():
         found = re.match(r"(\d+)\.(\d+)", version("torch"))
     except PackageNotFoundError:
         return True
-    own = "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and os.environ.get("PYTORCH_ALLOC_CONF", EXPANDABLE) == EXPANDABLE
+    own = (
+        "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+        and os.environ.get("PYTORCH_ALLOC_CONF", EXPANDABLE) == EXPANDABLE
+    )
     return own and (found is None or (int(found[1]), int(found[2])) >= (2, 13))
 
 
@@ -227,7 +282,11 @@ def share_cores(allowed, near, siblings):
         cores = sorted({tuple(sorted(siblings(cpu) & pool)) or (cpu,) for cpu in pool})
         own = [rank for rank in ranks if near[rank] == pool] or list(ranks)
         for i, rank in enumerate(own):
-            shares[rank].update(cpu for core in cores[i * len(cores) // len(own):(i + 1) * len(cores) // len(own)] for cpu in core)
+            shares[rank].update(
+                cpu
+                for core in cores[i * len(cores) // len(own) : (i + 1) * len(cores) // len(own)]
+                for cpu in core
+            )
     return [share or set(allowed) for share in shares]
 
 
@@ -236,7 +295,9 @@ def _cpus_near(gpu):
     try:
         import pynvml
 
-        place = pynvml.nvmlDeviceGetPciInfo(nvml_handle(gpu)).busId  # 00000000:1B:00.0, where the kernel has 0000:1b:00.0
+        place = pynvml.nvmlDeviceGetPciInfo(
+            nvml_handle(gpu)
+        ).busId  # 00000000:1B:00.0, where the kernel has 0000:1b:00.0
         place = place.decode() if isinstance(place, bytes) else place
         return _cpus(f"/sys/bus/pci/devices/{place.lower()[-12:]}/local_cpulist")
     except Exception:  # no NVML, or a virtual machine that hides its buses
@@ -247,8 +308,11 @@ def bind_cores(local_rank, ranks_here, gpu):
     """Bind this process, all its threads and those to come, to the rank's own cores. Memory that it takes from then on lies beside
     them. Returns the CPU numbers."""
     near = [_cpus_near(i) if gpu else set() for i in range(ranks_here)]
-    mine = share_cores(os.sched_getaffinity(0), near,
-                       lambda cpu: _cpus(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))[local_rank]
+    mine = share_cores(
+        os.sched_getaffinity(0),
+        near,
+        lambda cpu: _cpus(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"),
+    )[local_rank]
     for thread in os.listdir("/proc/self/task"):
         try:
             os.sched_setaffinity(int(thread), mine)
@@ -263,21 +327,33 @@ def check_locked_memory(parameter_bytes, optimizer_bytes, ranks_here):
     limit = memlock_limit()
     detail = f"{needed / 2**30:.2f} GiB a rank (parameters {parameter_bytes / 2**30:.2f}, optimizer {optimizer_bytes / 2**30:.2f})"
     if limit is not None and needed > limit:
-        raise RunError("locked memory is too small for the NVMe buffers", found=f"{limit / 2**30:.4g} GiB (ulimit -l)",
-                       needed=detail, fix="ulimit -l unlimited (a container: --ulimit memlock=-1), or a smaller "
-                       "sub_group_size and buffer_count in the JSON", code=3)
+        raise RunError(
+            "locked memory is too small for the NVMe buffers",
+            found=f"{limit / 2**30:.4g} GiB (ulimit -l)",
+            needed=detail,
+            fix="ulimit -l unlimited (a container: --ulimit memlock=-1), or a smaller "
+            "sub_group_size and buffer_count in the JSON",
+            code=3,
+        )
     if needed * ranks_here > free_memory():
-        raise RunError("not enough free RAM for the NVMe buffers", found=f"{free_memory() / 2**30:.1f} GiB free",
-                       needed=f"{detail}, {ranks_here} rank(s)", fix="a smaller sub_group_size and buffer_count in the JSON",
-                       code=3)
+        raise RunError(
+            "not enough free RAM for the NVMe buffers",
+            found=f"{free_memory() / 2**30:.1f} GiB free",
+            needed=f"{detail}, {ranks_here} rank(s)",
+            fix="a smaller sub_group_size and buffer_count in the JSON",
+            code=3,
+        )
 
 
 def choose_precision(settings, config, gpu, path):
     """(bf16, fp16 or fp32, why). Writes the choice into the configuration's own switches."""
     asked = {}
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
-        raise RunError("fp8 is not supported", found="ACCELERATE_MIXED_PRECISION=fp8",
-                       needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these")
+        raise RunError(
+            "fp8 is not supported",
+            found="ACCELERATE_MIXED_PRECISION=fp8",
+            needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these",
+        )
     if settings.precision != "auto":
         asked[f"--precision {settings.precision}"] = settings.precision
     refused = False
@@ -291,7 +367,9 @@ def choose_precision(settings, config, gpu, path):
         if switch is True:
             asked[f"{path}: {name}.enabled"] = name
     if len(set(asked.values())) > 1:
-        raise RunError("two precisions were asked for", found=", ".join(asked), needed="one of them")
+        raise RunError(
+            "two precisions were asked for", found=", ".join(asked), needed="one of them"
+        )
     if asked:
         reason, precision = next(iter(asked.items()))
     elif refused:
@@ -306,7 +384,11 @@ def choose_precision(settings, config, gpu, path):
     if precision == "fp16" and not gpu:
         raise RunError("fp16 needs a GPU", found=reason, needed="--precision auto, bf16 or fp32")
     if precision == "bf16" and gpu and not gpu_has_bf16():
-        raise RunError("the GPU has no bf16", found=reason, needed="--precision auto or fp16; bf16 came with Ampere")
+        raise RunError(
+            "the GPU has no bf16",
+            found=reason,
+            needed="--precision auto or fp16; bf16 came with Ampere",
+        )
     for name in ("bf16", "fp16"):
         config[name] = {**(config.get(name) or {}), "enabled": precision == name}
     return precision, reason

@@ -3,6 +3,7 @@
 libaio's completion results are never looked at by DeepSpeed 0.19.8: a disk that fills up gives files with holes, exit code 0 and a
 model that is spoilt. So every swap file gets its blocks before it is first written, out of space that is reserved at the start.
 """
+
 import errno
 import fcntl
 import json
@@ -40,16 +41,26 @@ def check_directory(path):
     probe, wrong = path / f".probe-{os.getpid()}", None
     try:
         # In another process, which is not waited for: a hung mount must not hang the check.
-        process = subprocess.Popen([sys.executable, "-S", "-c", _PROBE, str(probe.absolute())], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", _PROBE, str(probe.absolute())],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         errors = process.communicate(timeout=PROBE_SECONDS)[1].strip().splitlines()
-        wrong = (errors or ["?"])[-1].partition("] ")[2].partition(":")[0] if process.returncode else None
+        wrong = (
+            (errors or ["?"])[-1].partition("] ")[2].partition(":")[0]
+            if process.returncode
+            else None
+        )
         probe.unlink(missing_ok=True)
     except subprocess.TimeoutExpired:
         wrong = f"no answer in {PROBE_SECONDS} s"
     except OSError as error:
         wrong = wrong or error.strerror
     if wrong:
-        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=wrong, needed=needed, fix=fix)
+        raise RunError(
+            f"the NVMe directory {path} cannot hold swap files", found=wrong, needed=needed, fix=fix
+        )
 
 
 def check_place(path):
@@ -59,11 +70,20 @@ def check_place(path):
     fix = "--nvme_path DIR, or NVME=DIR with make"
     kind = storage.filesystem_of(path)
     if kind.startswith(_REFUSED):
-        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=f"it is on {kind}", needed=needed, fix=fix)
+        raise RunError(
+            f"the NVMe directory {path} cannot hold swap files",
+            found=f"it is on {kind}",
+            needed=needed,
+            fix=fix,
+        )
     there = existing(path)
     if not there.is_dir():
-        raise RunError(f"the NVMe directory {path} cannot hold swap files", found=f"{there} is not a directory", needed=needed,
-                       fix=fix)
+        raise RunError(
+            f"the NVMe directory {path} cannot hold swap files",
+            found=f"{there} is not a directory",
+            needed=needed,
+            fix=fix,
+        )
     return needed, fix
 
 
@@ -128,15 +148,29 @@ class SwapSpace:
     """One run's swap directory on this machine. The first local rank owns it; each rank reserves the space that it will need."""
 
     def __init__(self, folder):
-        self.folder, self.files, self.handle, self.reserve, self.left = Path(folder), {}, None, None, 0
+        self.folder, self.files, self.handle, self.reserve, self.left = (
+            Path(folder),
+            {},
+            None,
+            None,
+            0,
+        )
 
     def own(self):
         """Make the directory and lock it, on the first rank of the machine."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.handle = take(self.folder / MARKER, f"the swap directory {self.folder}", "another --nvme_path or --run_name")
+            self.handle = take(
+                self.folder / MARKER,
+                f"the swap directory {self.folder}",
+                "another --nvme_path or --run_name",
+            )
         except OSError as error:
-            raise RunError(f"the swap directory {self.folder} cannot be made", found=error.strerror, fix="--nvme_path DIR") from None
+            raise RunError(
+                f"the swap directory {self.folder} cannot be made",
+                found=error.strerror,
+                fix="--nvme_path DIR",
+            ) from None
 
     def reserve_space(self, rank, size, ranks_here):
         """Take `size` bytes for this rank's swap files at once, so that no other user of the disk can."""
@@ -148,14 +182,21 @@ class SwapSpace:
         except OSError as error:
             self.reserve.unlink(missing_ok=True)
             full = error.errno == errno.ENOSPC
-            raise RunError("the swap disk is too small" if full else f"no swap space in {self.folder}",
-                           found=f"{free / 1e9:.2f} GB free under {self.folder.parent} ({error.strerror})",
-                           needed=f"{size * ranks_here / 1e9:.2f} GB ({ranks_here} rank(s) of {size / 1e9:.2f} GB)",
-                           fix="--nvme_path on a larger disk, or --deepspeed ds_z3_offload.json", code=DOES_NOT_FIT) from None
+            raise RunError(
+                "the swap disk is too small" if full else f"no swap space in {self.folder}",
+                found=f"{free / 1e9:.2f} GB free under {self.folder.parent} ({error.strerror})",
+                needed=f"{size * ranks_here / 1e9:.2f} GB ({ranks_here} rank(s) of {size / 1e9:.2f} GB)",
+                fix="--nvme_path on a larger disk, or --deepspeed ds_z3_offload.json",
+                code=DOES_NOT_FIT,
+            ) from None
 
     def size(self):
         """Bytes of the swap files of all ranks on this machine."""
-        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file() and not p.name.startswith("reserve-"))
+        return sum(
+            p.stat().st_size
+            for p in self.folder.rglob("*")
+            if p.is_file() and not p.name.startswith("reserve-")
+        )
 
     def prepare(self, path, size):
         """Give a swap file its blocks before it is written for the first time. RunError where the disk is full."""
@@ -172,9 +213,13 @@ class SwapSpace:
                 os.close(handle)
         except OSError as error:
             free = shutil.disk_usage(self.folder).free
-            raise RunError(f"no room for a swap file: {error.strerror}", code=FAILED, needed=f"{size / 1e9:.3f} GB more",
-                           found=f"{free / 1e9:.2f} GB free under {self.folder.parent}, {len(self.files):,} files written",
-                           fix="free space on the disk and resume; nothing was written wrong") from None
+            raise RunError(
+                f"no room for a swap file: {error.strerror}",
+                code=FAILED,
+                needed=f"{size / 1e9:.3f} GB more",
+                found=f"{free / 1e9:.2f} GB free under {self.folder.parent}, {len(self.files):,} files written",
+                fix="free space on the disk and resume; nothing was written wrong",
+            ) from None
         self.files[path] = size
 
     def audit(self):
@@ -189,8 +234,12 @@ class SwapSpace:
         try:
             handle = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise RunError(f"a swap file is gone: {path}", found=error.strerror, code=FAILED,
-                           fix="resume from the last checkpoint; nobody else may touch the swap directory") from None
+            raise RunError(
+                f"a swap file is gone: {path}",
+                found=error.strerror,
+                code=FAILED,
+                fix="resume from the last checkpoint; nobody else may touch the swap directory",
+            ) from None
         try:
             end = os.fstat(handle).st_size
             try:
@@ -200,8 +249,13 @@ class SwapSpace:
         finally:
             os.close(handle)
         if min(end, hole) < size:
-            raise RunError(f"a swap file is damaged: {path}", found=f"written up to byte {min(end, hole):,}",
-                           needed=f"{size:,} bytes", code=FAILED, fix="check the disk (dmesg), then resume from the last checkpoint")
+            raise RunError(
+                f"a swap file is damaged: {path}",
+                found=f"written up to byte {min(end, hole):,}",
+                needed=f"{size:,} bytes",
+                code=FAILED,
+                fix="check the disk (dmesg), then resume from the last checkpoint",
+            )
 
     def close(self):
         """Remove the directory: it carries our marker, and only this run wrote into it."""
