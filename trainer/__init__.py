@@ -1,4 +1,4 @@
-"""Fine-tune language models that do not fit the GPU, with DeepSpeed ZeRO-3 and offload to CPU and NVMe."""
+"""Fine-tune language models that do not fit the GPU: DeepSpeed ZeRO-3, offload to CPU and NVMe."""
 
 from pathlib import Path
 
