@@ -1,192 +1,43 @@
-"""The DeepSpeed JSON: found, read as hjson, held against the schema, its "auto" values resolved. Imports no torch."""
+"""DeepSpeed's configuration: read, checked against the schema, its "auto" values resolved.
+
+Does not import torch.
+"""
 
 import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hjson
-import yaml
 
 from trainer import ROOT
 from trainer.config import ds_schema
+from trainer.config.settings import Settings, find_shipped
 from trainer.errors import RunError, did_you_mean
 
 CONFIGS = ROOT / "deepspeed_configs"
-
-
-def find_config(name):
-    """The JSON's path: in the working directory first, then in deepspeed_configs/."""
-    looked = [Path(name), CONFIGS / name, CONFIGS / f"{name}.json"]
-    for path in looked:
-        if path.is_file():
-            return path
-    have = sorted(p.name for p in CONFIGS.glob("*.json"))
-    hint = did_you_mean(Path(name).name, have)
-    raise RunError(
-        f"no DeepSpeed configuration {name}{hint}",
-        found="none of " + ", ".join(map(str, looked)),
-        needed=f"a JSON file; deepspeed_configs/ has {', '.join(have)}",
-    )
-
-
-def read_config(path):
-    """The JSON with comments, as plain dicts."""
-
-    def plain(node):
-        if isinstance(node, dict):
-            return {k: plain(v) for k, v in node.items()}
-        return [plain(v) for v in node] if isinstance(node, list) else node
-
-    def unique(pairs):
-        keys = [k for k, _ in pairs]
-        if len(keys) != len(set(keys)):
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise RunError(f"{path}: the key {twice} stands twice in one block")
-        return dict(pairs)
-
-    try:
-        config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not readable as JSON", found=str(error)) from None
-    if not isinstance(config, dict):
-        raise RunError(
-            f"{path} is not a DeepSpeed configuration",
-            found=type(config).__name__,
-            needed="a JSON object",
-        )
-    return plain(config)
-
-
-def _is(value, kind):
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return not isinstance(value, bool) and (
-            isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        )
-    return isinstance(value, kind)
-
-
-def _check_block(block, schema, where, prefix=""):
-    for key, value in block.items():
-        name = f"{prefix}{key}"
-        if key not in schema:
-            if key in ("fp8", "float8"):
-                raise RunError(
-                    f"{where}: fp8 is not supported",
-                    found=name,
-                    needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these",
-                )
-            raise RunError(
-                f"{where}: unknown key {name}{did_you_mean(key, schema)}",
-                fix="DeepSpeed would ignore it without a word; correct or remove it",
-            )
-        kind = schema[key]
-        if value == "auto":
-            parent = prefix[:-1]
-            if key not in ds_schema.AUTO_MODEL.get(
-                parent, ()
-            ) and key not in ds_schema.AUTO_TRAINING.get(parent, ()):
-                raise RunError(
-                    f'{where}: {name} cannot be "auto"', needed="a value, or leave the key out"
-                )
-        elif isinstance(kind, dict):
-            if not isinstance(value, dict):
-                raise RunError(
-                    f"{where}: {name} has the wrong type",
-                    found=repr(value),
-                    needed="an object { … }",
-                )
-            _check_block(value, kind, where, f"{name}.")
-        elif value is not None and not _is(value, kind):
-            raise RunError(
-                f"{where}: {name} has the wrong type", found=repr(value), needed=kind.__name__
-            )
-        elif kind is int and key != "stage" and value is not None and value < 0:
-            raise RunError(f"{where}: {name} is negative", found=value, needed="0 or more")
-
-
-def check_config(config, where):
-    """Refuse what DeepSpeed would accept without a word and what this trainer cannot run."""
-    _check_block(config, ds_schema.CONFIG, where)
-    zero = config.get("zero_optimization")
-    if zero is None:
-        raise RunError(
-            f"{where}: no zero_optimization block", needed='"zero_optimization": {"stage": 3, …}'
-        )
-    for tier in ("offload_param", "offload_optimizer"):
-        block = zero.get(tier) or {}
-        device = block.get("device", "none")
-        if device not in ("none", "cpu", "nvme"):
-            raise RunError(
-                f"{where}: zero_optimization.{tier}.device{did_you_mean(device, ('none', 'cpu', 'nvme'))}",
-                found=device,
-                needed="none, cpu or nvme",
-            )
-        if tier == "offload_param" and device != "none" and zero.get("stage") != 3:
-            raise RunError(
-                f"{where}: parameter offload works with ZeRO stage 3 only",
-                found=f"stage {zero.get('stage')}",
-                fix='"stage": 3, or remove offload_param',
-            )
-        if device == "nvme" and not block.get("nvme_path"):
-            raise RunError(
-                f"{where}: zero_optimization.{tier}.device is nvme without an nvme_path",
-                fix='"nvme_path": "auto" takes --nvme_path; or write the directory',
-            )
-    if zero.get("stage") != 3:
-        raise RunError(
-            f"{where}: this trainer runs ZeRO stage 3",
-            found=f"stage {zero.get('stage', 0)}",
-            fix='"stage": 3',
-        )
-    if config.get("optimizer") or config.get("scheduler"):
-        raise RunError(
-            f"{where}: optimizer and scheduler belong to the recipe",
-            fix="remove them; use --learning_rate, --weight_decay, --adam_beta1, --lr_scheduler_type, --warmup_steps",
-        )
-    aio = config.get("aio") or {}
-    for key in ("block_size", "queue_depth", "intra_op_parallelism"):
-        if aio.get(key, 1) < 1:
-            raise RunError(f"{where}: aio.{key} is too small", found=aio[key], needed="1 or more")
-    return config
-
-
-def check_agreement(config, settings, where):
-    """Batch, clip and precision belong to the recipe. A JSON that says otherwise than the flags is refused before torch."""
-    pairs = (
-        ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
-        ("gradient_clipping", "max_grad_norm"),
-        ("gradient_accumulation_steps", "gradient_accumulation_steps"),
-    )
-    for key, flag in pairs:
-        value = config.get(key, "auto")
-        if value != "auto" and value != settings.values[flag]:
-            raise RunError(
-                f"{where}: {key} contradicts --{flag}",
-                found=f"{value} in the JSON, {settings.values[flag]} in the run",
-                fix=f'"{key}": "auto"',
-            )
-        config[key] = "auto"
-    config.setdefault("train_batch_size", "auto")
-
-
-def uses_nvme(config, tier=None):
-    """True where `tier` (offload_param or offload_optimizer), or either, goes to NVMe."""
-    zero = config["zero_optimization"]
-    tiers = [tier] if tier else ["offload_param", "offload_optimizer"]
-    return any((zero.get(t) or {}).get("device") == "nvme" for t in tiers)
+TIERS = ("param", "optimizer")  # what offload_<tier> moves
+DEVICES = ("none", "cpu", "nvme")
+# The recipe decides these; the JSON says "auto" or the same.
+AGREEMENT = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+# DeepSpeed's own defaults, where a JSON leaves the key out.
+BUFFER_SIZE, PARAM_BUFFERS, OPTIMIZER_BUFFERS, SUB_GROUP_SIZE = 10**8, 5, 4, 10**9
+SWAP_FILE_SLACK = 2**20
 
 
 @dataclass
-class Shapes:
-    """What the "auto" values are made from; counts are elements.
+class ZeroShapes:
+    """The model's sizes from which "auto" values are made. Counts are elements.
 
-    layer: parameters of the largest decoder layer. layer_tensors: its tensors that are large enough for NVMe.
-    largest: the largest parameter.
-    trainable, largest_trainable: what the optimizer sees. small_frozen: all frozen parameters that are not larger than the latter.
+    layer: of the largest decoder layer. layer_tensors: its tensors that are large enough for NVMe.
+    largest: the largest parameter. trainable, largest_trainable: what the optimizer sees.
     itemsize: bytes of one parameter in the run's precision.
+    small_frozen: all frozen parameters that are not larger than largest_trainable.
     """
 
     layer: int
@@ -198,116 +49,320 @@ class Shapes:
     small_frozen: int = 0
 
 
-def _swap_buffers(optimizer, fused_step):
-    """The optimizer's NVMe swapper holds weight and both moments of the current sub-group, and of the previous and the next one where
-    it reads or writes ahead; without fused_step gradients too (DeepSpeed, swap_tensor/pipelined_optimizer_swapper.py)."""
-    return (3 if fused_step else 4) * (
-        1 + bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write"))
-    )
+class DeepSpeedConfig:
+    """A DeepSpeed configuration that this trainer can run.
 
-
-def resolve_auto(config, shapes, world_size, swap_directory, fused_step=True):
-    """A copy of the configuration with every "auto" of ours replaced.
-
-    Whole-layer prefetch: DeepSpeed's own defaults look ahead by less than one matrix. The live and reuse limits then have
-    to allow three layers, or a layer is dropped after its recomputation and fetched a third time.
+    values: the JSON as plain dicts, handed to DeepSpeed in the end. where: its path, for errors.
     """
-    config = copy.deepcopy(config)
-    zero = config["zero_optimization"]
-    parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
-    on_nvme = (
-        parameters.get("device") == "nvme"
-    )  # there, what stays on the GPU would be read at once, into too few buffers
-    adapters = (
-        not on_nvme
-        and shapes.largest_trainable < 4e6
-        and shapes.trainable * shapes.itemsize < 1e9
-        and shapes.trainable < shapes.layer
-        and shapes.small_frozen < 1e8
+
+    def __init__(self, values: dict[str, Any], where: str | Path) -> None:
+        """Raises RunError for what DeepSpeed would silently ignore, or this trainer cannot run."""
+        _check_block(values, ds_schema.CONFIG, where)
+        _check_zero(values.get("zero_optimization"), where)
+        if values.get("optimizer") or values.get("scheduler"):
+            raise RunError(
+                f"{where}: optimizer and scheduler belong to the recipe",
+                fix="remove them; use --learning_rate, --weight_decay, --adam_beta1, "
+                "--lr_scheduler_type, --warmup_steps",
+            )
+        aio = values.get("aio") or {}
+        for key in ("block_size", "queue_depth", "intra_op_parallelism"):
+            if aio.get(key, 1) < 1:
+                raise RunError(
+                    f"{where}: aio.{key} is too small", found=aio[key], needed="1 or more"
+                )
+        self.values, self.where = values, where
+
+    @classmethod
+    def load(cls, name: str | Path | dict[str, Any]) -> "DeepSpeedConfig":
+        """Return the configuration of this file name, or of a mapping in a recipe.
+
+        A name is looked for in the working directory, then in deepspeed_configs/.
+        """
+        if isinstance(name, dict):
+            return cls(copy.deepcopy(name), "--deepspeed")
+        path = find_shipped(name, CONFIGS, ".json", "DeepSpeed configuration")
+        return cls(read(path), path)
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The block zero_optimization."""
+        return self.values["zero_optimization"]
+
+    def offload(self, tier: str) -> dict[str, Any]:
+        """The block offload_<tier>, {} where it is missing. tier: "param" or "optimizer"."""
+        return self.zero.get(f"offload_{tier}") or {}
+
+    def device(self, tier: str) -> str:
+        """Return where the parameters or the optimizer are: "none" (the GPU), "cpu" or "nvme"."""
+        return self.offload(tier).get("device", "none")
+
+    def uses_nvme(self) -> bool:
+        """Return whether anything is on NVMe."""
+        return any(self.device(tier) == "nvme" for tier in TIERS)
+
+    def agree_with(self, settings: Settings) -> None:
+        """Raise RunError where the JSON and the flags name different batches or clip norms."""
+        for key, flag in AGREEMENT.items():
+            value = self.values.get(key, "auto")
+            if value not in ("auto", settings.values[flag]):
+                raise RunError(
+                    f"{self.where}: {key} contradicts --{flag}",
+                    found=f"{value} in the JSON, {settings.values[flag]} in the run",
+                    fix=f'"{key}": "auto"',
+                )
+            self.values[key] = "auto"
+        self.values.setdefault("train_batch_size", "auto")
+
+    def set_precision(self, precision: str) -> None:
+        """Write bf16, fp16 or fp32 into DeepSpeed's own switches."""
+        for name in ("bf16", "fp16"):
+            self.values[name] = {
+                **(self.values.get(name) or {}),
+                "enabled": precision == name,
+            }
+
+    def resolved(
+        self, shapes: ZeroShapes, ranks: int, swap_directory: str | Path, fused_step: bool = True
+    ) -> "DeepSpeedConfig":
+        """Return a copy in which every "auto" that only we understand is a value.
+
+        Whole layers are prefetched: DeepSpeed's defaults look ahead by less than one matrix. The
+        live and reuse limits then have to allow three layers, or a layer is released after its
+        recomputation and fetched a third time.
+        """
+        made = copy.copy(self)
+        made.values = copy.deepcopy(self.values)
+        parameters, optimizer = made.offload("param"), made.offload("optimizer")
+        for key, value in made._zero_values(shapes, ranks).items():
+            if made.zero.get(key) == "auto":
+                made.zero[key] = value
+        if parameters.get("buffer_size") == "auto":
+            parameters["buffer_size"] = math.ceil(shapes.largest / ranks) + 4096
+        if parameters.get("buffer_count") == "auto":
+            # A buffer holds one parameter until the GPU's copy is released: the layer in use, the
+            # two within the reuse distance, embedding, head, and one to spare. With fewer the step
+            # fails with "Not enough buffers".
+            parameters["buffer_count"] = 3 * shapes.layer_tensors + 3
+        if optimizer.get("buffer_count") == "auto":
+            optimizer["buffer_count"] = made._swap_buffers(fused_step)
+        for block in (parameters, optimizer):
+            if block.get("device") == "nvme":
+                block["nvme_path"] = str(swap_directory)
+            elif block.get("nvme_path") == "auto":
+                del block["nvme_path"]
+        return made
+
+    def _zero_values(self, shapes: ZeroShapes, ranks: int) -> dict[str, int]:
+        # On NVMe, parameters that stay on the GPU would be read at once, into too few buffers.
+        on_nvme = self.device("param") == "nvme"
+        keep_adapters = (
+            not on_nvme
+            and shapes.largest_trainable < 4e6
+            and shapes.trainable * shapes.itemsize < 1e9
+            and shapes.trainable < shapes.layer
+            and shapes.small_frozen < 1e8
+        )
+        adapters = shapes.trainable if keep_adapters else 0
+        live = 3 * shapes.layer + shapes.largest + adapters
+        return {
+            # At least 2e7: the many small gradients of adapters travel together.
+            "reduce_bucket_size": min(max(shapes.largest_trainable, int(2e7)), int(5e8)),
+            # 1e8: the CPU's step of a sub-group overlaps nothing, so smaller buffers cost no time.
+            # A small model is cut into eighths.
+            "sub_group_size": max(min(int(1e8), math.ceil(shapes.trainable / ranks / 8)), 1),
+            "stage3_prefetch_bucket_size": shapes.layer,
+            # Norms and biases stay on the GPU. So do adapters: hundreds of small tensors, and a
+            # hundredth of the model.
+            "stage3_param_persistence_threshold": max(
+                int(1e5), shapes.largest_trainable + 1 if adapters else 0
+            ),
+            # On NVMe what is on the GPU holds its buffer too: one layer in use, one on its way.
+            "stage3_max_live_parameters": 2 * shapes.layer if on_nvme else live,
+            "stage3_max_reuse_distance": 2 * shapes.layer,
+        }
+
+    def _swap_buffers(self, fused_step: bool) -> int:
+        """Return the buffers that the optimizer's swapper needs.
+
+        It holds weight and both moments of the current sub-group, and of the previous and the next
+        one where it reads or writes ahead; without fused_step gradients too (DeepSpeed,
+        swap_tensor/pipelined_optimizer_swapper.py).
+        """
+        optimizer = self.offload("optimizer")
+        ahead = bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write"))
+        return (3 if fused_step else 4) * (1 + ahead)
+
+    def locked_bytes(self, shapes: ZeroShapes, ranks: int) -> tuple[int, int]:
+        """Return the locked memory of one rank's NVMe buffers: (parameters, optimizer), bytes."""
+        parameters, optimizer = self.offload("param"), self.offload("optimizer")
+        for_parameters = for_optimizer = 0
+        if self.device("param") == "nvme":
+            elements = int(parameters.get("buffer_count", PARAM_BUFFERS)) * int(
+                parameters.get("buffer_size", BUFFER_SIZE)
+            )
+            for_parameters = elements * shapes.itemsize
+        if self.device("optimizer") == "nvme":
+            # A sub-group closes once it has reached its size: it can be larger by one parameter.
+            group = int(self.zero.get("sub_group_size", SUB_GROUP_SIZE))
+            group += math.ceil(shapes.largest_trainable / ranks)
+            group = min(group, math.ceil(shapes.trainable / ranks))
+            for_optimizer = int(optimizer.get("buffer_count", OPTIMIZER_BUFFERS)) * group * 4
+        return for_parameters, for_optimizer
+
+    def check_buffers(self, shapes: ZeroShapes, ranks: int, fused_step: bool = True) -> None:
+        """Raise RunError for NVMe buffers on which DeepSpeed would fail in the middle of a step."""
+        if self.device("param") == "nvme":
+            needed = math.ceil(shapes.largest / ranks)
+            size = int(self.offload("param").get("buffer_size", BUFFER_SIZE))
+            if size < needed:
+                raise RunError(
+                    f"{self.where}: offload_param.buffer_size is smaller than the largest "
+                    "parameter",
+                    found=f"{size:,} elements",
+                    needed=f"{needed:,}",
+                    fix='"buffer_size": "auto"',
+                )
+        if self.device("optimizer") == "nvme":
+            needed = self._swap_buffers(fused_step)
+            count = int(self.offload("optimizer").get("buffer_count", OPTIMIZER_BUFFERS))
+            if count < needed:
+                raise RunError(
+                    f"{self.where}: offload_optimizer.buffer_count is too small for its pipelining",
+                    found=count,
+                    needed=needed,
+                    fix='"buffer_count": "auto"',
+                )
+
+    def swap_bytes(
+        self, parameters: int, shapes: ZeroShapes, ranks: int, fused_step: bool = True
+    ) -> int:
+        """Return the bytes of one rank's swap files. parameters: elements of the whole model.
+
+        An element of the optimizer takes 12 bytes, fp32 weight and both moments; without
+        fused_step 16, as gradients are written too. This is slightly too much: tensors under
+        1 MiB stay in memory.
+        """
+        size = 0
+        if self.device("param") == "nvme":
+            size += parameters * shapes.itemsize
+        if self.device("optimizer") == "nvme":
+            size += shapes.trainable * (12 if fused_step else 16)
+        return -(-size // ranks) + SWAP_FILE_SLACK
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Return the JSON with comments as plain dicts. Raises RunError where it cannot be read."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: plain(value) for key, value in node.items()}
+        return [plain(value) for value in node] if isinstance(node, list) else node
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        block = dict(pairs)
+        if len(block) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise RunError(f"{path}: the key {twice} stands twice in one block")
+        return block
+
+    try:
+        values = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not readable as JSON", found=str(error)) from None
+    if not isinstance(values, dict):
+        raise RunError(
+            f"{path} is not a DeepSpeed configuration",
+            found=type(values).__name__,
+            needed="a JSON object",
+        )
+    return plain(values)
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float))
+    if kind is int and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, kind)
+
+
+def _check_block(
+    block: dict[str, Any], schema: dict[str, Any], where: str | Path, prefix: str = ""
+) -> None:
+    """Raise RunError for the first key of a block that is not in the schema, or not of its type."""
+    parent = prefix[:-1]
+    may_be_auto = ds_schema.AUTO_MODEL.get(parent, set()) | ds_schema.AUTO_TRAINING.get(
+        parent, set()
     )
-    values = {
-        # At least 2e7: the many small gradients of adapters travel together.
-        "reduce_bucket_size": min(max(shapes.largest_trainable, int(2e7)), int(5e8)),
-        # 1e8: the CPU step of one sub-group overlaps nothing, so smaller buffers cost no time. Small models: eighths.
-        "sub_group_size": max(min(int(1e8), math.ceil(shapes.trainable / world_size / 8)), 1),
-        "stage3_prefetch_bucket_size": shapes.layer,
-        # Norms and biases stay on the GPU; adapters too, which are hundreds of small tensors and a hundredth of the model.
-        "stage3_param_persistence_threshold": max(
-            int(1e5), shapes.largest_trainable + 1 if adapters else 0
-        ),
-        "stage3_max_live_parameters": 3 * shapes.layer
-        + shapes.largest
-        + (shapes.trainable if adapters else 0),
-        "stage3_max_reuse_distance": 2 * shapes.layer,
-    }
-    if on_nvme:
-        # What is on the GPU holds its buffer too: no more than a layer in use and one on its way.
-        values["stage3_max_live_parameters"] = 2 * shapes.layer
-    for key, value in values.items():
-        if zero.get(key) == "auto":
-            zero[key] = value
-    if parameters.get("buffer_size") == "auto":
-        parameters["buffer_size"] = math.ceil(shapes.largest / world_size) + 4096
-    if parameters.get("buffer_count") == "auto":
-        # One parameter a buffer, held until the GPU's copy is released: the layer in use, the two within the reuse distance,
-        # embedding, head, and one to spare. With fewer the step fails with "Not enough buffers".
-        parameters["buffer_count"] = 3 * shapes.layer_tensors + 3
-    if optimizer.get("buffer_count") == "auto":
-        optimizer["buffer_count"] = _swap_buffers(optimizer, fused_step)
-    for block in (parameters, optimizer):
-        if block.get("device") == "nvme":
-            block["nvme_path"] = str(swap_directory)
-        elif block.get("nvme_path") == "auto":
-            del block["nvme_path"]
-    return config
-
-
-def locked_bytes(config, shapes, world_size):
-    """Locked memory that one rank's NVMe buffers take, in bytes: (parameter buffers, optimizer buffers)."""
-    zero = config["zero_optimization"]
-    parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
-    first = second = 0
-    if parameters.get("device") == "nvme":
-        first = (
-            int(parameters.get("buffer_count", 5))
-            * int(parameters.get("buffer_size", 1e8))
-            * shapes.itemsize
-        )
-    if optimizer.get("device") == "nvme":
-        # A sub-group closes once it has reached sub_group_size, so it can be larger by one parameter.
-        share = math.ceil(shapes.trainable / world_size)
-        group = min(
-            share,
-            int(zero.get("sub_group_size", 1e9)) + math.ceil(shapes.largest_trainable / world_size),
-        )
-        second = int(optimizer.get("buffer_count", 4)) * group * 4
-    return first, second
-
-
-def check_buffers(config, shapes, world_size, where, fused_step=True):
-    """Refuse NVMe buffers that DeepSpeed would fail on with an assertion in mid-step."""
-    zero = config["zero_optimization"]
-    parameters, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
-    if parameters.get("device") == "nvme":
-        needed = math.ceil(shapes.largest / world_size)
-        if int(parameters.get("buffer_size", 1e8)) < needed:
+    for key, value in block.items():
+        name = f"{prefix}{key}"
+        if key in ("fp8", "float8"):
             raise RunError(
-                f"{where}: offload_param.buffer_size is smaller than the largest parameter",
-                found=f"{int(parameters.get('buffer_size', 1e8)):,} elements",
-                needed=f"{needed:,}",
-                fix='"buffer_size": "auto"',
+                f"{where}: fp8 is not supported",
+                found=name,
+                needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these",
             )
-    if optimizer.get("device") == "nvme":
-        needed = _swap_buffers(optimizer, fused_step)
-        if int(optimizer.get("buffer_count", 4)) < needed:
+        if key not in schema:
             raise RunError(
-                f"{where}: offload_optimizer.buffer_count is too small for its pipelining",
-                found=optimizer.get("buffer_count", 4),
-                needed=needed,
-                fix='"buffer_count": "auto"',
+                f"{where}: unknown key {name}{did_you_mean(key, schema)}",
+                fix="DeepSpeed would ignore it in silence; correct or remove it",
             )
+        kind = schema[key]
+        if value == "auto":
+            if key not in may_be_auto:
+                raise RunError(
+                    f'{where}: {name} cannot be "auto"', needed="a value, or leave the key out"
+                )
+        elif isinstance(kind, dict):
+            if not isinstance(value, dict):
+                raise RunError(
+                    f"{where}: {name} has the wrong type",
+                    found=repr(value),
+                    needed="an object { … }",
+                )
+            _check_block(value, kind, where, f"{name}.")
+        elif value is not None and not _has_type(value, kind):
+            raise RunError(
+                f"{where}: {name} has the wrong type", found=repr(value), needed=kind.__name__
+            )
+        elif kind is int and key != "stage" and value is not None and value < 0:
+            raise RunError(f"{where}: {name} is negative", found=value, needed="0 or more")
 
 
-def write_yaml(path, content):
-    """Write a mapping as YAML, keys in their own order."""
-    Path(path).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+def _check_zero(zero: dict[str, Any] | None, where: str | Path) -> None:
+    """Raise RunError for a block zero_optimization that this trainer cannot run."""
+    if zero is None:
+        raise RunError(
+            f"{where}: no zero_optimization block", needed='"zero_optimization": {"stage": 3, …}'
+        )
+    for tier in TIERS:
+        block = zero.get(f"offload_{tier}") or {}
+        device = block.get("device", "none")
+        key = f"zero_optimization.offload_{tier}.device"
+        if device not in DEVICES:
+            raise RunError(
+                f"{where}: {key}{did_you_mean(device, DEVICES)}",
+                found=device,
+                needed="none, cpu or nvme",
+            )
+        if tier == "param" and device != "none" and zero.get("stage") != 3:
+            raise RunError(
+                f"{where}: parameter offload works with ZeRO stage 3 only",
+                found=f"stage {zero.get('stage')}",
+                fix='"stage": 3, or remove offload_param',
+            )
+        if device == "nvme" and not block.get("nvme_path"):
+            raise RunError(
+                f"{where}: {key} is nvme without an nvme_path",
+                fix='"nvme_path": "auto" takes --nvme_path; or write the directory',
+            )
+    if zero.get("stage") != 3:
+        raise RunError(
+            f"{where}: this trainer runs ZeRO stage 3",
+            found=f"stage {zero.get('stage', 0)}",
+            fix='"stage": 3',
+        )

@@ -1,7 +1,8 @@
-"""The keys of a DeepSpeed 0.19.8 configuration and their types. DeepSpeed itself ignores most misspelt ones.
+"""The keys of a DeepSpeed 0.19.8 configuration and their types.
 
-A test holds the typed blocks against DeepSpeed's own classes. Types: bool, int, float (a whole number is fine), str, list, dict.
-"auto" is allowed where AUTO says so.
+DeepSpeed itself ignores most misspelt ones. A test compares the typed blocks with DeepSpeed's own
+classes. Types: bool, int, float (a whole number is fine), str, list, dict. "auto" is allowed where
+AUTO_MODEL or AUTO_TRAINING says so.
 """
 
 _OFFLOAD = {"device": str, "nvme_path": str, "buffer_count": int, "pin_memory": bool}
@@ -143,7 +144,8 @@ CONFIG = {
     "timers": dict,
 }
 
-# "auto" resolved from the model by this trainer, and "auto" that transformers fills from the training arguments.
+# "auto" that this trainer resolves from the model, and "auto" that transformers fills from the
+# training arguments.
 AUTO_MODEL = {
     "zero_optimization": {
         "reduce_bucket_size",

@@ -1,7 +1,8 @@
-"""Flags and recipe keys. The names of `transformers.TrainingArguments` verbatim, and ours. Imports no torch.
+"""The flags: names, types, defaults and help. Does not import torch.
 
-defaults < `--config recipe.yaml` < command line. The fields of TrainingArguments are read from its source, because importing
-it imports torch, and a misspelt flag should be answered at once.
+The names of `transformers.TrainingArguments` are taken verbatim, and a few are ours. The fields of
+TrainingArguments are read from its source: importing it imports torch, and a misspelt flag should
+be answered at once.
 """
 
 import ast
@@ -9,20 +10,29 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import yaml
+from trainer.errors import DOES_NOT_FIT, RunError, did_you_mean
 
-from trainer import ROOT
-from trainer.errors import RunError, did_you_mean
+# The stop of a container waits for ten minutes.
+GRACE_SECONDS = 570 if os.environ.get("ZERO_OFFLOAD_IMAGE") else 30
+# What --disable_optimizations can leave out. docs/speed.md says what each one gains.
+OPTIMIZATIONS = {
+    "fused_loss": "the loss in chunks, without the logits of a whole batch",
+    "fused_linear": "matrix and LoRA adapter as one function; a layer's last one is not recomputed",
+    "fused_step": "one copy of a gradient to the host, and the CPU's optimizer step in one pass",
+    "overlap_step": "the CPU's optimizer step beside the next forward pass (needs fused_step)",
+    "leaf_modules": "each decoder layer is fetched as one unit",
+    "fetch_ahead": "the host does not wait for a layer's copy to the GPU (needs leaf_modules)",
+}
 
-RESOLVED = "resolved_config.yaml"
 
-
-def _flag(default, help):
+def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -45,8 +55,8 @@ class RunArguments:
     )
     dataset: list | None = _flag(
         None,
-        "files, folders, globs, s3:// gs:// https:// addresses or registered names, each with :SHARE "
-        "for a mixture; none: the bundled samples",
+        "files, folders, globs, s3:// gs:// https:// addresses or registered names, each with "
+        ":SHARE for a mixture; none: the bundled samples",
     )
     dataset_dir: str | None = _flag(
         None, "folder with dataset_info.json, the registry of names; none: data/, then here"
@@ -78,18 +88,19 @@ class RunArguments:
     lora_target_modules: str = _flag("all-linear", "comma-separated module names, or all-linear")
     precision: str = _flag(
         "auto",
-        "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, else fp32",
+        "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, "
+        "else fp32",
     )
-    fused_loss: bool = _flag(
-        True, "compute the loss in chunks and never hold the logits of a whole batch"
-    )
-    fused_linear: bool = _flag(
-        True, "matrix and LoRA adapter as one function; a layer's last is not redone"
+    disable_optimizations: str = _flag(
+        "auto",
+        "speed optimizations to leave out, for comparisons and reports of errors: some of "
+        + ", ".join(OPTIMIZATIONS)
+        + "; all; auto: those that gain nothing on this hardware; none: not even those",
     )
     kept_layers: str = _flag(
         "auto",
-        "decoder layers that keep their activations on the GPU and do not recompute them: a number, or "
-        "auto, as many as fit (0 on a CPU)",
+        "decoder layers that keep their activations on the GPU and do not recompute them: "
+        "a number, or auto, as many as fit (0 on a CPU)",
     )
     activation_offload: bool = _flag(
         False, "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU"
@@ -98,30 +109,16 @@ class RunArguments:
         None,
         "give each rank CPU cores of its own, near its GPU; none: where GPU ranks share a machine",
     )
-    fused_step: bool = _flag(
-        True, "gradients go to the host once, and the CPU's optimizer step is one pass over RAM"
-    )
-    overlap_step: bool | None = _flag(
-        None, "with fused_step: the CPU steps beside the next forward pass; none: on a GPU"
-    )
-    leaf_modules: bool | None = _flag(None, "fetch each decoder layer as one unit; none: on a GPU")
-    fetch_ahead: bool = _flag(
-        True,
-        "on a GPU, with leaf_modules and parameters in RAM: the host does not wait for a layer's copy",
-    )
-    calibrate: bool | None = _flag(
-        None,
-        "with --deepspeed auto: try out the micro-batch in short runs; none: on GPUs of one machine",
-    )
     nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
     grace_seconds: int = _flag(
-        570
-        if os.environ.get("ZERO_OFFLOAD_IMAGE")
-        else 30,  # a container's stop waits for ten minutes
-        "seconds between a scheduler's SIGTERM and its kill; a save that takes longer is not begun then",
+        GRACE_SECONDS,
+        "seconds between a scheduler's SIGTERM and its kill; a save that would take longer is not "
+        "begun then",
     )
     max_nonfinite_steps: int = _flag(
-        1, "stop with exit 1 after so many updates in a row with a non-finite loss or gradient"
+        1,
+        "stop with exit 1 after so many optimizer steps in a row with a loss or gradient that is "
+        "not finite",
     )
     export: bool = _flag(True, "write runs/<name>/export/ at the end")
     max_shard_size: str = _flag("4GB", "largest file of the exported model")
@@ -148,7 +145,7 @@ MINIMUM = {
     "save_total_limit": 2,
 }
 
-# Ours where TrainingArguments has another default. learning_rate depends on the method: see `resolve`.
+# Where TrainingArguments has another default. That of learning_rate depends on the method.
 TRAINING_DEFAULTS = {
     "output_dir": None,
     "deepspeed": "ds_z3_offload.json",
@@ -168,14 +165,12 @@ TRAINING_DEFAULTS = {
 }
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 
+# transformers 5.23 renamed these and warns about the old names.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-_PRECISION = {"precision", "bf16", "fp16"}
-_OLD = {new: old for old, new in RENAMED.items()}
-
-# Names that tutorials still use and transformers 5 dropped: what to do instead.
+# Names that are gone and that tutorials or old recipes still use, and what to do instead.
 RETIRED = {
     "warmup_ratio": "--warmup_steps takes a share of the run when it is below 1",
     "overwrite_output_dir": "a run never overwrites another; choose a --run_name",
@@ -183,15 +178,21 @@ RETIRED = {
     "save_safetensors": "weights are always saved as safetensors",
     "evaluation_strategy": "use --eval_strategy",
     "no_cuda": "use --use_cpu",
-    "fp8": "fp8 is not supported: DeepSpeed's ZeRO-3 offload keeps bf16, fp16 or fp32 parameters; use --precision auto",
+    "calibrate": "--deepspeed auto (AUTO=1) takes the micro-batch that the plan chooses",
+    "fp8": "fp8 is not supported: DeepSpeed's ZeRO-3 offload keeps bf16, fp16 or fp32 parameters; "
+    "use --precision auto",
+    **{name: f"use --disable_optimizations {name}" for name in OPTIMIZATIONS},
 }
+# Fields of TrainingArguments that this trainer does not support, and what to do instead.
 REFUSED = {
     "fsdp": "this trainer shards with DeepSpeed ZeRO-3",
     "fsdp_config": "this trainer shards with DeepSpeed ZeRO-3",
-    "load_best_model_at_end": "the best checkpoint is kept beside the newest; resume from it, or export it",
+    "load_best_model_at_end": "the best checkpoint is kept beside the newest; resume from it, "
+    "or export it",
     "auto_find_batch_size": "a change of batch size in mid-run would change the result",
     "label_smoothing_factor": "the chunked loss has no label smoothing",
-    "hub_token": "HF_TOKEN in the environment, or hf auth login: command lines are logged, and seen by other users",
+    "hub_token": "HF_TOKEN in the environment, or hf auth login: command lines are logged, and "
+    "other users see them",
     "push_to_hub": "hf upload ORG/NAME runs/NAME/export",
     "save_safetensors": "weights are always saved as safetensors",
 }
@@ -199,65 +200,74 @@ REFUSED = {
 
 @dataclass
 class Key:
-    """One flag: its type ('bool', 'int', 'float', 'list', 'dict' or 'str'), default, help, and whose it is."""
+    """One flag.
+
+    type: bool, int, float, list, dict or str. ours: not a field of TrainingArguments.
+    """
 
     name: str
     type: str
-    default: object
+    default: Any
     help: str
     ours: bool
 
 
-def _type_of(annotation):
-    for needle, name in (("dict", "dict"), ("list", "list"), ("float", "float"), ("int", "int")):
-        if needle in annotation:
+def _type_of(annotation: str) -> str:
+    for name in ("dict", "list", "float", "int"):
+        if name in annotation:
             return name
     return "bool" if annotation.replace(" | None", "") == "bool" else "str"
 
 
 @functools.cache
-def training_keys():
-    """The fields of TrainingArguments, read from the installed transformers without importing it."""
+def training_keys() -> dict[str, Key]:
+    """Return the fields of TrainingArguments, read from the installed transformers' source."""
     spec = importlib.util.find_spec("transformers")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise RunError(
-            "transformers is not installed", fix="make setup, then use .venv/bin/deepspeed", code=3
+            "transformers is not installed",
+            fix="make setup, then use .venv/bin/deepspeed",
+            code=DOES_NOT_FIT,
         )
     tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text())
-    body = next(
-        n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments"
-    ).body
+    definition = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
+    )
     keys = {}
-    for node in body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Call):
+    for node in definition.body:
+        if not (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(node.value, ast.Call)
+        ):
             continue
-        parts = {k.arg: k.value for k in node.value.keywords}
+        name = node.target.id
+        parts = {keyword.arg: keyword.value for keyword in node.value.keywords}
         try:
             default = ast.literal_eval(parts["default"])
         except (KeyError, ValueError):
             default = None
         help = " ".join(
-            c.value
-            for c in ast.walk(parts.get("metadata", node))
-            if isinstance(c, ast.Constant) and isinstance(c.value, str) and c.value != "help"
+            constant.value
+            for constant in ast.walk(parts.get("metadata", node))
+            if isinstance(constant, ast.Constant)
+            and isinstance(constant.value, str)
+            and constant.value != "help"
         )
-        keys[node.target.id] = Key(
-            node.target.id, _type_of(ast.unparse(node.annotation)), default, help, False
-        )
-    for name, default in TRAINING_DEFAULTS.items():
-        keys[name].default = default
+        default = TRAINING_DEFAULTS.get(name, default)
+        keys[name] = Key(name, _type_of(ast.unparse(node.annotation)), default, help, False)
     return keys
 
 
 @functools.cache
-def all_keys():
-    """Every flag by name."""
+def all_keys() -> dict[str, Key]:
+    """Return every flag by name."""
     ours = {
         f.name: Key(
             f.name,
-            _type_of(
-                f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
-            ),
+            _type_of(getattr(f.type, "__name__", str(f.type))),
             f.default,
             f.metadata["help"],
             True,
@@ -267,301 +277,85 @@ def all_keys():
     return {**training_keys(), **ours}
 
 
-def convert(key, value, where):
-    """The value as the key's type; RunError names where it stood."""
+def find_key(name: str, where: str, shown: str) -> Key:
+    """Return the flag of this name. Raises RunError for one that is unknown or not supported.
 
-    def wrong(needed):
-        return RunError(f"{where}: {key.name} has the wrong type", found=repr(value), needed=needed)
-
-    if value is None or (
-        isinstance(value, str) and value.lower() in ("none", "null") and key.default is None
-    ):
-        return None
-    if key.type == "bool":
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "1", "yes"):
-            return True
-        if str(value).lower() in ("false", "0", "no"):
-            return False
-        raise wrong("true or false")
-    if key.type in ("int", "float"):
-        if isinstance(value, bool):
-            raise wrong(f"a number ({key.type})")
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise wrong(f"a number ({key.type})") from None
-        if key.type == "int" and not number.is_integer():
-            raise wrong("a whole number")
-        if key.type == "int" and abs(number) >= 2**63:
-            raise wrong("a whole number of at most 63 bits")
-        if number != number or number < MINIMUM.get(key.name, float("-inf")):
-            raise RunError(
-                f"{where}: {key.name} is too small",
-                found=value,
-                needed=f"at least {MINIMUM.get(key.name)}",
-            )
-        return int(number) if key.type == "int" else number
-    if key.type == "dict":
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            value = json.loads(value)
-        return value
-    if key.type == "list":
-        return value if isinstance(value, list) else [value]
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
-    value = str(value)
-    if key.name in CHOICES and value not in CHOICES[key.name]:
-        if value == "fp8":
-            raise RunError(f"{where}: {RETIRED['fp8']}", found="fp8", needed="bf16, fp16 or fp32")
-        raise RunError(
-            f"{where}: {key.name} is not one of its choices{did_you_mean(value, CHOICES[key.name])}",
-            found=value,
-            needed=" | ".join(CHOICES[key.name]),
-        )
-    return value
-
-
-def _lookup(name, where, shown):
-    keys = all_keys()
+    shown: the name as it was typed, with its dashes.
+    """
     if name in REFUSED:
         raise RunError(f"{where}: {shown} is not supported", fix=REFUSED[name])
+    keys = all_keys()
     if name in keys:
         return keys[name]
     if name in RETIRED:
         raise RunError(f"{where}: {shown} is not a flag of this trainer", fix=RETIRED[name])
-    prefix = shown[: len(shown) - len(shown.lstrip("-"))]
-    hint = did_you_mean(name, keys)
+    dashes = shown[: len(shown) - len(shown.lstrip("-"))]
+    hint = did_you_mean(name, keys).replace("did you mean ", f"did you mean {dashes}")
     raise RunError(
-        f"{where}: unknown {'flag' if prefix else 'key'} {shown}"
-        + (hint.replace("did you mean ", f"did you mean {prefix}") if hint else ""),
+        f"{where}: unknown {'flag' if dashes else 'key'} {shown}{hint}",
         fix="python launch/train.py --help lists them all",
     )
 
 
-def parse_command_line(argv):
-    """argv -> {key: value} of what the user wrote, plus 'config' for the recipe. Dashes and underscores are the same."""
-    values, i = {}, 0
-    while i < len(argv):
-        token = argv[i]
-        i += 1
-        if not token.startswith("--"):
-            if token.endswith((".yaml", ".yml")) and "config" not in values:
-                values["config"] = token
-                continue
-            raise RunError(f"command line: unexpected argument {token!r}", needed="--flag value")
-        name, equals, inline = token[2:].partition("=")
-        name = name.replace("-", "_")
-        following = []
-        if equals:
-            following = [inline]
-        else:
-            while i < len(argv) and (not argv[i].startswith("--")):
-                following.append(argv[i])
-                i += 1
-        if name == "config":
-            if not following:
-                raise RunError(
-                    "command line: --config needs a recipe",
-                    needed="--config launch/recipes/NAME.yaml",
-                )
-            values["config"] = following[0]
-            continue
-        if name == "local_rank":  # the launcher writes it; the rank comes from the environment
-            continue
-        known = all_keys()
-        if (
-            name.startswith("no_")
-            and name not in known
-            and name[3:] in known
-            and known[name[3:]].type == "bool"
-        ):
-            values[name[3:]] = False
-            continue
-        key = _lookup(name, "command line", token.partition("=")[0])
-        if not following:
-            if key.type != "bool":
-                raise RunError(
-                    f"command line: --{name} needs a value", needed=f"--{name} {key.type.upper()}"
-                )
-            values[name] = True
-        elif key.type == "list" or name == "lora_target_modules":
-            values[name] = convert(key, following, "command line")
-        elif len(following) > 1:
-            raise RunError(
-                f"command line: unexpected argument {following[1]!r} after --{name} {following[0]}"
-            )
-        else:
-            values[name] = convert(key, following[0], "command line")
-    return values
+def convert(key: Key, value: Any, where: str) -> Any:
+    """Return the value in the flag's type. Raises RunError that names where it stood."""
+    text = value.lower() if isinstance(value, str) else None
+    if value is None or (text in ("none", "null") and key.default is None):
+        return None
+    if key.type == "bool":
+        return _to_bool(key, value, where)
+    if key.type in ("int", "float"):
+        return _to_number(key, value, where)
+    if key.type == "dict":
+        return json.loads(value) if text and text.lstrip().startswith("{") else value
+    if key.type == "list":
+        return value if isinstance(value, list) else [value]
+    return _to_text(key, value, where)
 
 
-def find_recipe(name):
-    """The recipe's path: as given, or a name under launch/recipes/."""
-    folder = ROOT / "launch" / "recipes"
-    looked = [Path(name), folder / name, folder / f"{name}.yaml"]
-    for path in looked:
-        if path.is_file():
-            return path
-    raise RunError(
-        f"no recipe {name}",
-        found="none of " + ", ".join(map(str, looked)),
-        needed="a YAML file; launch/recipes has "
-        + ", ".join(sorted(p.name for p in folder.glob("*.yaml"))),
-    )
+def _wrong_type(key: Key, value: Any, where: str, needed: str) -> RunError:
+    return RunError(f"{where}: {key.name} has the wrong type", found=repr(value), needed=needed)
 
 
-def read_recipe(path):
-    """Recipe -> {key: value}; blocks `full:` and `lora:` hold keys that count for that method only."""
+def _to_bool(key: Key, value: Any, where: str) -> bool:
+    text = str(value).lower()
+    if text in ("true", "1", "yes"):
+        return True
+    if text in ("false", "0", "no"):
+        return False
+    raise _wrong_type(key, value, where, "true or false")
+
+
+def _to_number(key: Key, value: Any, where: str) -> int | float:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        number = float("bool" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        raise _wrong_type(key, value, where, f"a number ({key.type})") from None
+    if key.type == "int" and not number.is_integer():
+        raise _wrong_type(key, value, where, "a whole number")
+    if key.type == "int" and abs(number) >= 2**63:
+        raise _wrong_type(key, value, where, "a whole number of at most 63 bits")
+    if math.isnan(number) or number < MINIMUM.get(key.name, -math.inf):
         raise RunError(
-            f"{path} is not readable as YAML", found=" ".join(str(error).split())
-        ) from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise RunError(
-            f"{path} is not a recipe",
-            found=type(content).__name__,
-            needed="a YAML mapping of key: value",
+            f"{where}: {key.name} is too small",
+            found=value,
+            needed=f"at least {MINIMUM.get(key.name)}",
         )
-    if (
-        Path(path).name == RESOLVED
-    ):  # it lists every key: those that have their default were not given
-        # The learning rate's default depends on the method; that of TrainingArguments is not ours.
-        content = {
-            n: v
-            for n, v in content.items()
-            if n not in REFUSED
-            and n in all_keys()
-            and (n == "learning_rate" or v != all_keys()[n].default)
-        }
-    blocks = {m: content.pop(m) or {} for m in CHOICES["method"] if m in content}
-    for method, block in blocks.items():
-        if not isinstance(block, dict):
-            raise RunError(
-                f"{path}: the block {method} is not a mapping",
-                found=repr(block),
-                needed=f"{method}: and indented keys",
-            )
-    where = str(path)
-    plain = {n: convert(_lookup(n, where, str(n)), v, where) for n, v in content.items()}
-    return plain, {
-        m: {n: convert(_lookup(n, where, str(n)), v, where) for n, v in b.items()}
-        for m, b in blocks.items()
-    }
+    return int(number) if key.type == "int" else number
 
 
-@dataclass
-class Settings:
-    """The resolved keys: `values` of every key, and `sources` of those that differ from the default."""
-
-    values: dict
-    sources: dict
-
-    def __getattr__(self, name):
-        try:
-            return self.__dict__["values"][name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def given(self, name):
-        """True where the recipe or the command line set the key."""
-        return name in self.sources
-
-    def training(self):
-        """The keyword arguments for TrainingArguments: what was set, and our defaults."""
-        names = [n for n, key in all_keys().items() if not key.ours]
-        chosen = {
-            n: self.values[n]
-            for n in names
-            if n in self.sources or n in TRAINING_DEFAULTS or n == "learning_rate"
-        }
-        if not self.given("per_device_eval_batch_size"):  # rows that train fit
-            self.values["per_device_eval_batch_size"] = chosen["per_device_eval_batch_size"] = (
-                self.per_device_train_batch_size
-            )
-        for (
-            old,
-            new,
-        ) in RENAMED.items():  # transformers 5.23 renamed them and warns about the old names
-            if new in all_keys():
-                chosen[new] = chosen.pop(old)
-        return chosen
-
-
-def resolve(argv, default_recipe="tiny_cpu"):
-    """argv -> Settings. Without a model and a recipe, the recipe is `tiny_cpu`, which describes training the embedded default."""
-    command_line = parse_command_line(argv)
-    recipe = command_line.pop("config", None)
-    plain, blocks, path = {}, {}, None
-    if recipe is None and "model_name_or_path" not in command_line:
-        recipe = default_recipe
-    if recipe is not None:
-        path = find_recipe(recipe)
-        plain, blocks = read_recipe(path)
-    values = {n: key.default for n, key in all_keys().items()}
-    sources = {}
-    method = command_line.get("method", plain.get("method", RunArguments.method))
-    values["learning_rate"] = LEARNING_RATE[method]
-    label = f"recipe {path.name}" if path else ""
-    for layer, source in (
-        (plain, label),
-        (blocks.get(method, {}), f"{label}, {method}"),
-        (command_line, "command line"),
-    ):
-        layer = {_OLD.get(n, n): v for n, v in layer.items()}
-        # --precision, --bf16 and --fp16 say one thing: what a later layer says of it replaces what an earlier one said.
-        if _PRECISION & layer.keys():
-            for name in _PRECISION:
-                values[name] = all_keys()[name].default
-                sources.pop(name, None)
-        values.update(layer)
-        sources.update(dict.fromkeys(layer, source))
-    if "lora_target_modules" in values:
-        values["lora_target_modules"] = str(values["lora_target_modules"])
-    if values["train_sampling_strategy"] not in ("random", "sequential", "group_by_length"):
-        raise RunError(
-            "train_sampling_strategy is not supported",
-            found=values["train_sampling_strategy"],
-            needed="random, sequential or group_by_length",
-        )
-    if values["packing"] and values["train_sampling_strategy"] == "group_by_length":
-        raise RunError(
-            "packed rows are all of one length",
-            found="--packing and --train_sampling_strategy group_by_length",
-            needed="one of them",
-        )
-    if values["kept_layers"] != "auto" and not str(values["kept_layers"]).isdigit():
-        raise RunError(
-            "kept_layers is not a number of layers",
-            found=values["kept_layers"],
-            needed="0 or more, or auto",
-        )
-    return Settings(values, sources)
-
-
-def check_model(name):
-    """Refuse what looks like a path and is not a model directory; a hub name passes."""
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise RunError(
-                f"{path} is not a model directory",
-                needed="config.json, weights and tokenizer files",
-                found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty directory",
-            )
-    elif path.exists():
-        raise RunError(f"{path} is a file, not a model directory")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise RunError(
-            f"no model directory {name}",
-            found=f"nothing at {path.absolute()}",
-            needed="a directory with config.json, or a hub name such as org/model",
-        )
+def _to_text(key: Key, value: Any, where: str) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    choices = CHOICES.get(key.name)
+    if choices is None or text in choices:
+        return text
+    if text == "fp8":
+        raise RunError(f"{where}: {RETIRED['fp8']}", found="fp8", needed="bf16, fp16 or fp32")
+    raise RunError(
+        f"{where}: {key.name} is not one of its choices{did_you_mean(text, choices)}",
+        found=text,
+        needed=" | ".join(choices),
+    )
 
 
 _UNITS = {
@@ -576,20 +370,21 @@ _UNITS = {
 }
 
 
-def parse_size(text, flag):
-    """ "4GB" → bytes."""
+def parse_size(text: str, flag: str) -> int:
+    """Return the bytes of a size such as 4GB. Raises RunError that names the flag."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?B)\s*", str(text).upper())
     if not match or float(match[1]) <= 0:
         raise RunError(f"--{flag} is not a size", found=text, needed="such as 4GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def help_text():
-    """What `--help` prints."""
+def help_text() -> str:
+    """Return what `--help` prints."""
     lines = [
-        "deepspeed launch/train.py [--deepspeed NAME.json] [--config RECIPE.yaml] [--FLAG VALUE ...]",
+        "deepspeed launch/train.py [--deepspeed NAME.json] [--config RECIPE.yaml] [--FLAG VALUE …]",
         "",
-        "Defaults < recipe < command line. Dashes and underscores are the same. A boolean flag alone means true.",
+        "Defaults < recipe < command line. Dashes and underscores are the same. A boolean flag "
+        "alone means true.",
         "",
         "This trainer's flags:",
         "  --config RECIPE",

@@ -1,0 +1,121 @@
+"""The command line: words into flags, for all commands. Does not import torch."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config.flags import Key, all_keys, convert, find_key
+from trainer.console import report
+from trainer.errors import FAILED, RunError
+
+WHERE = "command line"
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; an error is printed, and its code returned."""
+    try:
+        return command()
+    except RunError as error:
+        report(error)
+        return error.code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+@dataclass
+class Word:
+    """A flag as it was typed, and the values after it. name: None for a value without a flag."""
+
+    name: str | None
+    typed: str
+    values: list[str]
+
+
+def words(argv: Sequence[str]) -> list[Word]:
+    """Split a command line into flags with their values. Dashes and underscores are the same."""
+    found: list[Word] = []
+    open_word: Word | None = None  # a flag that takes the values that follow
+    for text in argv:
+        if text.startswith("--"):
+            typed, equals, value = text.partition("=")
+            word = Word(typed[2:].replace("-", "_"), typed, [value] if equals else [])
+            found.append(word)
+            open_word = None if equals else word
+        elif open_word is not None:
+            open_word.values.append(text)
+        else:
+            found.append(Word(None, text, [text]))
+    return found
+
+
+def split_own(argv: Sequence[str], own: dict[str, str | None]) -> tuple[dict[str, Any], list[str]]:
+    """Separate a command's own flags from those of launch/train.py: (own values, the rest).
+
+    own: {flag: default}; a default of None makes it a switch, which is then True.
+    """
+    values: dict[str, Any] = dict(own)
+    rest = []
+    pending = list(argv)
+    while pending:
+        text = pending.pop(0)
+        typed, equals, value = text.partition("=")
+        name = typed[2:].replace("-", "_") if typed.startswith("--") else ""
+        if name not in own:
+            rest.append(text)
+        elif own[name] is None:
+            values[name] = True
+        elif equals or pending:
+            values[name] = value if equals else pending.pop(0)
+        else:
+            raise RunError(f"{WHERE}: {typed} needs a value")
+    return values, rest
+
+
+def parse_training_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Return {key: value} of what the user typed, and the recipe under "config"."""
+    values: dict[str, Any] = {}
+    for word in words(argv):
+        if word.name is None:
+            if not word.typed.endswith((".yaml", ".yml")) or "config" in values:
+                raise RunError(
+                    f"{WHERE}: unexpected argument {word.typed!r}", needed="--flag value"
+                )
+            values["config"] = word.typed
+        elif word.name == "config":
+            if not word.values:
+                raise RunError(
+                    f"{WHERE}: --config needs a recipe", needed="--config launch/recipes/NAME.yaml"
+                )
+            values["config"] = word.values[0]
+        elif word.name == "local_rank":  # of the launcher; the rank comes from the environment
+            continue
+        elif (key := _negated(word.name)) is not None:
+            values[key.name] = False
+        else:
+            key = find_key(word.name, WHERE, word.typed)
+            values[key.name] = _value(key, word.values)
+    return values
+
+
+def _negated(name: str) -> Key | None:
+    """Return the boolean flag that --no_<flag> switches off."""
+    keys = all_keys()
+    key = keys.get(name.removeprefix("no_"))
+    return key if name not in keys and key is not None and key.type == "bool" else None
+
+
+def _value(key: Key, values: list[str]) -> Any:
+    if not values:
+        if key.type != "bool":
+            raise RunError(
+                f"{WHERE}: --{key.name} needs a value", needed=f"--{key.name} {key.type.upper()}"
+            )
+        return True
+    if key.type == "list" or key.name == "lora_target_modules":
+        return convert(key, values, WHERE)
+    if len(values) > 1:
+        raise RunError(f"{WHERE}: unexpected argument {values[1]!r} after --{key.name} {values[0]}")
+    return convert(key, values[0], WHERE)
