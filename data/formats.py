@@ -1,26 +1,29 @@
-"""Raw records → one canonical conversation. Imports no torch.
+"""Raw records -> one form of conversation, whatever the format. Imports no torch.
 
-A conversation is a list of {"role", "content"} with roles system, user, assistant and tool, in OpenAI's shape (tool_calls and
-tool_call_id as there). Raw text, which gets no chat template, has the one role "prompt" (never trained) and "completion".
+A conversation is a list of {"role", "content"} with the roles system, user, assistant and tool, in
+OpenAI's shape (tool_calls and tool_call_id as there). Raw text, which gets no chat template, has
+the roles "prompt" (never trained) and "completion".
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from data import RowError, records
+from data import records
+from data.errors import RowError
 
-FORMATS = {
-    "alpaca": "instruction and output",
-    "sharegpt": "conversations",
-    "messages": "messages",
-    "prompt-completion": "prompt and completion",
-    "text": "text",
-}
+# The column that tells the format: the first one that a record has.
 KEY = {
     "messages": "messages",
     "sharegpt": "conversations",
     "alpaca": "instruction",
     "prompt-completion": "completion",
     "text": "text",
+}
+# What each format needs, for messages.
+FORMATS = {
+    **KEY,
+    "alpaca": "instruction and output",
+    "prompt-completion": "prompt and completion",
 }
 ROLES = {
     "system": "system",
@@ -37,281 +40,264 @@ ROLES = {
     "function_response": "tool",
     "function_call": "function_call",
 }
+# Role names that a registry entry may give as tags.
 _TAGS = {
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "function": "function_call",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
 }
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-# What may come before each role; "" is the beginning.
+_KEPT = ("tool_call_id", "name", "reasoning_content")
+# What may come before each role. "call" is an assistant turn with tool calls.
 _AFTER = {
-    "system": ("",),
-    "user": ("", "system", "assistant"),
+    "system": ("the beginning",),
+    "user": ("the beginning", "system", "assistant"),
     "assistant": ("user", "tool"),
     "tool": ("call", "tool"),
 }
 
+Message = dict
+Tags = dict[str, str]  # what dataset_info.json calls the keys and roles of a turn
+
 
 @dataclass
 class Row:
-    """One conversation, the tools that it may call, and where it stood."""
+    """One conversation, and the tools that it may call."""
 
-    messages: list
-    line: int
-    tools: list | None = None
+    messages: list[Message]
+    tools: list[dict] | None = None
 
 
-def detect(record):
-    """The record's format; RowError where it has none."""
+def detect(record: Any) -> str:
+    """Return the format of a record. Raise RowError where it has none."""
     if not isinstance(record, dict):
-        raise RowError(f"not an object but {type(record).__name__}; needed: one JSON object a row")
-    for present in (
-        lambda key: record.get(key) is not None,
-        record.__contains__,
-    ):  # a null column decides nothing by itself
+        raise RowError(f"not an object but {_type(record)}; needed: one JSON object a row")
+    # A null column decides only where no other one does.
+    for columns in ([key for key in record if record[key] is not None], record):
         for name, key in KEY.items():
-            if present(key):
+            if key in columns:
                 return name
     if "chosen" in record and "rejected" in record:
         raise RowError("preference data (chosen and rejected); needed: one answer a row")
     if "output" in record:
         raise RowError("no instruction; needed: instruction and output")
-    found = _keys(record)
+    needed = ", or ".join(FORMATS.values())
     raise RowError(
-        f"no known format; the keys are {found}; needed: "
-        + ", or ".join(FORMATS.values())
-        + "; dataset_info.json can name other columns"
+        f"no known format; the keys are {_keys(record)}; needed: {needed}; "
+        "dataset_info.json can name other columns"
     )
 
 
-def _keys(record):
-    """The first keys of an object, in words, none too long to read."""
-    return ", ".join(str(key)[:40] for key in list(record)[:8]) or "none"
-
-
-def convert(record, format, line, tags=None):
-    """The Row of a record of `format`. RowError says what is wrong with it."""
+def convert(record: Any, format: str, tags: Tags) -> Row:
+    """Return the Row of a record of that format. Raise RowError that says what is wrong with it."""
     tools = record.get("tools")
     if tools is None and record.get("functions"):  # OpenAI's older form
-        tools = [
-            {"type": "function", "function": f} for f in _list(record["functions"], "functions")
-        ]
-    tools = _tools(tools)
+        functions = _list(record["functions"], "functions")
+        tools = [{"type": "function", "function": function} for function in functions]
     if format == "alpaca":
         messages = _alpaca(record)
     elif format == "text":
-        messages = [{"role": "completion", "content": _text(record["text"], "text")}]
+        messages = [_message("completion", record["text"], "text")]
     elif format == "prompt-completion":
-        if isinstance(record.get("prompt"), list) or isinstance(record["completion"], list):
-            messages = _conversation(
-                [
-                    *_list(record.get("prompt"), "prompt"),
-                    *_list(record["completion"], "completion"),
-                ],
-                None,
-                tags,
-            )
-        else:
-            messages = [
-                {"role": "prompt", "content": _text(record.get("prompt"), "prompt", empty=True)},
-                {"role": "completion", "content": _text(record["completion"], "completion")},
-            ]
+        messages = _prompt_completion(record, tags)
     else:
-        key = KEY[format]
-        messages = _conversation(_list(record[key], key), record.get("system"), tags)
-    return Row(messages, line, tools)
+        turns = _list(record[KEY[format]], KEY[format])
+        messages = _conversation(turns, _system(record), tags)
+    return Row(messages, _tools(tools))
 
 
-def _text(value, name, empty=False):
-    if value is None and not empty:
-        raise RowError(f"{name} is null; needed: text")
-    if isinstance(value, list) and all(
-        isinstance(p, dict) and isinstance(p.get("text"), str) for p in value
-    ):
-        value = "\n".join(part["text"] for part in value)  # OpenAI's content parts
-    if value is not None and not isinstance(value, str):
-        if isinstance(value, list):
+# -- values ----------------------------------------------------------------------------------------
+def _keys(record: dict) -> str:
+    """Return the first keys of an object for a message that is not too long to read."""
+    return ", ".join(str(key)[:40] for key in list(record)[:8]) or "none"
+
+
+def _type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _text(value: Any, name: str, empty: bool = False) -> str:
+    """Return the text of a value. Raise RowError where it is none. empty: null or "" may be."""
+    if value is None and empty:
+        return ""
+    if isinstance(value, list):  # OpenAI's content parts
+        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
             raise RowError(f"{name} holds more than text; needed: text alone")
-        raise RowError(f"{name} is not text but {type(value).__name__}; needed: text")
+        value = "\n".join(part["text"] for part in value)
+    if value is None:
+        raise RowError(f"{name} is null; needed: text")
+    if not isinstance(value, str):
+        raise RowError(f"{name} is not text but {_type(value)}; needed: text")
     if not empty and not value.strip():
         raise RowError(f"{name} is empty; needed: text")
-    if value and "\0" in value:
+    if "\0" in value:
         raise RowError(f"{name} holds a NUL character; needed: text without it")
-    return value or ""
+    return value
 
 
-def _list(value, name):
-    if isinstance(value, str) and value.lstrip().startswith(
-        "["
-    ):  # Parquet files and JSON dumps often carry the list as JSON text
+def _message(role: str, content: Any, name: str, empty: bool = False) -> Message:
+    return {"role": role, "content": _text(content, name, empty)}
+
+
+def _system(record: dict) -> list[Message]:
+    message = _message("system", record.get("system"), "system", empty=True)
+    return [message] if message["content"].strip() else []
+
+
+def _list(value: Any, name: str) -> list:
+    # Parquet files and JSON dumps often carry the list as JSON text.
+    if isinstance(value, str) and value.lstrip().startswith("["):
         value = records.loads(value, name)
     if not isinstance(value, list):
-        raise RowError(
-            f"{name} is not a list but {'null' if value is None else type(value).__name__}; needed: a list of turns"
-        )
+        raise RowError(f"{name} is not a list but {_type(value)}; needed: a list of turns")
     if not value:
         raise RowError(f"{name} is empty; needed: at least one turn")
     return value
 
 
-def _tools(value):
-    if value is None or value == "" or value == []:
+def _tools(value: Any) -> list[dict] | None:
+    if value in (None, "", []):
         return None
-    if isinstance(value, str):
-        value = records.loads(value, "tools")
+    value = records.loads(value, "tools")
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("tools is not a list of objects; needed: JSON schemas of functions")
     return value or None
 
 
-def _alpaca(record):
-    question = "\n\n".join(
-        part
-        for part in (
-            _text(record["instruction"], "instruction", empty=True),
-            _text(record.get("input"), "input", empty=True),
-        )
-        if part.strip()
-    )
+# -- formats ---------------------------------------------------------------------------------------
+def _prompt_completion(record: dict, tags: Tags) -> list[Message]:
+    prompt, completion = record.get("prompt"), record["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        turns = _list(prompt, "prompt") + _list(completion, "completion")
+        return _conversation(turns, [], tags)
+    return [
+        _message("prompt", prompt, "prompt", empty=True),
+        _message("completion", completion, "completion"),
+    ]
+
+
+def _alpaca(record: dict) -> list[Message]:
+    parts = [_text(record.get(name), name, empty=True) for name in ("instruction", "input")]
+    question = "\n\n".join(part for part in parts if part.strip())
     if not question:
         raise RowError("instruction is empty; needed: text in instruction or input")
     if "output" not in record:
         raise RowError(f"no output; needed: instruction and output; the keys are {_keys(record)}")
-    answer = _text(record["output"], "output")
-    system = _text(record.get("system"), "system", empty=True)
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    history = record.get("history") or []
-    if isinstance(history, str):
-        history = records.loads(history, "history")
+    history = records.loads(record.get("history") or [], "history")
     if not isinstance(history, list) or not all(
         isinstance(turn, list) and len(turn) == 2 for turn in history
     ):
         raise RowError("history is not a list of pairs; needed: [[question, answer], …]")
-    for i, (asked, answered) in enumerate(history):
+    messages = _system(record)
+    for i, pair in enumerate(history):
         messages += [
-            {"role": "user", "content": _text(asked, f"history[{i}][0]")},
-            {"role": "assistant", "content": _text(answered, f"history[{i}][1]")},
+            _message("user", pair[0], f"history[{i}][0]"),
+            _message("assistant", pair[1], f"history[{i}][1]"),
         ]
-    return [
-        *messages,
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
+    answer = _message("assistant", record["output"], "output")
+    return [*messages, {"role": "user", "content": question}, answer]
 
 
-def _conversation(turns, system, tags):
-    tags = tags or {}
-    messages, before = [], ""
-    system = _text(system, "system", empty=True)
-    if system.strip():
-        messages.append({"role": "system", "content": system})
-        before = "system"
-    roles = {
-        **ROLES,
-        **{tags[f"{tag}_tag"]: role for tag, role in _TAGS.items() if f"{tag}_tag" in tags},
-    }
-    for i, turn in enumerate(turns):
-        place = f"turn {i + 1}"
-        if not isinstance(turn, dict):
-            raise RowError(
-                f"{place} is not an object but {type(turn).__name__}; needed: a role and its content"
-            )
-        role_key = tags.get("role_tag") or ("role" if "role" in turn else "from")
-        content_key = tags.get("content_tag") or (
-            "value"
-            if "value" in turn and "content" not in turn or role_key == "from"
-            else "content"
-        )
-        if role_key not in turn:
-            raise RowError(
-                f"{place} has no role; its keys are {_keys(turn)}; needed: role and content, or from and value"
-            )
-        role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise RowError(
-                f"{place}: unknown role {str(turn[role_key])[:40]!r}; needed: system, user, assistant or tool"
-            )
-        message = _message(
-            role, turn, turn.get(content_key), f"{place} ({turn[role_key]}): {content_key}"
-        )
+def _conversation(turns: list, system: list[Message], tags: Tags) -> list[Message]:
+    """Return the messages of the turns, after a system message where there is one."""
+    roles = ROLES | {tags[tag]: role for tag, role in _TAGS.items() if tag in tags}
+    messages = list(system)
+    for number, turn in enumerate(turns, 1):
+        message = _turn(turn, f"turn {number}", roles, tags)
         role = message["role"]
-        if before not in _AFTER[role] and not (role == "system" and not messages):
-            last = messages[-1]["role"] if messages else "the beginning"
-            raise RowError(
-                f"{place}: {role} after {last}; needed: system first if any, then user and assistant in turn"
-                + ("; tool after an assistant's tool_calls" if role == "tool" else "")
-            )
-        before = "call" if message.get("tool_calls") else role
+        last = messages[-1]["role"] if messages else "the beginning"
+        previous = "call" if messages and "tool_calls" in messages[-1] else last
+        if previous not in _AFTER[role]:
+            needed = "system first if any, then user and assistant in turn"
+            if role == "tool":
+                needed += "; tool after an assistant's tool_calls"
+            raise RowError(f"turn {number}: {role} after {last}; needed: {needed}")
         if role != "system" or message["content"].strip():
             messages.append(message)
-    answers = [m for m in messages if m["role"] == "assistant"]
+    answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RowError(
             "no assistant turn: there is nothing to learn from; needed: an answer to the user"
         )
-    if all("weight" in m for m in answers):
+    if all("weight" in answer for answer in answers):
         raise RowError(
-            "every assistant turn has weight 0: there is nothing to learn from; needed: one with weight 1"
+            "every assistant turn has weight 0: there is nothing to learn from; "
+            "needed: one with weight 1"
         )
-    if messages[-1]["role"] != "assistant":
+    last = messages[-1]["role"]
+    if last != "assistant":
         raise RowError(
-            f"ends with a {messages[-1]['role']} turn that nothing answers; needed: an assistant turn at the end"
+            f"ends with a {last} turn that nothing answers; needed: an assistant turn at the end"
         )
     return messages
 
 
-def _message(role, turn, content, place):
+def _turn(turn: Any, place: str, roles: dict[str, str], tags: Tags) -> Message:
+    """Return the message of one turn. place: "turn 3", for errors."""
+    if not isinstance(turn, dict):
+        raise RowError(
+            f"{place} is not an object but {_type(turn)}; needed: a role and its content"
+        )
+    role_key = tags.get("role_tag") or ("role" if "role" in turn else "from")
+    if role_key not in turn:
+        raise RowError(
+            f"{place} has no role; its keys are {_keys(turn)}; "
+            "needed: role and content, or from and value"
+        )
+    name = turn[role_key]
+    if not isinstance(name, str) or name not in roles:
+        raise RowError(
+            f"{place}: unknown role {str(name)[:40]!r}; needed: system, user, assistant or tool"
+        )
+    content_key = "content"
+    if role_key == "from" or ("value" in turn and "content" not in turn):
+        content_key = "value"
+    content_key = tags.get("content_tag") or content_key
+    place = f"{place} ({name}): {content_key}"
+    role, content = roles[name], turn.get(content_key)
     if role == "function_call":  # ShareGPT: the call as JSON in the text
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, place)}
-    calls = turn.get("tool_calls") if role == "assistant" else None
-    if role == "assistant" and not calls and turn.get("function_call"):  # OpenAI's older form
+    kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    if role == "assistant":
+        return kept | _answer(turn, content, place)
+    return kept | _message(role, content, place, empty=role != "user")
+
+
+def _answer(turn: dict, content: Any, place: str) -> Message:
+    calls = turn.get("tool_calls")
+    if not calls and turn.get("function_call"):  # OpenAI's older form
         calls = [{"function": turn["function_call"]}]
-    message = {
-        "role": role,
-        "content": _text(content, place, empty=bool(calls) or role in ("tool", "system")),
-    }
-    message.update(
-        {key: turn[key] for key in _KEPT if turn.get(key) is not None and key != "tool_calls"}
-    )
+    message = _message("assistant", content, place, empty=bool(calls))
     if calls:
         message["tool_calls"] = _calls(calls, place)
-    if (
-        role == "assistant" and turn.get("weight") is not None
-    ):  # OpenAI: 0 keeps a turn out of the loss
-        if turn["weight"] not in (0, 1):
-            raise RowError(f"{place}: weight {turn['weight']!r}; needed: 0 or 1")
-        if not turn["weight"]:
-            message["weight"] = 0
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise RowError(f"{place}: weight {weight!r}; needed: 0 or 1")
+    if weight == 0:  # OpenAI: it keeps an answer out of the loss
+        message["weight"] = 0
     return message
 
 
-def _calls(calls, place):
+def _calls(calls: Any, place: str) -> list[dict]:
+    """Return tool calls in OpenAI's shape, their arguments as an object."""
+    calls = records.loads(calls, place)
     result = []
-    if isinstance(calls, str):
-        calls = records.loads(calls, place)
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(
                 f"{place}: a tool call without a function name; needed: name and arguments"
             )
-        arguments, named = (
-            function.get("arguments"),
-            f"{place}: the arguments of {function['name'][:40]}",
-        )
-        if isinstance(arguments, str):
-            arguments = records.loads(arguments or "{}", named)
-        arguments = {} if arguments is None else arguments
+        name, arguments = function["name"], function.get("arguments")
+        place_of_arguments = f"{place}: the arguments of {name[:40]}"
+        if arguments != "":
+            arguments = records.loads(arguments, place_of_arguments)
+        if arguments in (None, ""):
+            arguments = {}
         if not isinstance(arguments, dict):
-            raise RowError(f"{named} are {type(arguments).__name__}; needed: an object")
+            raise RowError(f"{place_of_arguments} are {_type(arguments)}; needed: an object")
         kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        result.append(
-            {
-                **kept,
-                "type": "function",
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-        )
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        result.append(kept | call)
     return result

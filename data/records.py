@@ -1,4 +1,7 @@
-"""Files → raw records with their line numbers, block by block: a file never has to fit memory. Imports no torch."""
+"""Files -> raw records with their line numbers. Imports no torch.
+
+.jsonl and .parquet are read block by block: a file never has to fit into memory.
+"""
 
 import codecs
 import gzip
@@ -6,52 +9,57 @@ import io
 import json
 import re
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from data import DataError, RowError
+from data.errors import RowError, RunError, one_line
 
 BLOCK = 2**22
 MAX_ROW = 2**24  # bytes; a longer line is a missing line break, not a row
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-COMPRESSED = (".gz", ".zst")
-_SPACE = re.compile(r"[ \t\r\n]*")
+MAX_LIST = 10**9  # bytes of a JSON list, which is read as a whole
 READABLE = ".jsonl, .json (also with .gz or .zst), .parquet"
+_DEEP = "JSON that is nested too deeply; needed: what Python's json reads (some hundred levels)"
+_BOM = "a byte order mark, ignored; iconv or `sed -i '1s/^\\xEF\\xBB\\xBF//'` takes it out"
+_NOT_READ = "What follows was not read"
+_KIND = re.compile(r"(?<=[^/])\.((jsonl|ndjson|json)(\.gz|\.zst)?|parquet)$")
+# What stands before and after an element of a JSON list.
+_MARK = re.compile(r"[ \t\r\n]*([\[\],]?)[ \t\r\n]*")
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+# (line, record); a RowError in place of a record that cannot be read.
+Records = Iterator[tuple[int, Any]]
+Note = Callable[[int, str], object]
 
 
-def kind_of(path):
-    """(suffix, compression or None) of a data file's name; (None, None) where it is not one."""
-    suffixes = [s.lower() for s in Path(path).suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else None
-    suffix = suffixes[-1] if suffixes else None
-    return (
-        (suffix, packed)
-        if suffix in SUFFIXES and not (packed and suffix == ".parquet")
-        else (None, None)
-    )
+def kind_of(path: str | Path) -> str | None:
+    """Return the suffix of a data file's name, such as ".jsonl.gz", or None for another file."""
+    match = _KIND.search(str(path).lower())
+    return match[0] if match else None
 
 
-def _open(path, packed):
-    if packed == ".gz":
+def _open(path: Path, kind: str) -> Any:
+    if kind.endswith(".gz"):
         return gzip.open(path, "rb")
-    if packed == ".zst":
+    if kind.endswith(".zst"):
         import pyarrow
 
-        return io.BufferedReader(
-            pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), BLOCK
-        )
+        raw: Any = pyarrow.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(raw, BLOCK)
     return open(path, "rb")
 
 
-def _unique(pairs):
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+# -- JSON ------------------------------------------------------------------------------------------
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
         raise RowError(f"the key {twice[:40]!r} stands twice; needed: each key once")
-    return found
+    return record
 
 
-def _integer(digits):
+def _integer(digits: str) -> int:
     try:
         return int(digits)
     except ValueError:  # Python converts at most 4,300 digits
@@ -60,16 +68,19 @@ def _integer(digits):
         ) from None
 
 
-_DEEP = "JSON that is nested too deeply; needed: what Python's json reads (some hundred levels)"
 _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
+_unchecked = json.JSONDecoder(parse_int=str)
 
 
-def _check_text(record, raw):
-    """RowError for characters that no tokenizer takes; `raw` is the JSON text, where they can only stand escaped."""
+def _check_text(record: Any, raw: str) -> Any:
+    """Return the record of the JSON text. Raise RowError for characters that no tokenizer takes.
+
+    Only an escape (\\u…) can write them.
+    """
     if "\\u" not in raw:
         return record
     plain = json.dumps(record, ensure_ascii=False)
-    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", plain):
+    if _NUL.search(plain):
         raise RowError("a NUL character; needed: text without it")
     try:
         plain.encode()
@@ -80,217 +91,185 @@ def _check_text(record, raw):
     return record
 
 
-def loads(text, name):
-    """The value of the JSON text that a row holds under `name`, checked as the row itself. RowError where it is not JSON."""
+def loads(value: Any, name: str) -> Any:
+    """Return the value of JSON text inside a row, or a value that is no text as it is.
+
+    name: what the row calls it. The value passes the same checks as a row: raises RowError.
+    """
+    if not isinstance(value, str):
+        return value
     try:
-        return _check_text(_decoder.decode(text), text)
+        return _check_text(_decoder.decode(value), value)
     except json.JSONDecodeError as error:
-        raise RowError(
-            f"{name} is not JSON: {error.msg} at character {error.pos + 1}; needed: JSON text"
-        ) from None
+        reason = f"{name} is not JSON: {error.msg} at character {error.pos + 1}; needed: JSON text"
     except RecursionError:
-        raise RowError(f"{name}: {_DEEP}") from None
+        reason = f"{name}: {_DEEP}"
+    raise RowError(reason)
 
 
-def parse(line):
-    """The record of one JSON line (bytes). RowError says what is wrong and where."""
+def parse(line: bytes) -> Any:
+    """Return the record of one JSON line. Raise RowError that says what is wrong, and where."""
     if b"\0" in line:
         raise RowError(
-            f"a NUL byte at column {line.index(0) + 1}; needed: text, not a binary or half-written file"
+            f"a NUL byte at column {line.index(0) + 1}; "
+            "needed: text, not a binary or half-written file"
         )
     try:
-        text = line.decode("utf-8")
+        text = line.decode()
         return _check_text(_decoder.decode(text), text)
     except UnicodeDecodeError as error:
-        raise RowError(
-            f"invalid UTF-8 at byte {error.start + 1}; mend: iconv -f LATIN1 -t UTF-8"
-        ) from None
+        reason = f"invalid UTF-8 at byte {error.start + 1}; fix: iconv -f LATIN1 -t UTF-8"
     except json.JSONDecodeError as error:
-        alone = (
-            "; are its lines ended by CR alone? mend: tr '\\r' '\\n'"
-            if b"\r" in line.rstrip()
-            else ""
-        )
-        raise RowError(
-            f"broken JSON at column {error.pos + 1}: {error.msg}{alone or '; needed: one JSON object a line'}"
-        ) from None
+        reason = f"broken JSON at column {error.pos + 1}: {error.msg}; "
+        if b"\r" in line.rstrip():
+            reason += "are its lines ended by CR alone? fix: tr '\\r' '\\n'"
+        else:
+            reason += "needed: one JSON object a line"
     except RecursionError:
-        raise RowError(_DEEP) from None
+        reason = _DEEP
+    raise RowError(reason)
 
 
-def _lines(stream):
-    """Yield (number, line or None where it is longer than MAX_ROW, bytes in it)."""
-    head, size, number = [], 0, 1
-    while block := stream.read(BLOCK):
-        first, *others = block.split(b"\n")
-        size += len(first)
-        head = [*head, first] if size <= MAX_ROW else []
-        if not others:
+# -- kinds of files --------------------------------------------------------------------------------
+def _lines(stream: Any) -> Iterator[bytes | int]:
+    """Yield each line; of a line longer than MAX_ROW only its number of bytes."""
+    while line := stream.readline(MAX_ROW + 1):
+        size = len(line)
+        if size <= MAX_ROW or line.endswith(b"\n"):
+            yield line.removesuffix(b"\n")
             continue
-        yield number, b"".join(head) if size <= MAX_ROW else None, size
-        tail = others.pop()
-        for line in others:
-            number += 1
-            yield number, line, len(line)
-        number, head, size = number + 1, [tail], len(tail)
-    if size:
-        yield number, b"".join(head) if size <= MAX_ROW else None, size
+        while not line.endswith(b"\n") and (line := stream.readline(BLOCK)):
+            size += len(line)
+        yield size
 
 
-def _too_long(size):
+def _too_long(size: int) -> RowError:
     return RowError(
         f"a row of {size:,} bytes; needed: at most {MAX_ROW:,}. Is a line break missing?"
     )
 
 
-def _json_lines(stream, note):
-    blank, crlf = [], None
-    for number, line, size in _lines(stream):
-        if number == 1 and line is not None:
-            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                yield 1, RowError("UTF-16, not UTF-8; mend: iconv -f UTF-16 -t UTF-8")
-                return
-            if line.startswith(codecs.BOM_UTF8):
-                note(
-                    1,
-                    "a byte order mark, ignored; iconv or `sed -i '1s/^\\xEF\\xBB\\xBF//'` takes it out",
-                )
-                line = line[3:]
-        if line is None:
-            yield number, _too_long(size)
-            continue
-        if not line.strip():
-            blank.append(number)
-            continue
-        try:
-            record = parse(line)
-        except RowError as error:
-            record = error
-        else:
-            crlf = number if crlf is None and line.endswith(b"\r") else crlf
-        yield number, record
+def _json_lines(path: Path, kind: str, note: Note) -> Records:
+    blank, crlf = [], 0
+    with _open(path, kind) as stream:
+        for number, line in enumerate(_lines(stream), 1):
+            if isinstance(line, int):
+                yield number, _too_long(line)
+                continue
+            if number == 1:
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    yield 1, RowError("UTF-16, not UTF-8; fix: iconv -f UTF-16 -t UTF-8")
+                    return
+                if line.startswith(codecs.BOM_UTF8):
+                    note(1, _BOM)
+                    line = line[3:]
+            if not line.strip():
+                blank.append(number)
+                continue
+            try:
+                yield number, parse(line)
+            except RowError as error:
+                yield number, error
+                continue
+            if line.endswith(b"\r"):
+                crlf = crlf or number
     if blank:
         note(blank[0], f"{len(blank):,} blank line(s), skipped")
     if crlf:
         note(crlf, "Windows line ends (CRLF), accepted; dos2unix makes them plain")
 
 
-def _json_list(stream):
-    """Elements of one JSON list, read as a stream. What follows a broken element cannot be told apart, so reading ends there."""
-    reader = codecs.getreader("utf-8-sig")(stream)
-    buffer, at, line, ended, expect = "", 0, 1, False, "["
-    decode = _decoder.raw_decode
+def _json(path: Path, kind: str, note: Note) -> Records:
+    """Yield the records of a .json file: one list, one object, or one object a line."""
+    with _open(path, kind) as stream:
+        content = stream.read(MAX_ROW + 1).removeprefix(codecs.BOM_UTF8)
+    if content.lstrip().startswith(b"["):
+        yield from _json_list(path, kind)
+        return
+    try:
+        whole = parse(content)
+    except RowError:
+        whole = None
+    if isinstance(whole, dict) and len(content) <= MAX_ROW:
+        yield 1, whole
+    else:
+        yield from _json_lines(path, kind, note)
+
+
+def _json_list(path: Path, kind: str) -> Records:
+    """Yield the elements of one JSON list. Nothing can be read after a broken element."""
+    with _open(path, kind) as stream:
+        content = stream.read(MAX_LIST + 1)
+    if len(content) > MAX_LIST:
+        raise RunError(
+            f"{path} is a JSON list of more than {MAX_LIST:,} bytes",
+            needed="one JSON object a line, which is read without holding the file in memory",
+            fix="jq -c '.[]' ROWS.json > ROWS.jsonl",
+        )
+    fault = "is the file half-written?"
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = content[: error.start].decode("utf-8-sig")
+        fault = f"invalid UTF-8 at byte {error.start + 1}; fix: iconv -f LATIN1 -t UTF-8."
+    line, end, expected = 1, 0, "["
     while True:
-        more = False
-        begin = _SPACE.match(buffer, at).end()
-        line += buffer.count("\n", at, begin)
-        at = begin
-        if at == len(buffer):
-            more = True
-        elif expect == "end":
-            yield (
-                line,
-                RowError(
-                    f"broken JSON: {buffer[at]!r} after the list's end; needed: one list, or one object a line"
-                ),
-            )
+        mark: Any = _MARK.match(text, end)
+        line += text.count("\n", end, mark.end())
+        end = mark.end()
+        if mark[1] == "]" and expected == ",":
+            break
+        if mark[1] != expected:
+            wrong = mark[1] or text[end : end + 1]
+            reason = f"broken JSON: {wrong!r} where {expected!r} is needed. {_NOT_READ}"
+            if not wrong:
+                reason = f"the list does not end with ]: {fault} needed: the whole file"
+            yield line, RowError(reason)
             return
-        elif buffer[at] == "]" and expect in ("first", ","):
-            at, expect = at + 1, "end"
+        is_empty = expected == "[" and text.startswith("]", end)
+        expected, begin = ",", end
+        if is_empty:
             continue
-        elif expect in ("[", ","):
-            if buffer[at] != expect:
-                yield (
-                    line,
-                    RowError(
-                        f"broken JSON: {buffer[at]!r} where {expect!r} is needed; what follows was not read"
-                    ),
-                )
-                return
-            at, expect = at + 1, "first" if expect == "[" else "value"
-            continue
-        else:
-            try:
-                record, end = decode(buffer, at)
-                if end == len(buffer) and not ended:
-                    more = True
-                else:
-                    yield line, _check_text(record, buffer[at:end])
-                    line += buffer.count("\n", at, end)
-                    at, expect = end, ","
-            except json.JSONDecodeError as error:
-                if ended:
-                    yield (
-                        line,
-                        RowError(
-                            f"broken JSON: {error.msg}; is the file half-written? What follows was not read"
-                        ),
-                    )
-                    return
-                if len(buffer) - at > MAX_ROW:
-                    yield (
-                        line,
-                        RowError(
-                            f"broken JSON, or an element of over {MAX_ROW:,} bytes; what follows was not read"
-                        ),
-                    )
-                    return
-                more = True
-            except (RowError, RecursionError) as error:
-                yield (
-                    line,
-                    error
-                    if isinstance(error, RowError)
-                    else RowError(_DEEP + "; what follows was not read"),
-                )
-                if isinstance(error, RecursionError):
-                    return
-                _, end = json.JSONDecoder(parse_int=str).raw_decode(
-                    buffer, at
-                )  # the same element, to find its end
-                line += buffer.count("\n", at, end)
-                at, expect = end, ","
-        if more:
-            if ended and expect == "end":
-                return
-            if ended:
-                yield (
-                    line,
-                    RowError(
-                        "the list does not end with ]: is the file half-written? needed: the whole file"
-                    ),
-                )
-                return
-            try:
-                added = reader.read(BLOCK)
-            except UnicodeDecodeError:
-                yield (
-                    line,
-                    RowError(
-                        "invalid UTF-8; what follows was not read; mend: iconv -f LATIN1 -t UTF-8"
-                    ),
-                )
-                return
-            ended = not added
-            if "\0" in added:
-                yield (
-                    line + buffer.count("\n", at) + added.count("\n", 0, added.index("\0")),
-                    RowError(
-                        "a NUL byte; needed: text, not a binary or half-written file; what follows was not read"
-                    ),
-                )
-                return
-            buffer, at = buffer[at:] + added, 0
+        try:
+            record, end = _element(text, begin)
+        except RecursionError:
+            yield line, RowError(f"{_DEEP}. {_NOT_READ}")
+            return
+        except json.JSONDecodeError as error:
+            reason = f"broken JSON: {error.msg}; {fault}"
+            if text.startswith("\0", error.pos):
+                reason = "a NUL byte; needed: text, not a binary or half-written file."
+            yield line, RowError(f"{reason} {_NOT_READ}")
+            return
+        yield line, record
+        line += text.count("\n", begin, end)
+    if end < len(text):
+        wrong = f"broken JSON: {text[end]!r} after the list's end"
+        yield line, RowError(wrong + "; needed: one list, or one object a line")
 
 
-def _without_nulls(value):
-    """The value without the keys that Parquet fills with null because another row's object has them."""
+def _element(text: str, begin: int) -> tuple[Any, int]:
+    """Return (record, where it ends) of the list element that begins there.
+
+    The record is a RowError where it is JSON that cannot be used.
+    """
+    try:
+        record, end = _decoder.raw_decode(text, begin)
+        if end - begin > MAX_ROW:
+            return _too_long(end - begin), end
+        return _check_text(record, text[begin:end]), end
+    except RowError as error:
+        return error, _unchecked.raw_decode(text, begin)[1]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return the value without null keys: Parquet adds the keys that another row's object has."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _parquet(path):
+def _parquet(path: Path) -> Records:
     import pyarrow
     import pyarrow.parquet
 
@@ -301,71 +280,35 @@ def _parquet(path):
             size = sum(file.metadata.row_group(g).total_byte_size for g in groups) // max(rows, 1)
             # Times are no text, and some have no Python value.
             columns = [c.name for c in file.schema_arrow if not pyarrow.types.is_temporal(c.type)]
-            for batch in file.iter_batches(
-                batch_size=min(max(BLOCK // max(size, 1), 1), 1024), columns=columns
-            ):
+            at_once = min(max(BLOCK // max(size, 1), 1), 1024)
+            for batch in file.iter_batches(batch_size=at_once, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, {k: _without_nulls(v) for k, v in record.items()}
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        yield number + 1, RowError(f"not readable as Parquet: {' '.join(str(error).split())[:200]}")
+        yield number + 1, RowError(f"not readable as Parquet: {one_line(error, 200)}")
 
 
-def _one_object(path, packed):
-    """The object that a whole file is, written over several lines; None where it is not."""
-    with _open(path, packed) as stream:
-        content = stream.read(MAX_ROW + 1).removeprefix(codecs.BOM_UTF8)
-    try:
-        record = parse(content) if len(content) <= MAX_ROW else None
-    except RowError:
-        return None
-    return record if isinstance(record, dict) else None
+def read(path: Path, name: str, note: Note) -> Records:
+    """Yield (line, record) of a data file; a RowError in place of a record that cannot be read.
 
-
-def read(path, name=None, note=lambda line, text: None):
-    """Yield (line, record, or RowError for what cannot be read) of a data file; `note(line, text)` is told what was tolerated.
-
-    name: decides the kind where the path is a cached copy. Line: that of the file, of a list's element, or a Parquet row; from 1.
+    name: decides the kind of file, as the path may be a cached copy. line: counts from 1; in a JSON
+    list the line where the element begins, in Parquet the row. note(line, text) is called for
+    what is odd and still accepted. Raises RunError for another kind of file, and OSError.
     """
-    suffix, packed = kind_of(name or path)
-    if suffix is None:
-        raise DataError(f"{name or path} is not a data file that can be read\n  needed: {READABLE}")
-    if suffix == ".parquet":
+    kind = kind_of(name)
+    if kind is None:
+        raise RunError(f"{name} is not a data file that can be read", needed=READABLE)
+    if kind == ".parquet":
         yield from _parquet(path)
         return
-    line, first = 0, True
+    rows, line = _json if kind.split(".")[1] == "json" else _json_lines, 0
     try:
-        with _open(path, packed) as stream:
-            records = _json_lines(stream, note)
-            if suffix == ".json":
-                head = stream.read(4096)
-                stream.seek(0) if stream.seekable() else None
-                if not stream.seekable():
-                    stream.close()
-                    stream = _open(path, packed)
-                records = (
-                    _json_list(stream)
-                    if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"["
-                    else _json_lines(stream, note)
-                )
-            for line, record in records:
-                if (
-                    first
-                    and suffix == ".json"
-                    and isinstance(record, RowError)
-                    and (whole := _one_object(path, packed))
-                ):
-                    yield line, whole
-                    return
-                first = False
-                yield line, record
+        for line, record in rows(path, kind, note):
+            yield line, record
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
     except (EOFError, zlib.error, OSError) as error:
-        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
-            raise
-        yield (
-            line + 1,
-            RowError(
-                f"the compressed file is damaged or half-written ({' '.join(str(error).split())[:120]}); "
-                "what follows was not read"
-            ),
-        )
+        cause = one_line(error, 120)
+        reason = f"the compressed file is damaged or half-written ({cause}). {_NOT_READ}"
+        yield line + 1, RowError(reason)

@@ -1,6 +1,8 @@
-"""Where data lies: a cache on a local disk, and files of s3://, gs://, https:// and file:// brought there. Imports no torch."""
+"""The data cache on a local disk, and remote files (s3://, gs://, https://) brought there.
 
-import contextlib
+Imports no torch.
+"""
+
 import errno
 import hashlib
 import json
@@ -8,12 +10,14 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import time
-import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from data import DataError, records
+from data import records
+from data.errors import RunError, disk_errors, one_line
+from data.files import hash_file, locked, new_file, user_cache, write_atomically
 
 ATTEMPTS = 4  # of one download; the waits between them double from a second
 NETWORK_FILESYSTEMS = (
@@ -31,315 +35,273 @@ NETWORK_FILESYSTEMS = (
     "afs",
 )
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-}
+_AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or the machine's role"
+_GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login"
+_WEB = "an address that needs no login, such as a pre-signed one"
+# What gives the right to read, by scheme.
 _CREDENTIALS = {
-    "s3fs": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or the machine's role",
-    "gcsfs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
-    "aiohttp": "an address that needs no login, such as a pre-signed one",
+    "s3": _AWS,
+    "s3a": _AWS,
+    "gs": _GOOGLE,
+    "gcs": _GOOGLE,
+    "http": _WEB,
+    "https": _WEB,
+    "file": "credentials",
 }
+# Where file systems tell the version of a file.
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "LastModified",
+    "Last-Modified",
+    "Content-MD5",
+    "mtime",
+    "updated",
+)
+_OTHER_CACHE = "ZERO_OFFLOAD_CACHE names another place"
+
+T = TypeVar("T")
 
 
-def is_url(path):
-    """True for scheme://…"""
-    return bool(_URL.match(str(path)))
+def is_url(path: str) -> bool:
+    """Return whether it is scheme://…"""
+    return bool(_URL.match(path))
 
 
-def shown(url):
-    """The address without what may be secret in it: user, password, query."""
-    return re.sub(r"(?<=://)[^/@]*@", "", str(url)).partition("?")[0] if is_url(url) else str(url)
+def shown(path: str) -> str:
+    """Return a path or address without the address's secrets: user, password and query."""
+    return re.sub(r"(?<=://)[^/@]*@", "", path).partition("?")[0] if is_url(path) else path
 
 
-def filesystem_of(path):
-    """Type of the file system under `path`, as /proc/mounts names it; "" where that is not known."""
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    best, kind = "", ""
-    try:
-        for line in Path("/proc/mounts").read_text().splitlines():
-            _, mount, type_, *_ = line.split()
-            if len(mount) > len(best) and (
-                path == Path(mount) or Path(mount) in path.resolve().parents
-            ):
-                best, kind = mount, type_
-    except OSError:
-        pass
-    return kind
+# -- the cache -------------------------------------------------------------------------------------
+def filesystem_of(path: str | Path) -> str:
+    """Return the type of the path's file system, as /proc/mounts names it, or "" if unknown."""
+    import psutil
+
+    types = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    path = Path(path).resolve()
+    return next((types[str(p)] for p in (path, *path.parents) if str(p) in types), "")
 
 
-def cache_directory():
-    """The data cache: $ZERO_OFFLOAD_CACHE, else ~/.cache/zero-offload-trainer/data, else, where that is a network disk, /var/tmp."""
+def cache_directory() -> Path:
+    """Return the data cache; it is made where it is missing. Raise RunError where that fails.
+
+    It is $ZERO_OFFLOAD_CACHE, or ~/.cache/zero-offload-trainer/data, or where that is a network
+    disk a directory in /var/tmp.
+    """
     given = os.environ.get("ZERO_OFFLOAD_CACHE")
-    if given:
-        folder = Path(given)
-    else:
-        folder = (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            / "zero-offload-trainer"
-            / "data"
-        )
-        if filesystem_of(folder).startswith(NETWORK_FILESYSTEMS):
-            folder = Path(f"/var/tmp/zero-offload-trainer-{os.getuid()}/data")
+    directory = Path(given) if given else user_cache() / "data"
+    if not given and filesystem_of(directory).startswith(NETWORK_FILESYSTEMS):
+        directory = Path(f"/var/tmp/zero-offload-trainer-{os.getuid()}/data")
+    fault = "no right to write"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # In /var/tmp somebody else may have come first.
+        shared = directory.is_relative_to("/var/tmp")
+        owned = not shared or directory.parent.stat().st_uid in (0, os.getuid())
+        if owned and os.access(directory, os.W_OK):
+            return directory
     except OSError as error:
-        raise DataError(
-            f"the data cache {folder} cannot be made\n  found:  {error.strerror}\n  needed: a directory that can be "
-            "written to; ZERO_OFFLOAD_CACHE names another one"
-        ) from None
-    # In /var/tmp somebody else may have come first.
-    if not os.access(folder, os.W_OK) or (
-        "/var/tmp/" in str(folder) and folder.parent.stat().st_uid not in (0, os.getuid())
-    ):
-        raise DataError(
-            f"the data cache {folder} cannot be written to\n  needed: the right; ZERO_OFFLOAD_CACHE names another place"
-        )
-    return folder
+        fault = error.strerror
+    raise RunError(
+        f"the data cache {directory} cannot be written to",
+        found=fault,
+        needed=f"a directory that can be written to; {_OTHER_CACHE}",
+    )
 
 
-@contextlib.contextmanager
-def locked(key):
-    """One process of this machine at a time. The lock is the kernel's: it ends with the process that held it."""
-    import filelock
-
-    folder = cache_directory() / "locks"
-    folder.mkdir(exist_ok=True)
-    with filelock.FileLock(folder / f"{digest(key)}.lock"):
-        yield
+def lock_of(key: object) -> Path:
+    """Return the lock file of a key in the cache."""
+    return cache_directory() / "locks" / f"{digest(key)}.lock"
 
 
-def digest(*parts):
-    """32 hex digits over the parts' text."""
+def digest(*parts: object) -> str:
+    """Return 32 hex digits over the parts' text."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def content_hash(path):
-    """SHA-256 of a file's content. Remembered by path, inode, size and times, so that the next rank does not read it again."""
+def sealed(value: Any) -> str:
+    """Return the value as JSON with a checksum."""
+    text = json.dumps(value)
+    return f"{digest(text)}\n{text}"
+
+
+def unsealed(path: Path) -> Any:
+    """Return the value of a sealed file, or None where it is missing, half-written or damaged."""
     try:
-        status = os.stat(path)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read\n  found:  {error.strerror}\n  needed: a file that is there"
-        ) from None
-    memo = (
-        cache_directory()
-        / "hashes"
-        / digest(
-            Path(path).absolute(),
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
-    )
-    if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}", found := memo.read_bytes()):
-        return found.decode()
-    hashed = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(2**24):
-                hashed.update(block)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read\n  found:  {error.strerror}\n  needed: the right to read it"
-        ) from None
-    write_atomically(memo, hashed.hexdigest().encode())
-    return hashed.hexdigest()
-
-
-def write_atomically(path, content):
-    """The file complete, or not there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise DataError(
-            f"{path.parent} cannot be written to\n  found:  {error.strerror}\n  needed: space and the right to; "
-            "ZERO_OFFLOAD_CACHE names another place for the data cache"
-        ) from None
-
-
-def checksums(folder):
-    """{name: [bytes, crc32]} of the files of a folder, manifest.json left out."""
-    result = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.name == "manifest.json":
-            continue
-        crc = 0
-        with open(path, "rb") as file:
-            while block := file.read(2**22):
-                crc = zlib.crc32(block, crc)
-        result[path.name] = [path.stat().st_size, crc]
-    return result
-
-
-def write_manifest(folder, manifest):
-    """manifest.json of a cache entry, with the checksums of its files and of itself."""
-    own = {"sum": digest(json.dumps(manifest)), "files": checksums(folder)}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **own}))
-
-
-def read_manifest(folder):
-    """The manifest of a cache entry whose files are all there and unchanged; None where the entry is absent, half-written or
-    damaged, which is said: it will be made again."""
-    if not folder.exists():
+        checksum, _, text = path.read_text().partition("\n")
+        return json.loads(text) if checksum == digest(text) else None
+    except (OSError, ValueError):
         return None
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        own = {key: manifest.pop(key) for key in ("sum", "files")}
-        if own == {"sum": digest(json.dumps(manifest)), "files": checksums(folder)}:
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    print(f"data cache: {folder} is damaged or half-written; made again", file=sys.stderr)
+
+
+def remembered(kind: str, key: str, make: Callable[[], Any]) -> Any:
+    """Return make(), from the cache where a rank or a run made it before. It must be JSON."""
+    path = cache_directory() / kind / key
+    with locked(lock_of(path)):
+        value = unsealed(path)
+        if value is None:
+            value = make()
+            needed = f"space and the right to write; {_OTHER_CACHE}"
+            with disk_errors(f"{path.parent} cannot be written to", needed=needed):
+                write_atomically(path, sealed(value))
+    return value
+
+
+def content_hash(path: Path) -> str:
+    """Return the hash of a file's bytes. Raise RunError where it cannot be read.
+
+    It is remembered by path, inode, size and times, so that the next rank does not read the file.
+    """
+    with disk_errors(f"{path} cannot be read", needed="a file that can be read"):
+        status = os.stat(path)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        key = digest(path.absolute(), status.st_ino, status.st_size, *times)
+        return remembered("hashes", key, lambda: hash_file(path))
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    """Return {name: hash} of the files but manifest.json."""
+    return {
+        path.name: hash_file(path) for path in directory.iterdir() if path.name != "manifest.json"
+    }
+
+
+def write_manifest(directory: Path, content: dict) -> None:
+    """Write manifest.json: the content, and the checksums of the directory's files."""
+    manifest = {"content": content, "files": _checksums(directory)}
+    (directory / "manifest.json").write_text(sealed(manifest))
+
+
+def read_manifest(directory: Path) -> dict | None:
+    """Return the content of manifest.json, or None where the directory must be made again.
+
+    It must where it is absent, half-written or damaged; damage is printed.
+    """
+    if not directory.exists():
+        return None
+    manifest = unsealed(directory / "manifest.json")
+    if manifest and manifest["files"] == _checksums(directory):
+        return manifest["content"]
+    print(f"data cache: {directory} is damaged or half-written; made again", file=sys.stderr)
     return None
 
 
-# -- remote files -----------------------------------------------------------------------------------------------------
-def _filesystem(url):
-    """(fsspec file system, path in it). DataError where the scheme is not known or its package is missing."""
+# -- remote files ----------------------------------------------------------------------------------
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Return (fsspec file system, path in it). Raise RunError for an unknown scheme."""
     import fsspec
 
-    scheme, _, rest = url.partition("://")
-    scheme = scheme.lower()
-    package = _PACKAGES.get(scheme)
-    if package is None and scheme != "file":
-        raise DataError(
-            f"{shown(url)}: the scheme {scheme}:// is not supported\n  needed: s3://, gs://, https:// or file://"
+    scheme, rest = _scheme(url), url.partition("://")[2]
+    if scheme not in _CREDENTIALS:
+        raise RunError(
+            f"{shown(url)}: the scheme {scheme}:// is not supported",
+            needed="s3://, gs://, https:// or file://",
         )
-    logging.getLogger("gcsfs").setLevel(
-        logging.ERROR
-    )  # it warns of each bucket whose kind it may not ask for
-    try:
-        return fsspec.core.url_to_fs(f"{scheme}://{rest}")
-    except ImportError:
-        raise DataError(
-            f"{scheme}:// needs the package {package}\n  mend: pip install {package}, or make setup"
-        ) from None
+    # It warns of each bucket whose kind it may not ask for.
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)
+    return fsspec.core.url_to_fs(f"{scheme}://{rest}")
 
 
-def _attempt(url, act, what):
-    """act() with a bounded number of repetitions; DataError says what the last failure was, without credentials."""
-    package = _PACKAGES.get(url.partition("://")[0].lower())
-    for attempt in range(ATTEMPTS):
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].lower()
+
+
+def _attempt(url: str, act: Callable[[], T], what: str) -> T:
+    """Return act(), with ATTEMPTS attempts. Raise RunError that shows no credentials.
+
+    what: what is done to the address, for the error: "read" or "listed".
+    """
+    attempt = 1
+    while True:
         try:
             return act()
-        except DataError:
-            raise
         except Exception as error:  # each backend raises its own kinds
-            # fsspec's HTTP calls every failure FileNotFoundError; the one behind it knows the status.
-            cause = (
-                error.__cause__ or error.__context__
-                if isinstance(error, FileNotFoundError) and package == "aiohttp"
-                else None
-            )
-            error = cause or error
-            status = getattr(error, "status", None) or getattr(error, "code", None)
-            text = " ".join(str(error).split())
-            kind = type(error).__name__
-            needed = "an address that exists"
-            lasting = isinstance(error, (FileNotFoundError, ValueError)) or status in (404, 410)
-            if isinstance(error, OSError) and error.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EROFS,
-            ):
-                lasting, needed = (
-                    True,
-                    f"space in {cache_directory()}; ZERO_OFFLOAD_CACHE names another place",
-                )
-            if (
-                isinstance(error, PermissionError)
-                or status in (401, 403)
-                or "credential" in f"{kind} {text}".lower()
-            ):
-                lasting, needed = (
-                    True,
-                    f"the right to read it: {_CREDENTIALS.get(package, 'credentials')}",
-                )
-            if lasting or attempt == ATTEMPTS - 1:
-                found = re.sub(re.escape(url), shown(url), re.sub(r"\?\S+", "", text))[:200]
-                tries = "" if lasting else f" after {ATTEMPTS} attempts"
-                raise DataError(
-                    f"{shown(url)} cannot be {what}{tries}\n  found:  {kind}: {found}\n  needed: {needed}"
-                ) from None
-            print(
-                f"{shown(url)}: {kind}; attempt {attempt + 2} of {ATTEMPTS} in {2**attempt} s",
-                file=sys.stderr,
-            )
-            time.sleep(2**attempt)
+            cause: BaseException = error
+            if _is_web(url) and isinstance(error, FileNotFoundError):
+                # fsspec gives that name to every failure; the one behind it knows the status.
+                cause = error.__cause__ or error.__context__ or error
+        needed, kind = _needed(cause, url), type(cause).__name__
+        if needed or attempt == ATTEMPTS:
+            tries = "" if needed else f" after {ATTEMPTS} attempts"
+            found = re.sub(r"\?\S+", "", str(cause)).replace(url, shown(url))
+            raise RunError(
+                f"{shown(url)} cannot be {what}{tries}",
+                found=f"{kind}: {one_line(found, 200)}",
+                needed=needed or "an address that exists",
+            ) from None
+        wait = 2 ** (attempt - 1)
+        attempt += 1
+        print(f"{shown(url)}: {kind}; attempt {attempt} of {ATTEMPTS} in {wait} s", file=sys.stderr)
+        time.sleep(wait)
+
+
+def _is_web(url: str) -> bool:
+    return _scheme(url).startswith("http")
+
+
+def _needed(error: BaseException, url: str) -> str | None:
+    """Return what is needed where trying again does not help, else None."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if (
+        isinstance(error, PermissionError)
+        or status in (401, 403)
+        or "credential" in f"{type(error).__name__} {error}".lower()
+    ):
+        return f"the right to read it: {_CREDENTIALS[_scheme(url)]}"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"space in {cache_directory()}; {_OTHER_CACHE}"
+    if isinstance(error, (FileNotFoundError, ValueError)) or status in (404, 410):
+        return "an address that exists"
     return None
 
 
-def expand(url):
-    """The files that a remote address, glob or folder stands for, as addresses."""
+def expand(url: str) -> list[str]:
+    """Return the addresses of the files that a remote address, glob or folder stands for."""
     filesystem, path = _filesystem(url)
-    scheme = url.partition("://")[0]
-    if any(c in path for c in "*[") or (scheme not in ("http", "https") and "?" in path):
-        found = _attempt(url, lambda: filesystem.glob(path), "listed")
-    elif records.kind_of(path.partition("?")[0])[0] or scheme in ("http", "https"):
+    is_web = _is_web(url)
+    signs = "*[" if is_web else "*[?"  # on the web a ? begins the query
+    if any(sign in path for sign in signs):
+        files = _attempt(url, lambda: filesystem.glob(path), "listed")
+    elif is_web or records.kind_of(path.partition("?")[0]):
         return [url]
     else:
-        found = _attempt(url, lambda: filesystem.find(path), "listed")
-    found = sorted(p for p in found if records.kind_of(p)[0])
-    if not found:
-        raise DataError(f"no data file at {shown(url)}\n  needed: {records.READABLE}")
-    return [filesystem.unstrip_protocol(p) for p in found]
+        files = _attempt(url, lambda: filesystem.find(path), "listed")
+    files = sorted(file for file in files if records.kind_of(file))
+    if not files:
+        raise RunError(f"no data file at {shown(url)}", needed=records.READABLE)
+    return [filesystem.unstrip_protocol(file) for file in files]
 
 
-def fetch(url):
-    """A local copy of a remote file. One copy a version (ETag, size, time of change), made by one process."""
+def fetch(url: str) -> Path:
+    """Return a local copy of a remote file. Each version is copied once, by one process."""
     import psutil
 
     filesystem, path = _filesystem(url)
-    if url.lower().startswith("file://"):
+    if _scheme(url) == "file":
         return Path(path)
     info = _attempt(url, lambda: filesystem.info(path), "read")
     if info.get("type") == "directory":
-        raise DataError(
-            f"{shown(url)} is a folder\n  needed: a file; a folder of http(s) cannot be listed"
+        raise RunError(
+            f"{shown(url)} is a folder", needed="a file; a folder of http(s) cannot be listed"
         )
-    version = [
-        info.get(k)
-        for k in (
-            "ETag",
-            "etag",
-            "LastModified",
-            "Last-Modified",
-            "Content-MD5",
-            "mtime",
-            "updated",
-        )
-    ]
+    version = [info.get(key) for key in _VERSION_KEYS]
     if not any(version):  # nothing tells a change: one copy a run, whose ranks have the same parent
         process = os.getppid() if "LOCAL_RANK" in os.environ else os.getpid()
         version = [process, psutil.Process(process).create_time()]
-    version.append(info.get("size"))
+    size = info.get("size")
     name = Path(path.partition("?")[0]).name
-    target = cache_directory() / "files" / digest(url, *version) / name
-    with locked(target):
-        if not target.is_file() or info.get("size") not in (None, target.stat().st_size):
+    target = cache_directory() / "files" / digest(url, *version, size) / name
+    with locked(lock_of(target)):
+        if not target.is_file() or size not in (None, target.stat().st_size):
             print(f"downloading {shown(url)}", file=sys.stderr)
-            _attempt(url, lambda: _download(filesystem, path, target, info.get("size")), "read")
+            _attempt(url, lambda: _download(filesystem, path, target, size), "read")
     return target
 
 
-def _download(filesystem, path, target, size):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + f".part{os.getpid()}")
-    try:
+def _download(filesystem: Any, path: str, target: Path, size: int | None) -> None:
+    with new_file(target) as partial:
         filesystem.get_file(path, str(partial))
-        if size is not None and partial.stat().st_size != size:
-            raise OSError(f"{partial.stat().st_size:,} of {size:,} bytes came")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+        received = partial.stat().st_size
+        if size not in (None, received):
+            raise OSError(f"{received:,} of {size:,} bytes came")

@@ -1,4 +1,4 @@
-"""Look at data before training. Run as: python launch/data.py check [FILE ...] [--model_name_or_path MODEL] [--json]"""
+"""Look at data before training: python launch/data.py check [FILE …] [--json] [--FLAG VALUE …]"""
 
 import sys
 from pathlib import Path

@@ -1,193 +1,200 @@
-"""From the data flags to token samples: what a run trains on and validates with. Torch comes in only when tokens are made."""
+"""From the data flags to token samples: what a run trains on and validates with.
+
+Torch is imported only when tokens are made.
+"""
 
 import hashlib
 import json
-import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data import DataError, source, storage
+from data import bad_rows, source, storage
+from data.bad_rows import Progress
+from data.source import Source
 from trainer import ROOT
-from trainer.errors import RunError, is_main_process
+from trainer.config.settings import Settings
+from trainer.errors import RunError
+
+if TYPE_CHECKING:
+    from data.dataset import Mixture, Samples, Summary
+    from data.encoder import Encoder
+    from data.tokenize import TokenFile
 
 SAMPLES = ROOT / "data" / "samples"
 LINE_EVERY = 15  # seconds
-SMALL = 20  # rows; too few to give a share away unasked
+SHARE = "0.05"  # of the rows validate where nobody said so
+SMALL = 20  # rows; too few to validate with some of them then
+NOTES = 5  # that are shown of a file
 
 
-def progress(label):
-    """A wrapper for rows that shows how many are done: a bar on a terminal, else a line now and then. On the rank that does it."""
+def progress(label: str) -> Progress:
+    """Return a wrapper for rows that shows how many are done.
 
-    def show(rows):
+    It is a bar on a terminal, else a line now and then.
+    """
+
+    def show(rows: Iterable[Any]) -> Iterator[Any]:
         from tqdm import tqdm
 
         if sys.stderr.isatty():
             yield from tqdm(rows, desc=label, unit=" rows", leave=False)
             return
-        began = said = time.monotonic()
+        began = printed = time.monotonic()
         for count, row in enumerate(rows, 1):
-            if not count % 1024 and (now := time.monotonic()) - said >= LINE_EVERY:
-                print(
-                    f"{label}: {count:,} rows, {count / (now - began):,.0f} rows/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                said = now
+            if not count % 1024 and (now := time.monotonic()) - printed >= LINE_EVERY:
+                rate = count / (now - began)
+                print(f"{label}: {count:,} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+                printed = now
             yield row
 
     return show
 
 
 @dataclass
-class Plan:
-    """Where the rows come from, decided without torch. share: of the training rows that validate, as text; None with a file."""
+class DataPlan:
+    """Where the rows come from, decided without torch.
 
-    train: list
-    validation: list
+    share: the training rows that validate, a share or a count as text; None where nobody said so.
+    """
+
+    train: list[Source]
+    validation: list[Source]
     share: str | None
-    asked: bool
 
 
-def plan(settings, show):
-    """The Plan, every row looked at once. DataError for what cannot be used."""
-    given, wanted = settings.dataset, settings.validation_split
-    specs = [str(SAMPLES / "train.jsonl")] if given is None else given
-    if given is None and wanted is None:
-        wanted = str(SAMPLES / "validation.jsonl")
-    share = "0.05" if wanted is None else str(wanted)
+def plan_data(settings: Settings, show: Progress) -> DataPlan:
+    """Look at every row once and return the plan. Raise RunError for what cannot be used."""
+    specs, share = settings.dataset, settings.validation_split
+    if specs is None:
+        specs = [str(SAMPLES / "train.jsonl")]
+        share = str(SAMPLES / "validation.jsonl") if share is None else share
+    plan = DataPlan(source.resolve(specs, settings.dataset_dir), [], share)
     try:
-        number = float(share)
-    except ValueError:
-        number = None
-    if number is not None and not (
-        math.isfinite(number) and (0 <= number < 1 or number.is_integer() and number > 0)
-    ):
-        raise DataError(
-            f"validation_split {share} is neither a share nor a count\n  needed: a file, 0 to 1, a whole number, or 0"
-        )
-    train = source.resolve(specs, settings.dataset_dir)
-    validation = source.resolve([share], settings.dataset_dir) if number is None else []
-    for sources in (train, validation):
-        if sources:
-            source.check_all(sources, settings.on_bad_row, show)
-    return Plan(train, validation, share if number is not None else None, wanted is not None)
+        number = float(SHARE if share is None else share)
+    except ValueError:  # it names a file
+        plan.validation = source.resolve([str(share)], settings.dataset_dir)
+    else:
+        if not 0 <= number < 1 and not (number > 0 and number.is_integer()):
+            raise RunError(
+                f"validation_split {share} is neither a share nor a count",
+                needed="a file, 0 to 1, a whole number, or 0",
+            )
+    bad_rows.check_all(plan.train, settings.on_bad_row, show)
+    if plan.validation:
+        bad_rows.check_all(plan.validation, settings.on_bad_row, show)
+    return plan
 
 
 @dataclass
-class Data:
-    """What the trainer takes. train, validation: data.dataset.Samples; mixture: Mixture or None; lines: what to tell the user."""
+class TrainingData:
+    """What the trainer takes.
 
-    train: object
-    validation: object
-    summary: object
-    mixture: object
-    lines: list
-    refused: list  # (source, TokenFile) with refused rows
-    key: str  # of the training samples: the same for the same rows, cuts and order
+    summary: what became of the training rows. messages: lines for the user. rejected: the files
+    with rejected rows. key: the same for the same training rows, cuts and order.
+    """
+
+    train: "Samples"
+    validation: "Samples"
+    summary: "Summary"
+    mixture: "Mixture | None"
+    messages: list[str]
+    rejected: list["TokenFile"]
+    key: str
 
 
-def build(plan, settings, tokenizer, vocabulary, show):
-    """Tokenise (or take from the cache), split and cut. vocabulary: rows of the model's embedding."""
+def build_data(
+    plan: DataPlan, settings: Settings, tokenizer: Any, vocabulary: int | None, show: Progress
+) -> TrainingData:
+    """Tokenize the rows or take them from the cache, split them, and cut them to max_length.
+
+    vocabulary: rows of the model's embedding. Raises RunError where nothing is left to train on.
+    """
     import numpy as np
 
     from data import dataset
-    from data.tokenize import Encoder
+    from data.encoder import Encoder
 
     check_vocabulary(tokenizer, vocabulary)
     encoder = Encoder(tokenizer, settings.last_turn_only)
-    seed = settings.data_seed if settings.data_seed is not None else settings.seed
-    files = [_tokens(s, encoder, settings, show) for s in plan.train]
-    held_out = [_tokens(s, encoder, settings, show) for s in plan.validation]
-    lines = []
-    for name, sources, made in (
-        ("train", plan.train, files),
-        ("validation", plan.validation, held_out),
-    ):
-        for s, file in zip(sources, made):
-            skipped = (
-                f", {file.manifest['refused']:,} refused rows skipped"
-                if file.manifest["refused"]
-                else ""
-            )
-            lines.append(f"{name} data: {s.shown}: {s.format}, {len(file):,} rows{skipped}")
-            lines += [f"  {s.shown}:{line}: {text}" for line, text in file.manifest["notes"][:5]]
-    if held_out:
-        train_rows = [(n, np.arange(len(file))) for n, file in enumerate(files)]
-        validation_rows, twice = dataset.without(held_out, files)
-        if twice:
-            lines.append(
-                f"validation: {twice:,} row(s) left out, as they are in the training data too"
-            )
-    else:
-        held_out, share = files, plan.share
-        if not plan.asked and sum(map(len, files)) < SMALL:
-            share = "0"
-        train_rows, validation_rows = dataset.split(files, share, seed)
-
-    def cut(made, rows):
-        return dataset.cut(
-            made, rows, settings.max_length, settings.too_long, settings.train_on_prompt
-        )
-
-    train, summary = cut(files, train_rows)
+    files = [_token_file(one, encoder, settings, show) for one in plan.train]
+    validation_files = [_token_file(one, encoder, settings, show) for one in plan.validation]
+    messages = [*_describe("train", files), *_describe("validation", validation_files)]
+    seed = settings.seed if settings.data_seed is None else settings.data_seed
+    count, share = sum(map(len, files)), plan.share
+    if validation_files or (share is None and count < SMALL):
+        share = "0"
+    train_rows, validation_rows = dataset.split(files, share or SHARE, seed)
+    if validation_files:
+        validation_rows = dataset.without(validation_files, files)
+        if repeated := int((~validation_rows).sum()):
+            text = f"{repeated:,} row(s) left out, as they are in the training data too"
+            messages.append(f"validation: {text}")
+    limits = settings.max_length, settings.too_long, settings.train_on_prompt
+    train, summary = dataset.cut(files, train_rows, *limits)
     if not len(train):
-        rows = sum(map(len, files))
-        raise DataError(
-            f"0 trainable tokens in {rows:,} rows of {', '.join(s.shown for s in plan.train)}\n"
-            f"  found:  every label is masked; {summary.too_long:,} rows exceed max_length {settings.max_length}\n"
-            "  needed: answers within max_length tokens; raise --max_length"
+        names = ", ".join(file.shown for file in files)
+        raise RunError(
+            f"0 trainable tokens in {count:,} rows of {names}",
+            found=f"every label is masked; {summary.too_long:,} rows exceed max_length "
+            f"{settings.max_length}",
+            needed="answers within max_length tokens; raise --max_length",
         )
-    lines.append(f"train: {summary}")
-    validation, summary_v = cut(held_out, validation_rows)
+    validation, left = dataset.cut(validation_files or files, validation_rows, *limits)
+    messages.append(f"train: {summary}")
     if len(validation):
-        lines.append(f"validation: {summary_v}")
+        messages.append(f"validation: {left}")
     mixture = None
     if plan.train[0].weight is not None:
-        groups = np.array([s.group for s in plan.train])[train.table[:, 0]]
-        mixture = dataset.Mixture(groups, {s.group: s.weight for s in plan.train}, seed)
-        lines.append(
-            "mixture: an epoch takes "
-            + ", ".join(
-                f"{taken:,} of {len(mixture.samples[g]):,} from {next(s.shown for s in plan.train if s.group == g)}"
-                for g, taken in mixture.taken.items()
-            )
-        )
-    refused = [
-        (s, f)
-        for s, f in zip(
-            [*plan.train, *plan.validation], [*files, *(held_out if plan.validation else [])]
-        )
-        if f.manifest["refused"]
-    ]
-    key = storage.digest(
-        *(f.folder.name for f in files), hashlib.sha256(train.table.tobytes()).hexdigest()
-    )
-    return Data(train, validation, summary, mixture, lines, refused, key)
+        groups = np.array([one.group for one in plan.train])[train.table[:, 0]]
+        mixture = dataset.Mixture(groups, {one.group: one.weight for one in plan.train}, seed)
+        names = {one.group: one.shown for one in reversed(plan.train)}
+        parts = [
+            f"{taken:,} of {len(mixture.samples[group]):,} from {names[group]}"
+            for group, taken in mixture.taken.items()
+        ]
+        messages.append("mixture: an epoch takes " + ", ".join(parts))
+    rejected = [file for file in [*files, *validation_files] if file.counts.rejected]
+    table = hashlib.sha256(train.table.tobytes()).hexdigest()
+    key = storage.digest(*(file.folder.name for file in files), table)
+    return TrainingData(train, validation, summary, mixture, messages, rejected, key)
 
 
-def _tokens(s, encoder, settings, show):
+def _token_file(one: Source, encoder: "Encoder", settings: Settings, show: Progress) -> "TokenFile":
     from data.tokenize import tokenized
 
-    file = tokenized(s, encoder, show)
-    check_weights(s, file, settings)
-    if file.manifest["refused"] and settings.on_bad_row == "stop":
-        raise source.refuse(s, len(file), file.manifest["refused"], file.manifest["first"])
+    file = tokenized(one, encoder, show)
+    check_weights(file, settings)
+    if file.counts.rejected and settings.on_bad_row == "stop":
+        raise file.counts.refusal(file.shown)
     return file
 
 
-def check_weights(s, file, settings):
-    """DataError where rows keep answers out of the loss and the flags take everything in."""
-    if file.manifest["weighted"] and settings.train_on_prompt:
-        raise DataError(
-            f"{file.manifest['weighted']:,} row(s) of {s.shown} have answers of weight 0, which are not to be trained\n"
-            "  found:  --train_on_prompt true, which trains all tokens\n  needed: one of them"
+def _describe(name: str, files: list["TokenFile"]) -> Iterator[str]:
+    for file in files:
+        rejected = file.counts.rejected
+        skipped = f", {rejected:,} rejected rows skipped" if rejected else ""
+        yield f"{name} data: {file.shown}: {file.format}, {len(file):,} rows{skipped}"
+        for line, text in file.notes[:NOTES]:
+            yield f"  {file.shown}:{line}: {text}"
+
+
+def check_weights(file: "TokenFile", settings: Settings) -> None:
+    """Raise RunError where rows keep answers out of the loss and the flags take everything in."""
+    if file.weighted and settings.train_on_prompt:
+        raise RunError(
+            f"{file.weighted:,} row(s) of {file.shown} have answers of weight 0, "
+            "which are not to be trained",
+            found="--train_on_prompt true, which trains all tokens",
+            needed="one of them",
         )
 
 
-def check_vocabulary(tokenizer, vocabulary):
-    """RunError where the tokenizer has tokens that the model has no embedding for."""
+def check_vocabulary(tokenizer: Any, vocabulary: int | None) -> None:
+    """Raise RunError where the tokenizer has tokens that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if vocabulary is not None and largest >= vocabulary:
         raise RunError(
@@ -198,18 +205,16 @@ def check_vocabulary(tokenizer, vocabulary):
         )
 
 
-def write_rejected(path, refused):
-    """rejected.jsonl: {"path", "line", "reason", "row"} of every refused row."""
-    if not is_main_process():
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        for s, tokens in refused:
-            for entry in tokens.rejected():
-                file.write(json.dumps({"path": s.shown, **entry}, ensure_ascii=False) + "\n")
+def write_rejected(path: str | Path, rejected: list["TokenFile"]) -> None:
+    """Write {"path", "line", "reason", "row"} of every rejected row. Raises OSError."""
+    with open(path, "w", encoding="utf-8") as lines:
+        for file in rejected:
+            for entry in file.rejected():
+                lines.write(json.dumps({"path": file.shown, **entry}, ensure_ascii=False) + "\n")
 
 
-def vocabulary_of(directory):
-    """Rows of the embedding by a local model's config.json, or None."""
+def vocabulary_of(directory: str | Path) -> int | None:
+    """Return the rows of the embedding by a local model's config.json, or None."""
     try:
         config = json.loads((Path(directory) / "config.json").read_text())
     except (OSError, ValueError):
