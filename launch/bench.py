@@ -1,4 +1,7 @@
-"""What this machine gives: its disk, GPU, PCIe and RAM. Run as: python launch/bench.py io [DIRECTORY] | box"""
+"""What this machine gives: its disk, GPU, PCIe and RAM.
+
+Run as: python launch/bench.py io [DIRECTORY] | machine
+"""
 
 import sys
 from pathlib import Path

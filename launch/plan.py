@@ -1,4 +1,7 @@
-"""What fits and how fast. Run as: python launch/plan.py --model NAME [--method lora] [--gpus 8 --gpu_memory 80GB --ram 1TB …]"""
+"""What fits and how fast.
+
+Run as: python launch/plan.py --model NAME [--method lora] [--gpus 8 --gpu_memory 80GB --ram 1TB …]
+"""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""What the machine gives: the disk through DeepSpeed's own libaio op, the GPUs, PCIe, RAM, and what lies between GPUs.
+"""What this machine gives: its disk through DeepSpeed's libaio op, its GPUs, PCIe and RAM.
 
-`python launch/bench.py io PATH` and `… box`. Both keep their figures for the plan (trainer/plan/machine.py).
+`python launch/bench.py io PATH` and `python launch/bench.py machine`. The plan takes these figures
+in place of its own (plan/machine.py).
 """
 
 import argparse
@@ -8,300 +9,282 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainer import ROOT
+from trainer.config.command_line import exit_code
 from trainer.config.flags import parse_size
-from trainer.errors import DONE, FAILED, RunError, report
+from trainer.distributed import local_rank
+from trainer.errors import DONE, FAILED, RunError
 from trainer.plan.machine import disk_of, remember
+from trainer.plan.timing import STEP_BYTES
 from trainer.system import hardware, ops, swap_dir
 
-BLOCKS, DEPTHS, THREADS = (2**20, 2**23), (16, 64), (1, 4, 8)
-
-
-def io(path, size, seconds, out=None):
-    """Sequential O_DIRECT writes and reads of one file of `size` bytes for every setting, within `seconds` in all. Returns
-    {"aio": the best block for a DeepSpeed JSON, "read_gbps", "write_gbps", "rows": [...]} and writes it to `out`."""
+if TYPE_CHECKING:
     import torch
 
-    if not 1 <= seconds <= 3600:
-        raise RunError("--seconds is not a time that can be", found=seconds, needed="1 to 3600")
-    if (
-        not 64e6 <= size <= hardware.free_memory() / 3
-    ):  # a buffer of the size, page-locked, and its copies
-        raise RunError(
-            "--bytes is not a size for this test",
-            found=f"{size / 1e9:.2f} GB",
-            needed=f"64MB to {hardware.free_memory() / 3e9:.1f}GB, a third of the free RAM",
-            fix="--bytes 1GB",
-        )
-    if out and not Path(out).absolute().parent.is_dir():
-        raise RunError(
-            "--out cannot be written", found=f"no directory {Path(out).absolute().parent}"
-        )
-    # The op gives each thread an equal part, and writes less, without a word, where that is no multiple of a page.
-    size = size // 2**23 * 2**23
-    swap_dir.check_directory(path)
-    free = shutil.disk_usage(hardware.existing(path)).free
-    if size > free:
-        raise RunError(
-            "the disk is too small for the test",
-            found=f"{free / 1e9:.2f} GB free",
-            needed=f"{size / 1e9:.2f} GB",
-            fix="--bytes 256MB",
-            code=3,
-        )
-    ops.build(["async_io"])
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+THREADS, BLOCKS, DEPTHS = (1, 4, 8), (2**20, 2**23), (16, 64)
+PAGE = 4096
+RAM_PARAMETERS = 10**8
 
-    op, folder = AsyncIOBuilder().load(verbose=False), Path(path)
+
+def io(path: str, size: int, seconds: float, out: Path | None = None) -> None:
+    """Measure sequential O_DIRECT writes and reads of one file of `size` bytes.
+
+    Every setting is tried, within `seconds` in all. Prints the best block for a DeepSpeed JSON, and
+    writes {"aio": that block, "read_gbps", "write_gbps", "rows": [...]} to `out`. Raises RunError
+    where the test cannot be made, or where something else is read than was written.
+    """
+    _check_io(path, size, seconds, out)
+    ops.build(["async_io"])
+    # The op gives each thread an equal part, and writes less, without an error, where that is no
+    # multiple of a page.
+    size = size // 2**23 * 2**23
+    folder, rows, began = Path(path), [], time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    file, rows, began = folder / f".bench-io-{os.getpid()}", [], time.monotonic()
-    settings = [
-        (block, depth, threads) for threads in THREADS for block in BLOCKS for depth in DEPTHS
-    ]
+    file = folder / f".bench-io-{os.getpid()}"
+    settings = list(product(THREADS, BLOCKS, DEPTHS))
     try:
-        for block, depth, threads in settings:
+        for threads, block, depth in settings:
             if rows and time.monotonic() - began > seconds * (1 - 1 / len(settings)):
-                print(
-                    f"after {len(rows)} of {len(settings)} settings the time is over (--seconds)",
-                    flush=True,
-                )
+                print(f"--seconds is over after {len(rows)} of {len(settings)} settings")
                 break
-            handle = op.aio_handle(block, depth, False, True, threads)
-            buffer = handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
-            buffer.fill_(len(rows) + 1)
-            rates = []
-            for move in (handle.sync_pwrite, handle.sync_pread):
-                start = time.perf_counter()
-                move(buffer, str(file), 0)
-                rates.append(size / (time.perf_counter() - start))
-                if len(rates) == 1:
-                    buffer.zero_()
-            wrong = int((buffer[::4096] != len(rows) + 1).sum())
-            handle.free_cpu_locked_tensor(buffer)
-            if wrong or file.stat().st_size != size:
-                raise RunError(
-                    "the disk gave back something else than was written",
-                    found=f"{wrong} of {size // 4096} pages",
-                    fix="another disk",
-                    code=FAILED,
-                )
-            rows.append(
-                {
-                    "block_size": block,
-                    "queue_depth": depth,
-                    "intra_op_parallelism": threads,
-                    "write_gbps": rates[0] / 1e9,
-                    "read_gbps": rates[1] / 1e9,
-                }
-            )
+            aio = {"block_size": block, "queue_depth": depth, "intra_op_parallelism": threads}
+            write, read = _rates(file, size, aio, fill=len(rows) + 1)
+            rows.append((aio, write, read))
             print(
-                f"  block {block >> 20} MiB, depth {depth}, {threads} thread(s): {rates[0] / 1e9:.2f} GB/s written, "
-                f"{rates[1] / 1e9:.2f} read",
+                f"  block {block >> 20} MiB, depth {depth}, {threads} thread(s): "
+                f"{write:.2f} GB/s written, {read:.2f} read",
                 flush=True,
             )
     finally:
         file.unlink(missing_ok=True)
-    # The slower way limits a step that reads and writes as much.
-    best = max(rows, key=lambda r: 1 / (1 / r["write_gbps"] + 1 / r["read_gbps"]))
-    aio = {k: best[k] for k in ("block_size", "queue_depth", "intra_op_parallelism")}
-    found = {
-        "aio": {**aio, "single_submit": False, "overlap_events": True},
-        "read_gbps": best["read_gbps"],
-        "write_gbps": best["write_gbps"],
-        "path": str(folder.absolute()),
-        "bytes": size,
-        "rows": rows,
-    }
-    remember(
-        {
-            "nvme_disk": disk_of(path),
-            "nvme_read": best["read_gbps"] * 1e9,
-            "nvme_write": best["write_gbps"] * 1e9,
-        }
-    )
+    # An optimizer step reads and writes as much.
+    aio, write, read = min(rows, key=lambda row: 1 / row[1] + 1 / row[2])
+    aio = {**aio, "single_submit": False, "overlap_events": True}
+    remember(nvme_disk=disk_of(path), nvme_read=read * 1e9, nvme_write=write * 1e9)
     if out:
-        Path(out).write_text(json.dumps(found, indent=1))
+        tried = [{**aio, "write_gbps": write, "read_gbps": read} for aio, write, read in rows]
+        result = {"aio": aio, "write_gbps": write, "read_gbps": read, "rows": tried}
+        out.write_text(json.dumps(result, indent=1))
     print(
-        f"best: {best['write_gbps']:.2f} GB/s written, {best['read_gbps']:.2f} read; for the DeepSpeed JSON:\n"
-        f'  "aio": {json.dumps(found["aio"])}'
+        f"best: {write:.2f} GB/s written, {read:.2f} read; for the DeepSpeed JSON:\n"
+        f'  "aio": {json.dumps(aio)}'
     )
-    return found
 
 
-def box(links=True):
-    """A dict of what the machine can do, which the plan remembers. bf16 products (TFLOP/s) and pinned copies (GB/s) of the first GPU,
-    or fp32 products of the CPU; the optimizer's step (GB/s of RAM); between GPUs all-gather and reduce-scatter (GB/s, bytes that one
-    GPU receives)."""
+def _check_io(path: str, size: int, seconds: float, out: Path | None) -> None:
+    if not 1 <= seconds <= 3600:
+        raise RunError("--seconds is not in its range", found=seconds, needed="1 to 3600")
+    if out and not out.absolute().parent.is_dir():
+        raise RunError("--out cannot be written", found=f"no directory {out.absolute().parent}")
+    swap_dir.check_directory(path)
+    # A page-locked buffer of the size, and its copies.
+    most = min(hardware.free_memory() / 3, shutil.disk_usage(hardware.existing(path)).free)
+    if not 64e6 <= size <= most:
+        raise RunError(
+            "--bytes is not a size for this test",
+            found=f"{size / 1e9:.2f} GB",
+            needed=f"64MB to {most / 1e9:.1f}GB: a third of the free RAM, and room on the disk",
+            fix="--bytes 256MB",
+        )
+
+
+def _rates(file: Path, size: int, aio: dict[str, int], fill: int) -> tuple[float, float]:
+    """Write and read a file once: (GB/s written, GB/s read). fill: the value of every byte."""
     import torch
 
-    found = {}
-    if torch.cuda.is_available():
-        found.update(_gpu(torch))
-    else:
-        a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-        found["cpu_tflops"] = round(2 * 2048**3 / _seconds(lambda: a @ b, 5) / 1e12, 4)
-        remember({"cpu_flops": found["cpu_tflops"] * 1e12})
-    found["ram_gbps"] = round(_ram(torch), 1)
-    remember({"ram_rate": found["ram_gbps"] * 1e9})
-    if torch.cuda.device_count() > 1 and links:
-        found.update(_links(torch))
-    return found
+    from trainer.engine.aio import load_aio
 
+    block, depth, threads = aio.values()
+    handle = load_aio().aio_handle(block, depth, False, True, threads)
+    buffer = handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
 
-def _seconds(function, times, wait=lambda: None):
-    function()
-    wait()
-    began = time.perf_counter()
-    for _ in range(times):
-        function()
-    wait()
-    return (time.perf_counter() - began) / times
+    def rate(move: Callable[..., Any]) -> float:
+        return size / _seconds(lambda: move(buffer, str(file), 0)) / 1e9
 
-
-def _gpu(torch):
-    wait, size = torch.cuda.synchronize, 2**30
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    host, there = (
-        torch.empty(size, dtype=torch.uint8, pin_memory=True),
-        torch.empty(size, dtype=torch.uint8, device="cuda"),
-    )
-    back, other, stream = (
-        torch.empty_like(host, pin_memory=True),
-        torch.empty_like(there),
-        torch.cuda.Stream(),
-    )
-
-    def both():
-        with torch.cuda.stream(stream):
-            back.copy_(other, non_blocking=True)
-        there.copy_(host, non_blocking=True)
-
-    rates = {
-        "h2d_gbps": lambda: there.copy_(host, non_blocking=True),
-        "d2h_gbps": lambda: back.copy_(other, non_blocking=True),
-        "duplex_gbps_each": both,
-    }
-    found = {
-        "device": torch.cuda.get_device_name(),
-        "matmul_tflops": round(2 * 8192**3 / _seconds(lambda: a @ b, 20, wait) / 1e12),
-    }
-    found.update({k: round(size / _seconds(f, 5, wait) / 1e9, 1) for k, f in rates.items()})
-    remember({"flops": found["matmul_tflops"] * 1e12, "pcie": found["h2d_gbps"] * 1e9})
-    return found
-
-
-def _ram(torch, count=10**8):
-    """GB/s of RAM traffic in our Adam (28 bytes a parameter of bf16), all threads."""
-    from trainer.engine import cpu_step
-
-    adam, weight = ops.adam(), torch.zeros(count)
-    state = {"step": 1, "exp_avg": torch.zeros(count), "exp_avg_sq": torch.ones(count)}
-    grad, low = torch.ones(count, dtype=torch.bfloat16), torch.zeros(count, dtype=torch.bfloat16)
-    group = {
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "bias_correction": True,
-    }
-
-    def step():
-        update = cpu_step.update_of(weight, grad, state, group, 1.0, low)
-        cpu_step.run(adam, (cpu_step.Update * 1)(update), 16, torch.get_num_threads())
-
-    return 28 * count / statistics.median(_seconds(step, 1) for _ in range(3)) / 1e9
-
-
-def _links(torch):
-    """Between all GPUs of the machine, by NCCL, one process each."""
-    import subprocess
-
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(torch.cuda.device_count()),
-        "-m",
-        "trainer.measure",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    except subprocess.TimeoutExpired:
+    buffer.fill_(fill)
+    write = rate(handle.sync_pwrite)
+    buffer.zero_()
+    read = rate(handle.sync_pread)
+    wrong = int((buffer[::PAGE] != fill).sum())
+    handle.free_cpu_locked_tensor(buffer)
+    if wrong or file.stat().st_size != size:
         raise RunError(
-            "the links between the GPUs could not be measured",
-            found="no end after 120 s",
-            code=FAILED,
-        ) from None
-    line = next((line for line in done.stdout.splitlines() if line.startswith("LINKS ")), None)
-    if line is None:
-        raise RunError(
-            "the links between the GPUs could not be measured",
-            found=done.stderr[-300:],
+            "the disk gave back something else than was written",
+            found=f"{wrong} of {size // PAGE} pages",
+            fix="another disk",
             code=FAILED,
         )
-    found = json.loads(line.removeprefix("LINKS "))
-    remember({"link": found["all_gather_gbps"] * 1e9})
-    return found
+    return write, read
 
 
-def _rank():
+def machine(links: bool = True) -> dict[str, Any]:
+    """Measure the machine, except its disk, and keep the figures for the plan.
+
+    bf16 products (TFLOP/s) and pinned copies (GB/s) of the first GPU, or fp32 products of the CPU;
+    the optimizer step's RAM traffic (GB/s). links: also all-gather and reduce-scatter between the
+    GPUs (GB/s that one GPU receives).
+    """
+    import torch
+
+    figures: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        figures = _gpu()
+        remember(flops=figures["matmul_tflops"] * 1e12, pcie=figures["h2d_gbps"] * 1e9)
+    else:
+        first, second = torch.randn(2, 2048, 2048)
+        seconds = _repeated(lambda: first @ second, 5)
+        figures["cpu_tflops"] = round(2 * 2048**3 / seconds / 1e12, 4)
+        remember(cpu_flops=figures["cpu_tflops"] * 1e12)
+    figures["ram_gbps"] = round(_ram(), 1)
+    remember(ram_rate=figures["ram_gbps"] * 1e9)
+    if torch.cuda.device_count() > 1 and links:
+        figures.update(_links())
+        remember(link=figures["all_gather_gbps"] * 1e9)
+    return figures
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _repeated(function: Callable[[], Any], times: int) -> float:
+    """Return the seconds of one call, after a first one that is not counted."""
+    import torch
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    calls(1)
+    return _seconds(lambda: calls(times)) / times
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    size = 2**30
+    first, second = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    on_host, to_host = torch.empty(2, size, dtype=torch.uint8, pin_memory=True)
+    on_gpu, to_gpu = torch.empty(2, size, dtype=torch.uint8, device="cuda")
+
+    def rate(copy: Callable[[], Any]) -> float:
+        return round(size / _repeated(copy, 5) / 1e9, 1)
+
+    seconds = _repeated(lambda: first @ second, 20)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "matmul_tflops": round(2 * 8192**3 / seconds / 1e12),
+        "h2d_gbps": rate(partial(to_gpu.copy_, on_host, non_blocking=True)),
+        "d2h_gbps": rate(partial(to_host.copy_, on_gpu, non_blocking=True)),
+    }
+
+
+def _ram() -> float:
+    """Return the GB/s of RAM traffic in our Adam, on all threads."""
+    import torch
+
+    from trainer.engine import cpu_step
+
+    count, adam = RAM_PARAMETERS, ops.adam()
+    weight, exp_avg, exp_avg_sq = torch.zeros(count), torch.zeros(count), torch.ones(count)
+    grad = torch.ones(count, dtype=torch.bfloat16)
+    state = {"step": 1, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    group["bias_correction"] = True
+    param_lp = torch.zeros_like(grad)
+
+    def step() -> None:
+        update = cpu_step.update_of(weight, grad, state, group, 1.0, param_lp)
+        cpu_step.run(adam, (cpu_step.Update * 1)(update), 16, torch.get_num_threads())
+
+    seconds = statistics.median(_repeated(step, 1) for _ in range(3))
+    return STEP_BYTES[grad.itemsize] * count / seconds / 1e9
+
+
+def _links() -> dict[str, float]:
+    """Return what NCCL moves between all GPUs of the machine, one process each."""
+    import torch
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(torch.cuda.device_count()), "-m", "trainer.measure"]
+    found = "no end after 120 s"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        found = done.stderr[-300:]
+        for line in done.stdout.splitlines():
+            if line.startswith("LINKS "):
+                return json.loads(line.removeprefix("LINKS "))
+    except subprocess.TimeoutExpired:
+        pass
+    raise RunError("the links between the GPUs could not be measured", found=found, code=FAILED)
+
+
+def _links_of_rank() -> None:
+    """Run as one rank of `_links`; rank 0 prints the figures."""
     import torch
     import torch.distributed as dist
 
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(local_rank())
     dist.init_process_group("nccl")
-    ranks, share = dist.get_world_size(), torch.ones(2**28, dtype=torch.bfloat16, device="cuda")
+    ranks = dist.get_world_size()
+    share = torch.ones(2**28, dtype=torch.bfloat16, device="cuda")
     whole = torch.empty(ranks * 2**28, dtype=torch.bfloat16, device="cuda")
-    found = {}
-    for name, call in (
-        ("all_gather_gbps", lambda: dist.all_gather_into_tensor(whole, share)),
-        ("reduce_scatter_gbps", lambda: dist.reduce_scatter_tensor(share, whole)),
-    ):
-        seconds = _seconds(call, 5, torch.cuda.synchronize)
-        found[name] = round((ranks - 1) * share.nbytes / seconds / 1e9, 1)
+
+    def rate(collective: Callable[..., Any], *tensors: "torch.Tensor") -> float:
+        seconds = _repeated(lambda: collective(*tensors), 5)
+        return round((ranks - 1) * share.nbytes / seconds / 1e9, 1)
+
+    figures = {
+        "all_gather_gbps": rate(dist.all_gather_into_tensor, whole, share),
+        "reduce_scatter_gbps": rate(dist.reduce_scatter_tensor, share, whole),
+    }
     if dist.get_rank() == 0:
-        print("LINKS " + json.dumps(found), flush=True)
+        print("LINKS " + json.dumps(figures), flush=True)
     dist.destroy_process_group()
 
 
-def main(argv=None):
-    """Exit code of launch/bench.py."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    machine = commands.add_parser(
-        "box",
-        help="what GPU, PCIe, RAM and the links between GPUs give, as JSON; the plan remembers it",
+def _measure(argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description="What this machine gives. The plan takes the figures."
     )
-    machine.add_argument("--no_links", action="store_true", help="not between the GPUs")
-    disk = commands.add_parser(
-        "io",
-        help="the disk through DeepSpeed's libaio op: the best aio block; the plan remembers it",
+    what = (
+        "machine: GPU, PCIe, RAM and the links between GPUs, as JSON; io: the disk, by DeepSpeed's "
     )
-    disk.add_argument(
-        "path", nargs="?", default=".swap", help="directory on it (default: %(default)s)"
-    )
-    disk.add_argument("--bytes", default="1GB", help="of the file (default: %(default)s)")
-    disk.add_argument("--seconds", type=float, default=60, help="in all (default: %(default)s)")
-    disk.add_argument("--out", type=Path, help="the result as JSON")
+    parser.add_argument("command", choices=("machine", "io"), help=what + "op: the best aio block")
+    shown = "(default: %(default)s)"
+    parser.add_argument("path", nargs="?", default=".swap", help=f"directory on the disk {shown}")
+    parser.add_argument("--bytes", default="1GB", help=f"of the file {shown}")
+    parser.add_argument("--seconds", type=float, default=60, help=f"in all {shown}")
+    parser.add_argument("--out", type=Path, help="the disk's result as JSON")
+    parser.add_argument("--no_links", action="store_true", help="nothing between the GPUs")
     options = parser.parse_args(argv)
     try:
-        if options.command == "box":
-            print(json.dumps(box(not options.no_links)))
+        if options.command == "machine":
+            print(json.dumps(machine(not options.no_links)))
         else:
             io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
-        return DONE
-    except (RunError, OSError) as error:
-        if not isinstance(error, RunError):
-            error = RunError("it could not be measured", found=str(error))
-        report(error)
-        return error.code
+    except OSError as error:
+        raise RunError("it could not be measured", found=str(error)) from None
+    return DONE
 
 
-if __name__ == "__main__":  # one rank of `_links`
-    _rank()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit code of launch/bench.py."""
+    return exit_code(lambda: _measure(argv))
+
+
+if __name__ == "__main__":
+    _links_of_rank()

@@ -1,20 +1,26 @@
-"""The machine that a plan is made for: probed, measured before (bench.py box, bench.py io), or given by flags. Imports no torch."""
+"""The machine that a plan is made for: this one, as probed and measured, or another one by flags.
+
+`launch/bench.py machine` and `launch/bench.py io` measure. Does not import torch.
+"""
 
 import json
 import math
 import os
 import re
 import shutil
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from trainer.config.flags import parse_size
+from data.files import user_cache, write_atomically
 from trainer.errors import RunError
-from trainer.plan.estimate import NETWORK, Box
-from trainer.system import default_model, hardware, swap_dir
+from trainer.system import hardware, swap_dir
 
-# bf16 dense product rate in operations a second, PCIe each way and link between two GPUs in bytes a second. H100 and H200 SXM were
-# measured; the others are the vendors' figures, times 0.8 for the products and the PCIe that H100 reaches of its 63 GB/s.
+# Of one GPU: dense bf16 operations a second, bytes a second of PCIe and to another GPU. H100 and
+# H200 SXM were measured. The others are the vendors' figures, times 0.8 for the products and for
+# the PCIe that H100 reaches of its 63 GB/s.
 KNOWN = {
     "H200": (790e12, 54e9, 300e9),
     "H100": (790e12, 54e9, 300e9),
@@ -29,50 +35,89 @@ KNOWN = {
     "RTX 4090": (132e12, 25e9, 25e9),
     "RTX 3090": (57e12, 25e9, 25e9),
 }
-DEFAULT = (100e12, 25e9, 25e9)
-RAM_RATE = 120e9  # reads and writes of the CPU's step: 117 to 170 were measured with 16 cores beside an H100
-DISK = (3e9, 2e9)  # of an NVMe that nobody has measured: below what most give
+GPU_RATES = ("flops", "pcie", "link")
 CPU_FLOPS = 1e11
 
 
-def measured_path():
-    """Where the benches keep what they measured."""
-    return (
-        Path(os.environ.get("ZERO_OFFLOAD_CACHE") or default_model.cache_directory()).expanduser()
-        / "box.json"
-    )
+@dataclass
+class Machine:
+    """One or several machines that are alike. Sizes are bytes, rates are a second.
+
+    gpus: of one machine, 0 for none. gpu_memory, pcie, link: of one GPU; pcie from RAM, each way;
+    link between GPUs. ram, nvme: of one machine. flops: operations of one GPU, or of the CPU.
+    ram_rate: reads and writes together. exact_pinning: pinned RAM is not rounded up
+    (hardware.set_allocators). memlock: RAM that a process may lock; None: all. network: between
+    machines, of one. notes: what was assumed.
+
+    The default rates are for what nobody measured: a small GPU, a disk slower than most, 200 Gbit/s
+    between machines. ram_rate: the CPU's step reached 117 to 170 with 16 cores beside an H100.
+    """
+
+    gpus: int
+    gpu_memory: float = 0
+    ram: float = 0
+    nvme: float = 0
+    nvme_read: float = 3e9
+    nvme_write: float = 2e9
+    pcie: float = 25e9
+    link: float = 25e9
+    flops: float = 100e12
+    ram_rate: float = 120e9
+    nodes: int = 1
+    name: str = "by flags"
+    exact_pinning: bool = True
+    memlock: int | None = None
+    network: float = 25e9
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks of one machine."""
+        return max(self.gpus, 1)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of all machines."""
+        return self.ranks_here * self.nodes
 
 
-def measured():
-    """What the benches measured on this machine: {} where they never ran."""
+def measured_path() -> Path:
+    """Return the file with what was measured on this machine."""
+    return Path(os.environ.get("ZERO_OFFLOAD_CACHE") or user_cache()).expanduser() / "box.json"
+
+
+def measured() -> dict[str, Any]:
+    """Return what was measured on this machine; {} where nothing was."""
     try:
-        found = json.loads(measured_path().read_text())
-        if found["host"] != os.uname().nodename:
+        values = json.loads(measured_path().read_text())
+        if values["host"] != os.uname().nodename:
             return {}
         return {
-            k: v for k, v in found.items() if isinstance(v, str) or (v > 0 and math.isfinite(v))
+            key: value
+            for key, value in values.items()
+            if isinstance(value, str) or (value > 0 and math.isfinite(value))
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
-def remember(values):
-    """Add to it."""
-    path = measured_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**measured(), **values, "host": os.uname().nodename}, indent=1))
+def remember(**values: float | str) -> None:
+    """Keep what was measured, beside what was measured before."""
+    values = {**measured(), **values, "host": os.uname().nodename}
+    write_atomically(measured_path(), json.dumps(values, indent=1))
 
 
-def disk_of(path):
-    """What tells one disk from another."""
+def disk_of(path: str | Path) -> str:
+    """Return what distinguishes the disk from others."""
     return str(os.stat(hardware.existing(path)).st_dev)
 
 
-def probe(nvme_path, use_gpus=None, measure=True):
-    """This machine, with as many of its GPUs as asked. measure: what nobody measured is measured now, in a fraction of a second."""
-    gpus, name, memory = 0, "CPU", 0
-    if use_gpus != 0:
-        gpus, name, memory = hardware.gpus()
+def probe(nvme_path: str, use_gpus: int | None = None, measure: bool = True) -> Machine:
+    """Return this machine with `use_gpus` of its GPUs, None for all.
+
+    measure: what was never measured is measured now, in a fraction of a second.
+    """
+    gpus, name, memory = (0, "CPU", 0) if use_gpus == 0 else hardware.gpus()
     if use_gpus is not None and use_gpus > gpus:
         raise RunError(
             "this machine has fewer GPUs",
@@ -80,199 +125,126 @@ def probe(nvme_path, use_gpus=None, measure=True):
             needed=f"--gpus {use_gpus}",
             fix="for another machine give --gpu_memory and --ram too",
         )
-    have, notes = measured(), []
-    flops, pcie, link = next((v for k, v in KNOWN.items() if re.search(rf"\b{k}\b", name)), DEFAULT)
+    values, notes, used = measured(), [], [*GPU_RATES, "ram_rate"]
+    known = next((KNOWN[key] for key in KNOWN if re.search(rf"\b{key}\b", name)), ())
+    rates: dict[str, Any] = dict(zip(GPU_RATES, known))
+    if gpus and "flops" not in values:
+        label = name if known else "a small GPU"
+        notes.append(f"rates of {label} assumed (make bench-machine measures them)")
+    nvme, problem = _free_nvme(nvme_path)
+    if problem:
+        notes.append(f"no NVMe: {problem}")
+    if values.get("nvme_disk") == disk_of(nvme_path):
+        used += ["nvme_read", "nvme_write"]
+    elif nvme:
+        notes.append(f"a disk of {_disk_rates()} assumed (make bench-io measures it)")
+    rates.update({key: values[key] for key in used if key in values})
     if not gpus:
-        flops = have.get("cpu_flops") or (_cpu_flops() if measure else CPU_FLOPS)
-    elif "flops" not in have:
-        notes.append(
-            f"rates of {name if flops != DEFAULT[0] else 'a small GPU'} assumed (make bench-box measures them)"
-        )
-    try:
-        swap_dir.check_place(nvme_path)
-        nvme = shutil.disk_usage(hardware.existing(nvme_path)).free
-    except RunError as error:
-        nvme = 0
-        notes.append("no NVMe: " + str(error).splitlines()[1].partition(":")[2].strip())
-    own = have.get("nvme_disk") == disk_of(nvme_path)
-    if nvme and not own:
-        notes.append(
-            f"a disk of {DISK[0] / 1e9:.0f} GB/s read and {DISK[1] / 1e9:.0f} written assumed (make bench-io measures it)"
-        )
+        rates["flops"] = values.get("cpu_flops") or (_cpu_flops() if measure else CPU_FLOPS)
+        if measure and "ram_rate" not in values:
+            rates["ram_rate"] = _ram_rate()
     if (free := hardware.free_memory()) < 0.8 * hardware.ram():
         notes.append(f"only {free / 1e9:.1f} GB of the RAM are free now")
-    return Box(
+    return Machine(
         gpus=gpus if use_gpus is None else use_gpus,
         gpu_memory=memory,
         ram=hardware.ram(),
         nvme=nvme,
-        nvme_read=have.get("nvme_read", DISK[0]) if own else DISK[0],
-        nvme_write=have.get("nvme_write", DISK[1]) if own else DISK[1],
-        pcie=have.get("pcie", pcie),
-        link=have.get("link", link),
-        flops=have.get("flops", flops) if gpus else flops,
-        ram_rate=have.get("ram_rate") or (_ram_rate() if measure and not gpus else RAM_RATE),
         name=name,
         exact_pinning=hardware.pins_exactly(),
+        memlock=hardware.memlock_limit(),
         notes=notes,
+        **rates,
     )
 
 
-def _cpu_flops():
-    """Operations a second of an fp32 product on all cores: the best of a few tries, as other programs take cores for moments."""
-    import time
-
-    import numpy as np
-
-    a = np.ones((1024, 1024), dtype=np.float32)
-    a @ a
-    best = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - began)
-    return 2 * 1024**3 / best
+def _disk_rates() -> str:
+    return f"{Machine.nvme_read / 1e9:.0f} GB/s read and {Machine.nvme_write / 1e9:.0f} written"
 
 
-def _ram_rate():
-    """Bytes a second, read and written, of a copy by one core; more cores give more, by as much as twice."""
-    import time
-
-    import numpy as np
-
-    a = np.zeros(2**25, dtype=np.uint8)
-    b = a.copy()
-    began = time.perf_counter()
-    for _ in range(4):
-        b[:] = a
-    return min(2, os.cpu_count() or 1) * 4 * 2 * a.nbytes / (time.perf_counter() - began)
-
-
-def _number(flags, name, default, least=1, most=1e6):
-    text = flags.get(name)
-    if text is None:
-        return default
+def _free_nvme(path: str) -> tuple[int, str]:
+    """Return the free bytes of a disk, or 0 and why it cannot hold swap files."""
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not least <= value <= most:
-        raise RunError(
-            f"--{name} is not a number that can be", found=text, needed=f"{least:g} to {most:g}"
-        )
-    return value
+        swap_dir.check_place(path)
+        return shutil.disk_usage(hardware.existing(path)).free, ""
+    except RunError as error:
+        return 0, str(error).splitlines()[1].partition(":")[2].strip()
 
 
-def _size(flags, name, default, zero=False):
-    text = flags.get(name)
-    if text is None:
-        return default
-    if zero and str(text).strip() in ("0", "0GB"):
-        return 0
-    value = parse_size(text, name)
-    if not 1e6 <= value <= 1e17:
-        raise RunError(f"--{name} is not a size that can be", found=text, needed="1MB to 100000TB")
-    return value
+def _best_seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Return the seconds of the fastest of some calls: other programs take cores for moments."""
+    seconds = []
+    for _ in range(9):
+        began = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
-def _rate(flags, name, default):
-    text = flags.get(name)
-    if text is None:
-        return default
-    found = re.fullmatch(r"\s*([0-9.]+\s*[KMGTkmgt]i?)B/s\s*", str(text))
-    if not found or not re.search("[1-9]", found[1]):
-        raise RunError(
-            f"--{name} is not a rate",
-            found=text,
-            needed="bytes a second, such as 12GB/s"
-            + (" (b is bits: an eighth)" if "b/s" in str(text) else ""),
-        )
-    value = parse_size(f"{found[1]}B", name)
-    if not 1e6 <= value <= 1e14:
-        raise RunError(f"--{name} is not a rate that can be", found=text, needed="1MB/s to 100TB/s")
-    return value
+def _cpu_flops() -> float:
+    """Return the operations a second of an fp32 product on all cores."""
+    import numpy as np
+
+    matrix = np.ones((1024, 1024), dtype=np.float32)
+    return 2 * 1024**3 / _best_seconds(np.matmul, matrix, matrix)
 
 
-def given(flags, here=None):
-    """A machine by flags, {flag: text}; what is not given is as `here` has it, another Box, or assumed and noted. What cannot be
-    assumed is an error that names it."""
-    gpus = _number(flags, "gpus", here.gpus if here else 1, 0, 4096)
-    nodes = _number(flags, "nodes", 1, 1, 4096)
-    if gpus != int(gpus) or nodes != int(nodes):
-        raise RunError(
-            "--gpus and --nodes are whole numbers",
-            found=f"{flags.get('gpus')} and {flags.get('nodes')}",
-            needed="GPUs of one machine, and machines",
-        )
-    gpu_flags = [
-        f for f in ("gpu_memory", "pcie", "gpu_tflops", "gpu_link") if flags.get(f) is not None
-    ]
-    if not gpus and gpu_flags:
-        raise RunError(
-            "a machine without GPUs has none of their memory or speed",
-            found=f"--gpus 0 with --{gpu_flags[0]}",
-            fix=f"leave --{gpu_flags[0]} out, or give --gpus",
-        )
-    for name, example in [] if here else [("gpu_memory", "80GB")] * bool(gpus) + [("ram", "256GB")]:
-        if flags.get(name) is None:
+def _ram_rate() -> float:
+    """Return the bytes a second, read and written, of copies by one core; twice that by more."""
+    import numpy as np
+
+    source = np.zeros(2**25, dtype=np.uint8)
+    cores = min(2, os.cpu_count() or 1)
+    return cores * 2 * source.nbytes / _best_seconds(np.copyto, source.copy(), source)
+
+
+def from_flags(flags: Mapping[str, Any], here: Machine | None = None) -> Machine:
+    """Return the machine that launch/plan.py's flags describe: {flag: value}, None if not given.
+
+    here: this machine, for what is not given; without it that is assumed, and noted. Raises
+    RunError for what cannot be assumed, and for contradictions.
+    """
+    given = {flag: value for flag, value in flags.items() if value is not None}
+    gpus = given.get("gpus", here.gpus if here else 1)
+    for flag in ("gpu_memory", "pcie", "gpu_tflops", "gpu_link"):
+        if not gpus and flag in given:
             raise RunError(
-                f"--{name} is missing",
-                found=", ".join(f"--{k}" for k, v in flags.items() if v is not None),
-                needed="--gpu_memory and --ram for another machine than this one",
-                fix=f"--{name} {example}",
+                "a machine without GPUs has none of their memory or speed",
+                found=f"--gpus 0 with --{flag}",
+                fix=f"leave --{flag} out, or give --gpus",
             )
-    nvme = _size(flags, "nvme", here.nvme if here else 0, zero=True)
-    base = here or Box(
-        gpus=int(gpus),
-        gpu_memory=0,
-        ram=0,
-        nvme=nvme,
-        nvme_read=DISK[0],
-        nvme_write=DISK[1],
-        pcie=DEFAULT[1],
-        link=_rate(flags, "pcie", DEFAULT[2]),
-        flops=DEFAULT[0] if gpus else CPU_FLOPS,
-        ram_rate=RAM_RATE,
-        name="by flags",
+    assumed = []
+    if here is None:
+        for flag, example in (("gpu_memory", "80GB"), ("ram", "256GB")):
+            if flag not in given and (gpus or flag == "ram"):
+                raise RunError(
+                    f"--{flag} is missing",
+                    found=", ".join(f"--{name}" for name in given),
+                    needed="--gpu_memory and --ram for another machine than this one",
+                    fix=f"--{flag} {example}",
+                )
+        here = Machine(gpus, link=given.get("pcie", Machine.link))
+        if not gpus:
+            here.flops = CPU_FLOPS
+        assumed = _assumptions(given, here)
+    if given.get("nodes", 1) > 1 and "network" not in given:
+        assumed.append(f"{here.network / 1e9:.0f} GB/s between machines (--network)")
+    if "gpu_tflops" in given:
+        given["flops"] = given.pop("gpu_tflops") * 1e12
+    if "gpu_link" in given:
+        given["link"] = given.pop("gpu_link")
+    assumption = ["assumed: " + ", ".join(assumed)] if assumed else []
+    return replace(here, **given, notes=here.notes + assumption)
+
+
+def _assumptions(given: Mapping[str, Any], machine: Machine) -> list[str]:
+    rows = (
+        ("gpu_tflops", machine.gpus, f"{machine.flops / 1e12:.0f} TFLOP/s"),
+        ("pcie", machine.gpus, f"PCIe {machine.pcie / 1e9:.0f} GB/s"),
+        ("nvme_read", given.get("nvme"), f"NVMe {_disk_rates()}"),
+        ("ram_rate", True, f"RAM {machine.ram_rate / 1e9:.0f} GB/s"),
     )
-    assumed = (
-        []
-        if here
-        else [
-            f"{text} (--{flag})"
-            for flag, text, matters in (
-                ("gpu_tflops", f"{DEFAULT[0] / 1e12:.0f} TFLOP/s", gpus),
-                ("pcie", f"PCIe {DEFAULT[1] / 1e9:.0f} GB/s", gpus),
-                (
-                    "nvme_read",
-                    f"NVMe {DISK[0] / 1e9:.0f} GB/s read, {DISK[1] / 1e9:.0f} written",
-                    nvme,
-                ),
-                ("ram_rate", f"RAM {RAM_RATE / 1e9:.0f} GB/s", True),
-            )
-            if matters and flags.get(flag) is None
-        ]
-    )
-    assumed += [f"{CPU_FLOPS / 1e12:.1f} TFLOP/s of the CPU"] * (not gpus and not here)
-    assumed += [f"{NETWORK / 1e9:.0f} GB/s between machines (--network)"] * (
-        nodes > 1 and flags.get("network") is None
-    )
-    notes = ([*here.notes] if here else []) + (
-        ["assumed: " + ", ".join(assumed)] if assumed else []
-    )
-    return replace(
-        base,
-        gpus=int(gpus),
-        gpu_memory=_size(flags, "gpu_memory", base.gpu_memory),
-        ram=_size(flags, "ram", base.ram),
-        nvme=nvme,
-        nvme_read=_rate(flags, "nvme_read", base.nvme_read),
-        nvme_write=_rate(flags, "nvme_write", base.nvme_write),
-        pcie=_rate(flags, "pcie", base.pcie),
-        link=_rate(flags, "gpu_link", base.link),
-        flops=_number(flags, "gpu_tflops", base.flops / 1e12, 0.01) * 1e12,
-        ram_rate=_rate(flags, "ram_rate", base.ram_rate),
-        network=_rate(flags, "network", NETWORK),
-        nodes=int(nodes),
-        notes=notes,
-    )
+    assumed = [
+        f"{text} (--{flag})" for flag, matters, text in rows if matters and flag not in given
+    ]
+    return assumed + ([] if machine.gpus else [f"{machine.flops / 1e12:.1f} TFLOP/s of the CPU"])

@@ -1,140 +1,169 @@
-"""A run is held against its plan: what was predicted for it, and at its end what was measured. plan.json in the run directory."""
+"""A run's plan beside what was measured: at the start, at the end, and in plan.json.
+
+Does not import torch.
+"""
 
 import json
 import statistics
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint.checkpoints import gathered
-from trainer.errors import RunError, is_main_process, say, table
-from trainer.plan import estimate, machine, model_shapes
+from trainer.config.ds_config import DeepSpeedConfig
+from trainer.config.settings import Settings
+from trainer.console import say, table
+from trainer.distributed import all_gather_object, is_main_process
+from trainer.errors import RunError
+from trainer.plan import model_shapes
+from trainer.plan.estimate import GIB, Prediction
+from trainer.plan.machine import probe
+from trainer.plan.workload import TrainingJob
+from trainer.run_dir import RunDirectory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PretrainedConfig
 
 LIMIT = 0.15  # relative error from which a warning is printed
-SETTLED = 6  # updates that are not counted: compilation, ZeRO's trace, the layers that keep their activations
-GIB = 2**30
+# The first steps are not counted: compilation, ZeRO's trace, and the choice of the layers that
+# keep their activations.
+SETTLED_STEPS = 6
+# What is compared: (name, unit, size of the unit).
+QUANTITIES = {
+    "gpu_bytes": ("GPU peak", "GiB", GIB),
+    "host_bytes": ("RAM peak", "GiB", GIB),
+    "nvme_bytes": ("NVMe", "GB", 1e9),
+    "step_s": ("optimizer step", "s", 1),
+}
 
 
-class Held:
-    """The prediction of one run. config: the resolved DeepSpeed configuration; ranks: (all, on this machine); lengths: tokens of each
-    training row; labelled: share of tokens that are trained."""
+@dataclass
+class PlannedRun:
+    """What a run's plan is made from.
 
-    def __init__(
-        self, directory, settings, config, model_config, precision, gpu, ranks, lengths, labelled
-    ):
-        self.path, self.found = Path(directory) / "plan.json", None
-        chosen = gathered(
-            [
-                settings.deepspeed,
-                settings.per_device_train_batch_size,
-                settings.gradient_accumulation_steps,
-            ]
-        )
-        if any(c != chosen[0] for c in chosen):
-            raise RunError(
-                "--deepspeed auto chose differently on the machines of this run",
-                found="; ".join(map(str, chosen)),
-                needed="machines that are alike",
-                fix="--deepspeed NAME.json and --per_device_train_batch_size N",
-            )
+    config: "auto" values resolved or not. world_size, ranks_here: ranks of all machines, and of
+    this one. lengths: tokens of each training row. labelled_share: of tokens with a loss.
+    """
+
+    settings: Settings
+    config: DeepSpeedConfig
+    model_config: "PretrainedConfig"
+    precision: str
+    gpu: bool
+    world_size: int
+    ranks_here: int
+    lengths: "np.ndarray"
+    labelled_share: float
+
+    def predict(self) -> Prediction:
+        """Return the prediction. Raises RunError for a model that the plan does not know."""
+        settings = self.settings
+        model = model_shapes.from_dict(self.model_config.to_dict(), "model")
+        machine = probe(settings.nvme_path, self.ranks_here if self.gpu else 0)
+        machine.nodes = self.world_size // self.ranks_here
+        if not self.gpu:  # its ranks share the CPU
+            machine.flops /= self.ranks_here
+        job = TrainingJob.of_run(settings, model, self.precision, self.gpu)
+        job.longest = None if settings.packing else int(self.lengths.max())
+        job.mean, job.labelled = self.mean_length(), self.labelled_share
+        return Prediction(job, machine, self.config, *_batch(settings))
+
+    def mean_length(self) -> float:
+        """Return the tokens of an average row with its padding."""
+        settings, lengths = self.settings, self.lengths
+        if settings.packing:
+            return settings.max_length
+        if settings.train_sampling_strategy == "group_by_length":
+            return float(lengths.mean())
+        # A row is as long as the longest one beside it.
+        rows = min(settings.per_device_train_batch_size, len(lengths))
+        batches = lengths[: len(lengths) // rows * rows].reshape(-1, rows)
+        return float(batches.max(1).mean())
+
+
+class PlanReport:
+    """The prediction for one run, and its comparison with the run."""
+
+    def __init__(self, run: RunDirectory, planned: PlannedRun) -> None:
+        """Print the plan. Every rank calls it.
+
+        Raises RunError where --deepspeed auto chose differently on two machines.
+        """
+        self.path = run.plan
+        self.predicted: dict[str, float] = {}
+        _check_alike(planned.settings)
         if not is_main_process():
             return
-        micro, longest, mean = (
-            settings.per_device_train_batch_size,
-            int(lengths.max()),
-            float(lengths.mean()),
-        )
-        if settings.packing:
-            longest = mean = settings.max_length
-        elif (
-            settings.train_sampling_strategy != "group_by_length"
-        ):  # a row is as long as the longest beside it
-            some = lengths[: len(lengths) // micro * micro] if len(lengths) >= micro else lengths
-            mean = float(some.reshape(-1, min(micro, len(some))).max(1).mean())
         try:
-            model = model_shapes.from_dict(model_config.to_dict(), "model")
-            spec = machine.probe(settings.nvme_path, ranks[1] if gpu else 0)
-            spec.nodes = ranks[0] // ranks[1]
-            if not gpu:  # ranks that share one CPU
-                spec.flops /= ranks[1]
-            job = replace(
-                estimate.job_of(settings, model, precision, gpu),
-                longest=longest,
-                mean=mean,
-                labelled=labelled,
-            )
-            self.found = estimate.prediction(
-                job, spec, config, micro, settings.gradient_accumulation_steps
-            )
+            prediction = planned.predict()
         except RunError as error:
             say(f"plan: none, {str(error).splitlines()[0]}")
             return
-        totals = {tier: sum(self.found[tier].values()) for tier in ("gpu", "host", "nvme")}
-        say(
-            "plan: "
-            + (f"GPU {totals['gpu'] / GIB:.1f} GiB, " if gpu else "")
-            + f"RAM {totals['host'] / GIB:.1f} GiB, "
-            + (f"NVMe {totals['nvme'] / 1e9:.1f} GB, " if totals["nvme"] else "")
-            + f"{self.found['step_s']:.3g} s an update"
-        )
-        self.predicted = {
-            "gpu_bytes": totals["gpu"],
-            "host_bytes": totals["host"],
-            "nvme_bytes": totals["nvme"],
-            "step_s": self.found["step_s"],
+        self.predicted = {f"{tier}_bytes": size for tier, size in prediction.totals.items()}
+        sizes = [
+            f"{name.removesuffix(' peak')} {self.predicted[key] / scale:.1f} {unit}, "
+            for key, (name, unit, scale) in QUANTITIES.items()
+            if self.predicted.get(key)
+        ]
+        self.predicted["step_s"] = prediction.step_s
+        say(f"plan: {''.join(sizes)}{prediction.step_s:.3g} s a step")
+        self.details = {
+            **prediction.tiers,
+            "time_s": prediction.time,
+            "kept_layers": prediction.kept_layers,
         }
         self._write({})
 
-    def _write(self, measured):
-        error = {k: measured[k] / v - 1 for k, v in self.predicted.items() if v and measured.get(k)}
-        content = {
-            "predicted": self.predicted,
-            "measured": measured,
-            "error": {k: round(v, 4) for k, v in error.items()},
-            "gpu": self.found["gpu"],
-            "host": self.found["host"],
-            "nvme": self.found["nvme"],
-            "time_s": self.found["time"],
-            "kept_layers": self.found["kept_layers"],
+    def _write(self, measured: dict[str, float]) -> dict[str, float]:
+        """Write plan.json and return the relative error of each quantity that was measured."""
+        error = {
+            name: round(measured[name] / size - 1, 4)
+            for name, size in self.predicted.items()
+            if size and measured.get(name)
         }
+        content = {"predicted": self.predicted, "measured": measured, "error": error}
         try:
-            self.path.write_text(json.dumps(content, indent=1))
+            self.path.write_text(json.dumps({**content, **self.details}, indent=1))
         except OSError as problem:  # a full disk: the run can go on without it
-            print(f"warning: {self.path}: {problem.strerror}", flush=True)
+            say(f"warning: {self.path}: {problem.strerror}")
         return error
 
-    def compare(self, records, host_bytes, nvme_bytes):
-        """At the end. records: of metrics.jsonl; host_bytes: the peaks of all ranks here; nvme_bytes: of the swap files here."""
-        if self.found is None:
+    def compare(
+        self, records: Sequence[dict[str, Any]], host_bytes: float, nvme_bytes: float
+    ) -> None:
+        """Print and write plan and measurement, at the end of a run.
+
+        records: of metrics.jsonl. host_bytes: the sum of the peaks of all ranks on this machine.
+        nvme_bytes: of the swap files on this machine.
+        """
+        if not self.predicted:
             return
-        steps = [r["step_s"] for r in records if r.get("step_s")]
-        gpu = [r["gpu_mem_gib"] for r in records if r.get("gpu_mem_gib")]
-        measured = {"host_bytes": host_bytes}
-        if len(steps) > SETTLED:
-            measured["step_s"] = statistics.median(steps[SETTLED:])
-        if gpu and self.predicted["gpu_bytes"]:
-            measured["gpu_bytes"] = max(gpu) * GIB
-        if nvme_bytes:
-            measured["nvme_bytes"] = nvme_bytes
-        error = self._write(measured)
-        names = {
-            "gpu_bytes": ("GPU peak, GiB", GIB),
-            "host_bytes": ("RAM peak, GiB", GIB),
-            "nvme_bytes": ("NVMe, GB", 1e9),
-            "step_s": ("an update, s", 1),
-        }
-        rows = [("", "planned", "measured", "off by")] + [
-            (
-                names[k][0],
-                f"{self.predicted[k] / names[k][1]:.3g}",
-                f"{measured[k] / names[k][1]:.3g}",
-                f"{error[k]:+.0%}",
-            )
-            for k in names
-            if k in error
-        ]
-        print(f"\n{table(rows)}")
-        for key in error:
-            if abs(error[key]) > LIMIT:
-                print(
-                    f"warning: {names[key][0].split(',')[0]} is {error[key]:+.0%} off the plan ({self.path})"
-                )
+        steps = [record["step_s"] for record in records if record.get("step_s")]
+        gpu = max((record.get("gpu_mem_gib") or 0 for record in records), default=0)
+        measured = {"gpu_bytes": gpu * GIB, "host_bytes": host_bytes, "nvme_bytes": nvme_bytes}
+        if len(steps) > SETTLED_STEPS:
+            measured["step_s"] = statistics.median(steps[SETTLED_STEPS:])
+        rows = [["", "planned", "measured", "off by"]]
+        warnings = ""
+        for key, relative in self._write(measured).items():
+            name, unit, scale = QUANTITIES[key]
+            values = (f"{size[key] / scale:.3g}" for size in (self.predicted, measured))
+            rows.append([f"{name}, {unit}", *values, f"{relative:+.0%}"])
+            if abs(relative) > LIMIT:
+                warnings += f"\nwarning: {name} is {relative:+.0%} off the plan ({self.path})"
+        say(f"\n{table(rows)}{warnings}")
+
+
+def _batch(settings: Settings) -> tuple[int, int]:
+    return settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+
+
+def _check_alike(settings: Settings) -> None:
+    choices = all_gather_object([settings.deepspeed, *_batch(settings)])
+    if any(choice != choices[0] for choice in choices):
+        raise RunError(
+            "--deepspeed auto chose differently on the machines of this run",
+            found="; ".join(map(str, choices)),
+            needed="machines that are alike",
+            fix="--deepspeed NAME.json and --per_device_train_batch_size N",
+        )

@@ -1,0 +1,144 @@
+"""How long an optimizer step takes. Rates are bytes or operations a second, times are seconds.
+
+Constants were measured where it says so. Does not import torch.
+"""
+
+import math
+
+from trainer.plan.workload import Workload
+
+# Of the rate of a large product, what a pass over the layers reaches. GPU: bf16 8192³. EFFICIENCY
+# and TENSOR were fitted together to 41 runs on H100 and H200 (docs/planning.md): 1.5B to 70B,
+# full and LoRA, 1 to 16 rows. CPU: fp32 by numpy; 135M and tiny Llamas, two cores.
+EFFICIENCY = 0.77
+EFFICIENCY_CPU = 0.7
+# Seconds of the host for each trained tensor in an optimizer step on a GPU. DeepSpeed goes through
+# all gradients in Python: it hooks, gathers, norms and clears them one by one, and the GPU waits.
+TENSOR = 0.34e-3
+FULL_TENSORS = 9  # that a full fine-tune trains in a layer: seven matrices, two norms
+# Of the bf16 rate: fp32 products without TF32, 67 of 990 TFLOP/s (NVIDIA's H100 data sheet).
+FP32 = 1 / 15
+# Seconds of Python that ZeRO-3's hooks take for a module and pass on a CPU (135M and tiny Llamas).
+# A GPU computes longer, and its layers are fetched as wholes.
+HOOKS = 0.37e-3
+# Modules of a Llama's layer: 7 maps, attention, MLP, activation, norms, itself; with PEFT a map is
+# five.
+MODULES = {"full": 13, "lora": 41}
+# RAM traffic of a parameter in the CPU's step (engine/adam.c), by itemsize.
+STEP_BYTES = {2: 28, 4: 32}
+# GPU memory traffic of a parameter in DeepSpeed's own step (stage3.py): norm of the gradient 10,
+# its flat copy 4 and fp32 copy 6, clipping 8, Adam 28, the new weight 6.
+GPU_STEP_BYTES = 62
+# GPU memory traffic of an element of the head's fp32 gradient, to which Liger's loss adds each
+# chunk. Fitted to the full fine-tunes among those runs: 3.6B with 4 to 16 rows has 24 or 32 chunks.
+HEAD_BYTES = 16
+HBM = 2.5e12  # of a GPU's memory, by plain kernels, H100
+
+
+def step_seconds(work: Workload, kept: int) -> tuple[dict[str, float], float]:
+    """Return the times of an optimizer step's parts if each were alone, and the step's own time.
+
+    kept: layers that keep their activations.
+
+    A pass over the layers takes as long as computing or as moving them, whichever is longer, and
+    the first one of a step not less than the CPU's optimizer step beside it. Embedding and head,
+    which nothing prefetches, the loss, and on a GPU the host's time for each tensor are added.
+    """
+    machine, accumulation, itemsize = work.machine, work.accumulation, work.itemsize
+    forward, backward, loss = _compute(work, kept)
+    layers, embeddings = _fetch(work)
+    gradients = read = host = 0.0
+    if work.job.full and work.on_gpu and work.optimizer_on != "none":
+        gradients = work.shapes.trainable * itemsize / work.ranks / machine.pcie
+    if work.params_on == "nvme":
+        size = work.model.parameters * itemsize
+        read = size * machine.ranks_here / work.ranks / machine.nvme_read
+    if work.on_gpu:
+        tensors = FULL_TENSORS if work.job.full else 2 * len(work.job.adapters)
+        host = TENSOR * work.model.layers * tensors
+    back = max(layers, gradients)
+    first_pass = max(forward, layers, read)
+    micro_batch = first_pass + loss + embeddings + max(backward, back, read) + embeddings / 2
+    step, io = _optimizer(work)
+    exposed = step
+    overlaps = work.job.fused_step and work.job.overlap_step
+    if overlaps and work.params_on == work.optimizer_on == "cpu":
+        exposed = max(step - first_pass, 0)
+    times = {
+        "compute": accumulation * (forward + backward + loss),
+        "transfer": accumulation * (layers + back + 1.5 * embeddings),
+        "optimizer": step + host,
+        "io": io + 2 * accumulation * read,
+    }
+    return times, accumulation * micro_batch + max(exposed, io) + host
+
+
+def _compute(work: Workload, kept: int) -> tuple[float, float, float]:
+    """Return the arithmetic of a micro-batch: forward, backward, loss.
+
+    Backward: the gradient of the input, and of the weights in a full fine-tune. Attention has five
+    products there and two in the forward pass (FlashAttention, algorithm 4 of arXiv 2205.14135).
+    Layers that keep nothing go forward once more, but for their last matrix (modeling/linear.py).
+    The loss makes its gradients in the forward pass.
+    """
+    job, model, machine, itemsize = work.job, work.model, work.machine, work.itemsize
+    row = job.mean or job.max_length
+    tokens = work.micro_batch * row
+    rate, bandwidth = machine.flops * EFFICIENCY_CPU, machine.ram_rate
+    if work.on_gpu:
+        rate, bandwidth = machine.flops * EFFICIENCY * (FP32 if itemsize == 4 else 1), HBM
+    # Seconds of one parameter of every layer, and of one byte.
+    product, traffic = (model.layers * tokens * n for n in (2 / rate, 1 / bandwidth))
+    attention = product * row * model.query
+    matrices = product * sum(model.matrix_sizes)
+    # An adapter reads its matrix's input once more, and reads and writes its output; backward
+    # twice that.
+    widths = (model.matrices[name] for name in ([] if job.full else job.adapters))
+    adapters = traffic * itemsize * sum(columns + 2 * rows for rows, columns in widths)
+    loss = tokens * 2 * model.embedding * (3 if job.full else 2) / rate
+    if job.full and work.on_gpu:
+        chunks = math.ceil(tokens / model.loss_chunk(tokens))
+        loss += chunks * model.embedding * HEAD_BYTES / HBM
+    forward = matrices + attention + adapters
+    again = (forward - product * model.matrix_sizes[-1]) * (1 - kept / model.layers)
+    backward = matrices * (2 if job.full else 1) + 2.5 * attention + 2 * adapters + again
+    if not work.on_gpu:
+        hooks = model.layers * MODULES[job.method] * HOOKS
+        forward += hooks
+        backward += hooks * (1 + job.gradient_checkpointing)
+    return forward, backward, loss
+
+
+def _fetch(work: Workload) -> tuple[float, float]:
+    """Return the time to bring weights to the GPUs: the layers of a pass; embedding and head."""
+    machine, itemsize = work.machine, work.itemsize
+    layer_bytes = work.model.layers * work.shapes.layer * itemsize
+    embedding_bytes = work.model.embedding * itemsize
+    layers = embeddings = 0.0
+    if work.on_gpu and work.params_on != "none":
+        pcie = work.ranks * machine.pcie
+        layers = layer_bytes / pcie
+        embeddings = (2 - work.model.tied) * embedding_bytes / pcie
+    routes = []  # rate, and the share of the weights that comes by it
+    if work.ranks > 1 and work.on_gpu:
+        routes.append((machine.link, 1))
+    if machine.nodes > 1:  # what is on the other machines comes in once
+        routes.append((machine.network, 1 - 1 / machine.nodes))
+    for rate, share in routes:
+        layers = max(layers, layer_bytes * share / rate)
+        embeddings += 2 * embedding_bytes * share / rate
+    return layers, embeddings
+
+
+def _optimizer(work: Workload) -> tuple[float, float]:
+    """Return the time of the optimizer's arithmetic, and of its reads and writes on NVMe."""
+    machine, io = work.machine, 0.0
+    step = work.trainable * STEP_BYTES[work.itemsize] * machine.ranks_here / machine.ram_rate
+    if work.on_gpu and work.optimizer_on == "none":
+        step = work.trainable * GPU_STEP_BYTES / HBM
+    if work.optimizer_on == "nvme":
+        # Read and written at once, but by one disk: 57.7 GB each way took 47 s on one that alone
+        # reads 1.91 and writes 2.96 GB/s.
+        read = work.swap_bytes / machine.nvme_read
+        io = work.trainable * machine.ranks_here * (read + work.written_bytes / machine.nvme_write)
+    return step, io

@@ -1,0 +1,123 @@
+"""What the plan's formulas take: a training job, on a machine, with a configuration and a batch.
+
+Does not import torch.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
+from trainer.config.settings import Settings
+from trainer.plan.machine import Machine
+from trainer.plan.model_shapes import ModelSpec
+
+# DeepSpeed's own values, for a JSON that leaves the key out.
+DEFAULTS = {
+    "reduce_bucket_size": 5 * 10**8,
+    "sub_group_size": 10**9,
+    "stage3_max_live_parameters": 10**9,
+    "stage3_param_persistence_threshold": 10**5,
+}
+JOB_FLAGS = ("method", "lora_r", "lora_target_modules", "max_length", "activation_offload")
+
+
+@dataclass
+class TrainingJob:
+    """A model and how it is trained. The fields are the flags of the same names, and these:
+
+    tokens_per_step: of an optimizer step on all ranks; None: one micro-batch on each.
+    dataset_tokens: of one epoch. kept_layers: None: as many as fit a GPU.
+    longest: tokens of the longest row that comes, if that is less than max_length.
+    mean: tokens of an average row, with the padding that it gets in its batch.
+    labelled: share of the tokens over which the loss is taken.
+    """
+
+    model: ModelSpec
+    method: str = "full"
+    lora_r: int = 16
+    lora_target_modules: str = "all-linear"
+    max_length: int = 2048
+    precision: str = "bf16"
+    activation_offload: bool = False
+    tokens_per_step: int | None = None
+    dataset_tokens: int | None = None
+    overlap_step: bool = True
+    gradient_checkpointing: bool = True
+    fused_step: bool = True
+    kept_layers: int | None = None
+    longest: int | None = None
+    mean: float | None = None
+    labelled: float = 1.0
+
+    @classmethod
+    def of_run(
+        cls, settings: Settings, model: ModelSpec, precision: str, gpu: bool
+    ) -> "TrainingJob":
+        """Return the job of a run's settings."""
+        kept_layers = None if gpu else 0
+        if settings.kept_layers.isdigit():
+            kept_layers = int(settings.kept_layers)
+        return cls(
+            model,
+            precision=precision,
+            kept_layers=kept_layers,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            fused_step=settings.optimizes("fused_step"),
+            overlap_step=settings.optimizes("overlap_step", gains=gpu),
+            **{flag: settings.values[flag] for flag in JOB_FLAGS},
+        )
+
+    @property
+    def full(self) -> bool:
+        """Whether all parameters are trained."""
+        return self.method == "full"
+
+    @functools.cached_property
+    def adapters(self) -> dict[str, tuple[int, int]]:
+        """The adapters of a layer, as ModelSpec.adapters returns them; {} in a full fine-tune."""
+        return {} if self.full else self.model.adapters(self.lora_r, self.lora_target_modules)
+
+    @functools.cached_property
+    def shapes(self) -> ZeroShapes:
+        """The sizes that ZeRO sees."""
+        return self.model.shapes(self.precision, self.adapters)
+
+
+@dataclass
+class Workload:
+    """A job on a machine with a configuration. micro_batch: rows of one rank.
+
+    config: its "auto" values are resolved here. params_on, optimizer_on: "none" (the GPU), "cpu"
+    or "nvme". buffers: bytes of one rank, for parameters and optimizer on NVMe. trainable:
+    parameters that one rank's optimizer has. machine_share: of all ranks, those of one machine.
+    tokens: of the largest micro-batch that comes. layer_bytes, input_bytes: activations of one
+    decoder layer, and its input alone. swap_bytes: on NVMe, of a trained parameter whose optimizer
+    state is there. written_bytes: to NVMe, of a trained parameter in an optimizer step.
+    """
+
+    job: TrainingJob
+    machine: Machine
+    config: DeepSpeedConfig
+    micro_batch: int
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        job, machine = self.job, self.machine
+        self.model, self.shapes, self.itemsize = job.model, job.shapes, job.shapes.itemsize
+        self.on_gpu, self.ranks = machine.gpus > 0, machine.ranks
+        self.config = self.config.resolved(self.shapes, self.ranks, "swap", job.fused_step)
+        self.zero = {**DEFAULTS, **self.config.zero}
+        self.buffers = self.config.locked_bytes(self.shapes, self.ranks)
+        self.params_on, self.optimizer_on = map(self.config.device, ("param", "optimizer"))
+        self.trainable = self.shapes.trainable / self.ranks
+        self.machine_share = machine.ranks_here / self.ranks
+        self.tokens = self.micro_batch * min(job.longest or job.max_length, job.max_length)
+        self.layer_bytes, self.input_bytes = self.model.activations(
+            self.tokens, self.itemsize, self.on_gpu, job.full
+        )
+        # fp32 weight and two moments; the stock step writes the gradient too, and a step the
+        # parameter, where parameters are on NVMe (stage3.py, _partitioned_params_swap_out).
+        self.swap_bytes = 12 if job.fused_step else 16
+        self.written_bytes = 0
+        if self.optimizer_on == "nvme":
+            self.written_bytes = self.swap_bytes + self.itemsize * (self.params_on == "nvme")
