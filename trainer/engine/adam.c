@@ -1,9 +1,12 @@
 /* AdamW over arrays in RAM in one pass: 28 bytes a parameter of bf16, each of them once.
 
-   update: what one array needs; scale multiplies the gradient. correction1 = 1 - beta1^t, correction2 = 1 / sqrt(1 - beta2^t).
-   The threads take the next piece when they are done with one, so that a core that the machine's host lends to somebody else for a
-   moment holds up nobody, and all of the arrays are one parallel loop: waking a thread costs as much as a piece.
-   Compiled without fused multiply-add: a vector and its remainder, and any two machines, then give the same bits. */
+   update: what one array needs. scale multiplies the gradient. correction1 = 1 - beta1^t,
+   correction2 = 1 / sqrt(1 - beta2^t).
+   A thread takes the next piece when it is done with one, so a core that the machine's host lends
+   to somebody else for a moment delays nobody. All arrays are one parallel loop: waking a thread
+   costs as much as a piece.
+   Compiled without fused multiply-add: a vector and its remainder, and any two machines, then give
+   the same bits. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,9 +15,9 @@
 enum { PIECE = 1 << 16 }; /* elements: 1.8 MB, what a core's cache holds */
 
 typedef struct {
-    float *weight, *first, *second;
+    float *weight, *exp_avg, *exp_avg_sq;
     const void *grad;
-    void *low; /* the low-precision copy, of the gradient's type, or NULL */
+    void *param_lp; /* the low-precision copy, of the gradient's type, or NULL */
     int64_t size, left; /* elements; those not updated yet */
     float scale, lr, beta1, beta2, eps, decay, correction1, correction2;
 } update;
@@ -43,24 +46,26 @@ static inline uint16_t store_bf16(float x) /* to the nearest, ties to even, as t
 #define VERSIONS
 #endif
 
-#define KERNEL(name, type, load, store)                                                                              \
-    VERSIONS static void name(const update *u, int64_t from, int64_t to)                                             \
-    {                                                                                                                \
-        float *restrict weight = u->weight, *restrict first = u->first, *restrict second = u->second;                \
-        const type *restrict grad = u->grad;                                                                         \
-        type *restrict low = u->low;                                                                                 \
-        const float scale = u->scale, beta1 = u->beta1, beta2 = u->beta2, eps = u->eps, step = u->lr / u->correction1; \
-        const float kept = 1 - u->lr * u->decay, correction2 = u->correction2;                                       \
-        for (int64_t i = from; i < to; i++) {                                                                        \
-            const float g = load(grad[i]) * scale;                                                                   \
-            const float m = beta1 * first[i] + (1 - beta1) * g;                                                      \
-            const float v = beta2 * second[i] + (1 - beta2) * g * g;                                                 \
-            const float w = weight[i] * kept - step * (m / (sqrtf(v) * correction2 + eps));                          \
-            first[i] = m;                                                                                            \
-            second[i] = v;                                                                                           \
-            weight[i] = w;                                                                                           \
-            if (low) low[i] = store(w);                                                                              \
-        }                                                                                                            \
+#define KERNEL(name, type, load, store)                                                             \
+    VERSIONS static void name(const update *u, int64_t from, int64_t to)                            \
+    {                                                                                               \
+        float *restrict weight = u->weight;                                                         \
+        float *restrict exp_avg = u->exp_avg, *restrict exp_avg_sq = u->exp_avg_sq;                 \
+        const type *restrict grad = u->grad;                                                        \
+        type *restrict param_lp = u->param_lp;                                                      \
+        const float scale = u->scale, beta1 = u->beta1, beta2 = u->beta2, eps = u->eps;             \
+        const float step = u->lr / u->correction1, correction2 = u->correction2;                    \
+        const float kept = 1 - u->lr * u->decay;                                                    \
+        for (int64_t i = from; i < to; i++) {                                                       \
+            const float g = load(grad[i]) * scale;                                                  \
+            const float m = beta1 * exp_avg[i] + (1 - beta1) * g;                                   \
+            const float v = beta2 * exp_avg_sq[i] + (1 - beta2) * g * g;                            \
+            const float w = weight[i] * kept - step * (m / (sqrtf(v) * correction2 + eps));         \
+            exp_avg[i] = m;                                                                         \
+            exp_avg_sq[i] = v;                                                                      \
+            weight[i] = w;                                                                          \
+            if (param_lp) param_lp[i] = store(w);                                                   \
+        }                                                                                           \
     }
 
 KERNEL(run_float, float, load_float, store_float)

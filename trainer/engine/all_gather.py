@@ -1,89 +1,98 @@
-"""The way of partitioned parameters in RAM to several GPUs, for DeepSpeed 0.19.8.
+"""Partitioned parameters in RAM on their way to several GPUs, for DeepSpeed 0.19.8.
 
-The stock engine copies each parameter's part to the GPU while the host stands still, joins the parts, gathers them from all ranks and
-copies each parameter out of the whole, in one stream, one after the other. Here the parts are copied in a stream of their own, each
-to its place in the parameter, where it is gathered: nothing waits but the gathering for its own layer's copy, and nothing is copied
-twice. (runtime/zero/partition_parameters.py: all_gather_coalesced)
+The stock engine copies each parameter's shard to the GPU while the host waits, joins the shards,
+gathers them from all ranks and copies each parameter out of the whole, one after the other in one
+stream. Here the shards are copied in a stream of their own, each to its place in the parameter,
+where it is gathered: only the gathering of a layer waits for that layer's copy, and nothing is
+copied twice (runtime/zero/partition_parameters.py, all_gather_coalesced).
 """
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, get_allgather_dtype
 
-
-def install():
-    """Every parameter that is partitioned from now on is gathered this way, where `_plain` finds nothing special about it."""
-    convert_plain = Init._convert_to_deepspeed_param
-
-    @functools.wraps(convert_plain)
-    def convert(self, param):
-        convert_plain(self, param)
-        param.all_gather_coalesced = functools.partial(_gather, self, param.all_gather_coalesced)
-
-    Init._convert_to_deepspeed_param = convert
-    return "parameters are copied to the GPUs and gathered side by side"
+accelerator: Any = get_accelerator()
+_stock_convert_to_deepspeed_param = Init._convert_to_deepspeed_param
 
 
-def _plain(param):
+def convert_to_deepspeed_param(self: Init, param: Any) -> None:
+    """Partition a parameter as the stock engine does, and gather it by `all_gather_coalesced`."""
+    _stock_convert_to_deepspeed_param(self, param)
+    param.all_gather_coalesced = functools.partial(
+        all_gather_coalesced, self, param.all_gather_coalesced
+    )
+
+
+def _is_plain(param: Any) -> bool:
+    """Return whether a parameter is in RAM, not quantized, and gathered in its own type."""
     return (
         param.ds_secondary_tensor is None
-        and param.nvme_swapper is None
         and not param.ds_tensor.is_cuda
         and not hasattr(param.ds_tensor, "ds_quant_scale")
         and get_allgather_dtype(param, param.ds_tensor) == param.ds_tensor.dtype
     )
 
 
-def _gather(init, stock, params, safe_mode=False, quantize=False):
+def all_gather_coalesced(
+    init: Any, stock: Any, params: list[Any], safe_mode: bool = False, quantize: bool = False
+) -> Any:
+    """Start gathering these parameters on all ranks. Return the handle to wait with.
+
+    stock: DeepSpeed's own function, which takes what is not plain.
+    """
     params = sorted(params, key=lambda p: p.ds_id)
-    groups = {id(init.get_partition_dp_group(p)) for p in params}
+    group, ranks = init.get_partition_dp_group(params[0]), init._partition_world_size(params[0])
     if (
-        len(groups) != 1
-        or safe_mode
+        safe_mode
         or quantize
-        or init._partition_world_size(params[0]) == 1
-        or not all(map(_plain, params))
+        or ranks == 1
+        or not all(map(_is_plain, params))
         or init.use_all_reduce_for_fetch_params
     ):
         return stock(params, safe_mode=safe_mode, quantize=quantize)
-    init._ensure_availability_of_partitioned_params(params)
-    group, ranks = init.get_partition_dp_group(params[0]), init._partition_world_size(params[0])
     rank = init._partition_rank(params[0])
-    device, copies, own = torch.device(get_accelerator().current_device_name()), _copies(), []
-    # What is made in this stream is first used in it, so a copy need not wait for any other; free_param holds memory back until the
-    # compute stream is done with it, and that waits for the gathering.
-    with get_accelerator().stream(copies):
+    init._ensure_availability_of_partitioned_params(params)
+    device, copy_stream = torch.device(accelerator.current_device_name()), _copy_stream()
+    gathered: list[tuple[torch.Tensor, torch.Tensor]] = []  # a whole parameter, and our shard of it
+    # Memory that is taken in this stream is first used in it, so a copy need not wait for any other
+    # stream. free_param holds memory back until the compute stream is done with it, and that one
+    # waits for the gathering.
+    with accelerator.stream(copy_stream):
         for param in params:
-            part = param.ds_tensor
-            whole = torch.empty(part.numel() * ranks, dtype=part.dtype, device=device)
-            own.append((whole, whole.narrow(0, part.numel() * rank, part.numel())))
-            own[-1][1].copy_(part, non_blocking=True)
+            shard = param.ds_tensor
+            whole = torch.empty(shard.numel() * ranks, dtype=shard.dtype, device=device)
+            place = whole.narrow(0, shard.numel() * rank, shard.numel())
+            place.copy_(shard, non_blocking=True)
+            gathered.append((whole, place))
             param.data = whole.narrow(0, 0, param.ds_numel).view(param.ds_shape)
             param.ds_status = ZeroParamStatus.INFLIGHT
-    if copies is not None:
-        torch.cuda.current_stream().wait_stream(copies)
+    if copy_stream is not None:
+        torch.cuda.current_stream().wait_stream(copy_stream)
     with dist._coalescing_manager(group, async_ops=True) as work:
-        for whole, part in own:
-            dist.all_gather_into_tensor(whole, part, group)
-    return _Gathered(params, work)
+        for whole, place in gathered:
+            dist.all_gather_into_tensor(whole, place, group)
+    return AllGatherHandle(params, work)
 
 
 @functools.cache
-def _copies():
-    return torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None
+def _copy_stream() -> "torch.cuda.Stream | None":
+    return torch.cuda.Stream() if accelerator.device_name() == "cuda" else None
 
 
-class _Gathered:
-    """DeepSpeed's handle of a gathering."""
+@dataclass
+class AllGatherHandle:
+    """What DeepSpeed waits with. params: those that are under way; work: torch's handle."""
 
-    def __init__(self, params, work):
-        self.params, self.work = params, work
+    params: list[Any]
+    work: Any
 
-    def wait(self, handle_dependency=True):
-        """The current stream waits for it."""
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Let the current stream wait until the parameters are there."""
         if self.work:
             self.work.wait()
             for param in self.params:

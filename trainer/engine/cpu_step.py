@@ -1,82 +1,71 @@
-"""The way of a gradient to the host, and the optimizer's step there, for DeepSpeed 0.19.8 with the optimizer in RAM or on NVMe.
+"""Gradients on their way to the host, and the optimizer step there, for DeepSpeed 0.19.8.
 
-The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there and copies it once more: 8 bytes
-a parameter over PCIe, 4 of host memory, and then three passes over all of it (scale, Adam, cast). Here it is copied once, as it is;
-its norm is taken where it was made; and one pass (adam.c) scales, steps and casts. On NVMe the stock engine writes the fp32 copy too
-and reads it back: 16 bytes a parameter each way, where weight and moments are 12. (runtime/zero/stage3.py: partition_grads,
-_optimizer_step, unscale_and_clip_grads)
+The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there
+and copies it once more: 8 bytes a parameter over PCIe, 4 of host memory. Then it makes three passes
+over all of it: scale, Adam, cast. Here a gradient is copied once, as it is; its norm is taken where
+it was made; and one pass (adam.c) scales, steps and casts. With the optimizer on NVMe the stock
+engine also writes the fp32 copy and reads it back: 16 bytes a parameter each way, where weight and
+moments are 12 (runtime/zero/stage3.py: partition_grads, _optimizer_step, unscale_and_clip_grads).
 """
 
 import ctypes
+import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from trainer.engine.patches import stepping
+from trainer.console import say
 from trainer.errors import RunError
 from trainer.system import ops
 
+accelerator: Any = get_accelerator()
 BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: -16}  # as adam.c has them
-SMALL = 2**22  # elements; smaller tensors that lie side by side on the host travel together
-
-
-def applies(zero):
-    """Whether this optimizer takes the plain way: AdamW by DeepSpeed's CPU kernel, fp32 master weights, data parallel."""
-    return (
-        type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3"
-        and isinstance(zero.optimizer, DeepSpeedCPUAdam)
-        and zero.offload_optimizer
-        and not getattr(zero, "zenflow", False)
-        and not zero.use_muon
-        and zero.master_weights_and_grads_dtype == torch.float32
-        and zero.optimizer.fp32_optimizer_states
-        and set(zero.subgroup_to_device.values()) == {"cpu"}
-        and not zero.torch_autocast_gradscaler
-        and zero.model_parallel_rank == 0
-        and zero.optimizer.adam_w_mode
-    )
+SMALL = 2**22  # elements; smaller tensors that are neighbours on the host are copied together
 
 
 class Update(ctypes.Structure):
     """`update` of adam.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "first", "second", "grad", "low")),
-        *((name, ctypes.c_int64) for name in ("size", "left")),
-        *(
-            (name, ctypes.c_float)
-            for name in (
-                "scale",
-                "lr",
-                "beta1",
-                "beta2",
-                "eps",
-                "decay",
-                "correction1",
-                "correction2",
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in ("weight", "exp_avg", "exp_avg_sq", "grad")),
+        ("param_lp", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("left", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "lr", "beta1", "beta2", "eps", "decay")),
+        ("correction1", ctypes.c_float),
+        ("correction2", ctypes.c_float),
     ]
 
 
-def update_of(weight, grad, state, group, scale, low=None):
-    """Adam's update of one flat tensor: fp32 weight and moments, a gradient of any of BITS, its low-precision copy of the same type.
-    state: step, counted from 1, exp_avg, exp_avg_sq. group: the optimizer's settings. scale: multiplies the gradient."""
+def update_of(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    scale: float,
+    param_lp: torch.Tensor | None = None,
+) -> Update:
+    """Return Adam's update of one flat tensor.
+
+    weight: fp32. grad: a type of BITS; param_lp: the low-precision copy of the weight, of the same
+    type. state: exp_avg, exp_avg_sq, and step, counted from 1. group: the optimizer's settings.
+    scale multiplies the gradient.
+    """
     (beta1, beta2), step = group["betas"], state["step"]
-    corrections = (
-        (1 - beta1**step, 1 / math.sqrt(1 - beta2**step)) if group["bias_correction"] else (1, 1)
-    )
     return Update(
         weight.data_ptr(),
         state["exp_avg"].data_ptr(),
         state["exp_avg_sq"].data_ptr(),
         grad.data_ptr(),
-        None if low is None else low.data_ptr(),
+        None if param_lp is None else param_lp.data_ptr(),
         weight.numel(),
         weight.numel(),
         scale,
@@ -85,182 +74,261 @@ def update_of(weight, grad, state, group, scale, low=None):
         beta2,
         group["eps"],
         group["weight_decay"],
-        *corrections,
+        1 - beta1**step,
+        1 / math.sqrt(1 - beta2**step),
     )
 
 
-def run(adam, updates, bits, threads):
-    """Make an array of them, begun in order, by so many threads. Other Python threads go on."""
+def run(adam: ctypes.CDLL, updates: Any, bits: int, threads: int) -> None:
+    """Make an array of updates, begun in their order. Other Python threads go on meanwhile."""
     adam.adam_step(updates, len(updates), bits, threads)
 
 
-def install(zero, overlap=False):
-    """Take over where `applies`. overlap: the step goes on in a thread beside the next forward pass, whose layers wait for their own
-    update only. Returns what it does, in words; nothing where it does not apply."""
+def install(zero: Any, overlap: bool) -> None:
+    """Turn this ZeRO-3 optimizer into a CpuStepOptimizer where `applies`, and say so.
+
+    overlap: the step runs in a thread beside the next forward pass, whose layers wait for their own
+    update only. Raises RunError where an optimizer on NVMe cannot be taken over: its swap space and
+    buffers have no room for gradients.
+    """
+    reason = _take_over(zero, overlap)
+    if reason is None:
+        beside = ", beside the next forward pass" if zero.cpu_step.worker else ""
+        say(f"optimizer step on the CPU: in one pass{beside}")
+    elif zero.swap_optimizer:
+        raise RunError(
+            "the fused optimizer step does not fit this run, whose optimizer is on NVMe",
+            found=reason,
+            fix="--disable_optimizations fused_step",
+        )
+    elif applies(zero):
+        say(f"optimizer step on the CPU: DeepSpeed's own, {reason}")
+
+
+def applies(zero: Any) -> bool:
+    """Return whether the optimizer is AdamW by DeepSpeed's CPU kernel on fp32 master weights."""
+    return (
+        isinstance(zero.optimizer, DeepSpeedCPUAdam)
+        and zero.optimizer.adam_w_mode
+        and zero.optimizer.fp32_optimizer_states
+        and not zero.zenflow
+        and zero.master_weights_and_grads_dtype == torch.float32
+        and set(zero.subgroup_to_device.values()) == {"cpu"}
+        and not zero.torch_autocast_gradscaler
+    )
+
+
+def _take_over(zero: Any, overlap: bool) -> str | None:
+    """Take over the optimizer and return None, or the reason why not."""
     if not applies(zero):
-        return ""
+        return type(zero.optimizer).__name__
     try:
         adam = ops.adam()
     except RunError as error:
-        return f"DeepSpeed's own, {error}"
+        return str(error)
     if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
-        return "DeepSpeed's own, this C compiler does not know fp16"
+        return "this C compiler does not know fp16"
     flats = zero.fp16_partitioned_groups_flat
-    overlap = (
-        overlap
-        and not zero.swap_optimizer
-        and all(f is not None and f.device.type == "cpu" for f in flats)
-    )
-    state = zero.host_step = _HostStep(zero, adam, overlap)
-    if overlap:
-        stepping[:] = [state]
-    names = [
-        "partition_grads",
-        "_get_norm_groups",
-        "has_overflow",
-        "reset_cpu_buffers",
-        "unscale_and_clip_grads",
-        "_optimizer_step",
-        "_reassign_or_swap_out_partitioned_parameters",
-    ]
-    for name in names + ["_partition_all_parameters", "_post_step"] * (
-        not zero.params_in_nvme_and_cpu
-    ):
-        setattr(zero, name, getattr(state, name.lstrip("_")))
+    in_ram = all(flat is not None and flat.device.type == "cpu" for flat in flats)
+    zero.cpu_step = CpuStep(zero, adam, overlap and in_ram and not zero.swap_optimizer)
+    zero.__class__ = CpuStepOptimizer
     for flat in zero.fp32_partitioned_groups_flat:
         flat.grad = None  # the fp32 copies of the gradients
     if torch.cuda.is_available():
         torch._C._host_emptyCache()
-    return "in one pass, beside the next forward pass" if overlap else "in one pass"
+    return None
 
 
-class _HostStep:
-    def __init__(self, zero, adam, overlap):
-        self.zero, self.adam = zero, adam
-        self.bits = BITS[zero.grad_partitions_flat_buffer.dtype]
-        self.table = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        self.reassign_plain, self.post_step_plain = (
-            zero._reassign_or_swap_out_partitioned_parameters,
-            zero._post_step,
-        )
-        self.real = {
-            p.ds_id
-            for group in zero.fp16_groups
-            for p in group
-            if p.partition_numel() * zero._get_param_partition_rank(p) < p.ds_numel
-        }
-        self.everything = list(zero.parameter_offload.module.parameters())
-        self.scale, self.written = 1.0, set()
-        self.queue, self.pending = {}, {}  # {sub-group: update}: to be made, being made
-        self.group_of = {p.ds_id: i for i, group in enumerate(zero.fp16_groups) for p in group}
-        # What stays on the GPU gets its new values at once.
-        self.first = {
-            self.group_of[p.ds_id] for p in zero.persistent_parameters if p.ds_id in self.group_of
-        }
-        cores = torch.get_num_threads()
-        self.threads = max(
-            1, cores - overlap
-        )  # beside the forward pass one core is left to launch the GPU's work
-        self.worker = ThreadPoolExecutor(1, "optimizer") if overlap else None
-        self.offsets, at = [], 0
-        for numel in (
-            zero.fp16_partitioned_groups_flat_numel
-        ):  # an fp32 flat on NVMe is empty until it is read
-            self.offsets.append(at)
-            at += numel
-        self.reset_cpu_buffers()
+class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
+    """DeepSpeed's optimizer with our way of a gradient and our step. `cpu_step` holds our state."""
 
-    # -- the backward pass -------------------------------------------------------------------------------------------
+    cpu_step: "CpuStep"
+
     @torch.no_grad()
-    def partition_grads(self, params, partitions):
-        zero, pairs = self.zero, []
-        self.drain()  # the gradients of the last update are done with
-        for param, part in zip(params, partitions):
-            if param.ds_id in self.real:
-                zero._offload_boundary_param_ids.add(param.ds_id)
-                held = self.table[param.ds_id].narrow(0, 0, part.numel())
-                part = part.view(-1)
-                if param.ds_id in self.seen:  # an earlier micro-batch of this update
-                    part = held.to(part.device, non_blocking=True).add_(part)
-                pairs.append((held, part))
-                self.seen.add(param.ds_id)
+    def partition_grads(self, params: list[Any], partitions: list[Any]) -> None:
+        """Copy this rank's shards of the gradients to the host. Here a gradient leaves the GPU.
+
+        params: parameters whose gradient is complete. partitions: this rank's shard of each.
+        """
+        step = self.cpu_step
+        step.wait_for_all()  # the last step still reads its gradients
+        pairs, ids = [], []
+        for param, shard in zip(params, partitions):
+            if param.ds_id in step.real:
+                on_host = step.host_gradients[param.ds_id].narrow(0, 0, shard.numel())
+                shard = shard.view(-1)
+                if param.ds_id in step.norms:  # an earlier micro-batch of this step
+                    shard = on_host.to(shard.device, non_blocking=True).add_(shard)
+                pairs.append((on_host, shard))
+                ids.append(param.ds_id)
                 if param.grad is not None and param.grad.is_cuda:
                     param.grad.record_stream(torch.cuda.current_stream())
             param.grad = None
         if pairs:
-            norms = torch._foreach_norm([part for _, part in pairs], 2, dtype=torch.float32)
-            self.norms.update(
-                zip((p.ds_id for p in params if p.ds_id in self.real), norms)
-            )  # the last word of each parameter
-        for held, parts in _runs(pairs):
-            held.copy_(parts[0] if len(parts) == 1 else torch.cat(parts), non_blocking=True)
-        return [held for held, _ in pairs]
+            norms = torch._foreach_norm([shard for _, shard in pairs], 2, dtype=torch.float32)
+            step.norms.update(zip(ids, norms))  # the last micro-batch's is the whole one
+        for on_host, shards in _join_neighbours(pairs):
+            whole = shards[0] if len(shards) == 1 else torch.cat(shards)
+            on_host.copy_(whole, non_blocking=True)
 
-    def reset_cpu_buffers(self):
-        self.norms, self.seen, self.norm = {}, set(), None
+    def reset_cpu_buffers(self) -> None:
+        """Forget the gradients of the last step."""
+        self.cpu_step.norms, self.cpu_step.total_norm = {}, None
 
-    # -- the step ----------------------------------------------------------------------------------------------------
-    def total_norm(self):
-        """The norm of all gradients on all ranks, times the loss scale; infinite or NaN where one is."""
-        if self.norm is None:
-            found = list(self.norms.values()) or [
-                torch.zeros((), device=get_accelerator().current_device_name())
-            ]
-            total = torch.stack(found).square_().sum()
-            dist.all_reduce(total, group=self.zero.dp_process_group)
-            self.norm = total.sqrt().cpu()
-        return self.norm
+    def _total_norm(self) -> torch.Tensor:
+        """Return the norm of all gradients on all ranks, times the loss scale."""
+        step = self.cpu_step
+        if step.total_norm is None:
+            norms = list(step.norms.values())
+            norms = norms or [torch.zeros((), device=accelerator.current_device_name())]
+            total = torch.stack(norms).square_().sum()
+            dist.all_reduce(total, group=self.dp_process_group)
+            step.total_norm = total.sqrt().cpu()
+        return step.total_norm
 
-    def get_norm_groups(self):
-        return [self.total_norm()]
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        return [self._total_norm()]
 
-    def has_overflow(self, partition_gradients=True):
-        return not bool(torch.isfinite(self.total_norm()))
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        """Return whether a gradient on any rank is not finite."""
+        return not torch.isfinite(self._total_norm())
 
-    def unscale_and_clip_grads(self, sub_group_id, total_norm):
-        scale = float(self.zero.loss_scale)
-        if self.zero.clip_grad > 0:
-            scale *= max(1.0, (float(total_norm) / scale + 1e-6) / self.zero.clip_grad)
-        self.scale = 1.0 / scale
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
+        """Set the factor that undoes the loss scale and clips; the step multiplies by it."""
+        scale = float(self.loss_scale)
+        if self.clip_grad > 0:
+            scale *= max(1.0, (float(total_norm) / scale + 1e-6) / self.clip_grad)
+        self.cpu_step.scale = 1.0 / scale
 
-    def optimizer_step(self, i):
-        zero = self.zero
-        flat, low = zero.fp32_partitioned_groups_flat[i], zero.fp16_partitioned_groups_flat[i]
-        group, state = (
-            dict(zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]),
-            zero.optimizer.state[flat],
-        )
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        """Queue the update of sub-group i; the last one starts all that are queued."""
+        step, i = self.cpu_step, sub_group_id
+        flat, flat_lp = self.fp32_partitioned_groups_flat[i], self.fp16_partitioned_groups_flat[i]
+        group = self.optimizer.param_groups[self.sub_group_to_group_id[i]]
+        state = self.optimizer.state[flat]
         if not state:
-            state.update(
-                step=0,
-                exp_avg=torch.zeros_like(flat, requires_grad=False),
-                exp_avg_sq=torch.zeros_like(flat, requires_grad=False),
-            )
+            exp_avg, exp_avg_sq = torch.zeros_like(flat), torch.zeros_like(flat)
+            state.update(step=0, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
         state["step"] += 1
-        for param in zero.fp16_groups[i]:
-            if param.ds_id in self.real and param.ds_id not in self.seen:
-                self.table[
-                    param.ds_id
-                ].zero_()  # no gradient this time; what lies there is an older one
-        own = (
-            low is not None
-            and low.device.type == "cpu"
-            and low.dtype == zero.grad_partitions_flat_buffer.dtype
+        for param in self.fp16_groups[i]:
+            if param.ds_id in step.real and param.ds_id not in step.norms:
+                step.host_gradients[param.ds_id].zero_()  # an older step's gradient lies there
+        buffer = self.grad_partitions_flat_buffer
+        casts = (
+            flat_lp is not None and flat_lp.device.type == "cpu" and flat_lp.dtype == buffer.dtype
         )
-        if own:
-            self.written.add(i)
-        grads = zero.grad_partitions_flat_buffer.narrow(0, self.offsets[i], flat.numel())
-        self.queue[i] = update_of(flat, grads, state, group, self.scale, low if own else None)
-        if (
-            not own or zero.swap_optimizer
-        ):  # its values go out by the stock way, or to NVMe, at once
-            self._start([i])
-        if i == len(zero.fp16_groups) - 1:  # also where its own values are out already
-            self._start([i for i in self.queue if not self.worker or i in self.first])
-            self._start(list(self.queue), self.worker)
+        if casts:
+            step.written.add(i)
+        grads = buffer.narrow(0, step.offsets[i], flat.numel())
+        step.queue[i] = update_of(flat, grads, state, group, step.scale, flat_lp if casts else None)
+        if not casts or self.swap_optimizer:
+            step.start([i])  # the stock engine or the swapper takes its values at once
+        if i == len(self.fp16_groups) - 1:
+            step.start([k for k in step.queue if not step.worker or k in step.at_once])
+            step.start(list(step.queue), step.worker)
 
-    def _start(self, groups, worker=None):
-        """Have these updates made: now, or by the worker."""
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
+        if sub_group_id in self.cpu_step.written:  # adam.c has made the low-precision copy
+            self.cpu_step.written.discard(sub_group_id)
+            self._unflatten_partitioned_parameters(sub_group_id)
+        else:
+            super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
+
+    def _partition_all_parameters(self) -> None:
+        """Before the step: release what is gathered.
+
+        Adapters and norms stay: hundreds of small tensors, which `_refresh` updates in place.
+        """
+        if self.params_in_nvme_and_cpu:
+            super()._partition_all_parameters()
+            return
+        coordinator: Any = self._get_param_coordinator()
+        inflight = coordinator._PartitionedParameterCoordinator__inflight_param_registry
+        release = coordinator._PartitionedParameterCoordinator__release_param
+        for param in self.parameter_offload.module.parameters():
+            if param.ds_status == ZeroParamStatus.INFLIGHT:
+                inflight.pop(param).wait()
+            param.ds_active_sub_modules.clear()
+            if not param.ds_persist:
+                release(param)
+
+    def _post_step(self, timer_names: Any) -> None:
+        stayed = [
+            param
+            for param in self.persistent_parameters
+            if param.requires_grad
+            and param.ds_status == ZeroParamStatus.AVAILABLE
+            and not self.params_in_nvme_and_cpu
+        ]
+        super()._post_step(timer_names)
+        self._refresh(stayed)
+
+    @torch.no_grad()
+    def _refresh(self, params: list[Any]) -> None:
+        """After the step: give parameters that stayed gathered their new values.
+
+        Neighbours on the host travel in one copy and one all-gather.
+        """
+        group = self.dp_process_group
+        ranks = dist.get_world_size(group)
+        joined = _join_neighbours([(p.ds_tensor.data, p) for p in params])
+        # Addresses, and so their order, differ between ranks.
+        for on_host, together in sorted(joined, key=lambda pair: pair[1][0].ds_id):
+            new = on_host.to(together[0].device, non_blocking=True).view(1, -1)
+            if ranks > 1:
+                shard, new = new, new.new_empty(ranks, on_host.numel())
+                dist.all_gather_into_tensor(new, shard, group)
+            targets, sources = [], []
+            # Of each parameter: (ranks, elements of one rank's shard).
+            shards = new.split([p.ds_tensor.numel() for p in together], dim=1)
+            for param, of_ranks in zip(together, shards, strict=True):
+                # The last ranks' shards may be padding, which the parameter lacks.
+                for target, source in zip(param.data.view(-1).split(of_ranks.shape[1]), of_ranks):
+                    targets.append(target)
+                    sources.append(source[: len(target)])
+            torch._foreach_copy_(targets, sources)
+
+
+class CpuStep:
+    """What CpuStepOptimizer knows beside DeepSpeed.
+
+    queue, pending: {sub-group: its update}, to be made and being made. written: sub-groups whose
+    low-precision copy adam.c makes. worker: the thread of steps beside the forward pass, or None.
+    norms: {ds_id of a parameter: norm} of one step's gradients so far; total_norm: of all of them.
+    """
+
+    def __init__(self, zero: Any, adam: ctypes.CDLL, overlap: bool) -> None:
+        self.adam = adam
+        self.bits = BITS[zero.grad_partitions_flat_buffer.dtype]
+        self.host_gradients = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        params = [(i, param) for i, group in enumerate(zero.fp16_groups) for param in group]
+        # Of the smallest parameters some ranks hold padding alone.
+        self.real = {
+            param.ds_id
+            for _, param in params
+            if param.partition_numel() * zero._get_param_partition_rank(param) < param.ds_numel
+        }
+        self.scale = 1.0
+        self.written: set[int] = set()
+        self.queue: dict[int, Update] = {}
+        self.pending: dict[int, Update] = {}
+        self.group_of = {param.ds_id: i for i, param in params}
+        # What stays on the GPU gets its new values at once.
+        self.at_once = {self.group_of.get(param.ds_id) for param in zero.persistent_parameters}
+        # Beside the forward pass one core is left to launch the GPU's work.
+        self.threads = max(1, torch.get_num_threads() - overlap)
+        self.worker = ThreadPoolExecutor(1, "optimizer") if overlap else None
+        self.made: Future[None] | None = None
+        if overlap:
+            for _, param in params:
+                param.pending_step = self  # patches.ensure_availability waits for it
+        # An fp32 tensor on NVMe is empty until it is read: the offsets come from the 16-bit ones.
+        self.offsets = [0, *itertools.accumulate(zero.fp16_partitioned_groups_flat_numel)]
+        self.norms: dict[int, torch.Tensor] = {}
+        self.total_norm: torch.Tensor | None = None
+
+    def start(self, groups: list[int], worker: ThreadPoolExecutor | None = None) -> None:
+        """Make the queued updates of these sub-groups: now, or in the worker."""
         if not groups:
             return
         updates = (Update * len(groups))(*(self.queue.pop(i) for i in groups))
@@ -270,86 +338,34 @@ class _HostStep:
         else:
             run(self.adam, updates, self.bits, self.threads)
 
-    # -- the step beside the next forward pass -----------------------------------------------------------------------
-    def wait_for(self, params):
-        """Before parameters are fetched: their update is done."""
-        for group in {
-            self.group_of[p.ds_id] for p in params if p.ds_id in self.group_of
-        } & self.pending.keys():
+    def wait_for(self, params: Iterable[Any]) -> None:
+        """Wait until these parameters have their new values."""
+        groups = {self.group_of.get(p.ds_id) for p in params}  # None: of a frozen one
+        for group in self.pending.keys() & groups:
             self.adam.adam_wait(ctypes.byref(self.pending.pop(group)))
 
-    def drain(self):
-        """All updates are done."""
-        if self.pending:
+    def wait_for_all(self) -> None:
+        """Wait until every update is made."""
+        if self.pending and self.made:
             self.made.result()
             self.pending.clear()
 
-    def reassign_or_swap_out_partitioned_parameters(self, i):
-        if i in self.written:  # the low-precision copy was made piece by piece
-            self.written.discard(i)
-            self.zero._unflatten_partitioned_parameters(i)
+
+def _join_neighbours(pairs: list[tuple[torch.Tensor, Any]]) -> list[tuple[torch.Tensor, list]]:
+    """Join small tensors that are neighbours in one host buffer.
+
+    pairs: (host tensor, what belongs to it). Returns (host tensor, all that belongs to it).
+    """
+    joined: list[tuple[torch.Tensor, list]] = []
+    end = None
+    for tensor, other in sorted(pairs, key=lambda pair: pair[0].data_ptr()):
+        buffer, address = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+        small = tensor.numel() < SMALL
+        if end == (buffer, address) and small:
+            first, others = joined[-1]
+            size = (first.numel() + tensor.numel(),)
+            joined[-1] = first.as_strided(size, (1,), first.storage_offset()), [*others, other]
         else:
-            self.reassign_plain(i)
-
-    # -- parameters that stay on the GPU -----------------------------------------------------------------------------
-    def partition_all_parameters(self):
-        """Before the step: release what is gathered, but what stays for good (adapters, norms; hundreds of small tensors) stays."""
-        coordinator = self.zero._get_param_coordinator()
-        inflight = coordinator._PartitionedParameterCoordinator__inflight_param_registry
-        release = coordinator._PartitionedParameterCoordinator__release_param
-        for param in self.everything:
-            if param.ds_status == ZeroParamStatus.INFLIGHT:
-                inflight.pop(param).wait()
-            param.ds_active_sub_modules.clear()
-            if not param.ds_persist:
-                release(param)
-
-    @torch.no_grad()
-    def post_step(self, timer_names):
-        """After it: what stayed gets its new values, neighbours in one copy and one gathering."""
-        stayed = [
-            p
-            for p in self.zero.persistent_parameters
-            if p.requires_grad and p.ds_status == ZeroParamStatus.AVAILABLE
-        ]
-        self.post_step_plain(timer_names)
-        group, ranks = self.zero.dp_process_group, dist.get_world_size(self.zero.dp_process_group)
-        runs = _runs([(p.ds_tensor.data, p) for p in stayed])
-        for held, params in sorted(
-            runs, key=lambda run: run[1][0].ds_id
-        ):  # addresses, and so their order, differ between ranks
-            new = held.to(params[0].device, non_blocking=True).view(1, -1)
-            if ranks > 1:
-                own, new = new, new.new_empty(ranks, held.numel())
-                dist.all_gather_into_tensor(new, own, group)
-            parts = new.split(
-                [p.ds_tensor.numel() for p in params], dim=1
-            )  # of each parameter: (ranks, elements of a rank)
-            pairs = [
-                (to, part)
-                for p, of in zip(params, parts, strict=True)
-                for to, part in zip(p.data.view(-1).split(of.shape[1]), of)
-            ]
-            torch._foreach_copy_([to for to, _ in pairs], [part[: len(to)] for to, part in pairs])
-
-
-def _runs(pairs):
-    """(host tensor, what belongs to it) pairs → (host tensor, [what belongs to it]), where small neighbours in one host buffer became
-    one."""
-    found, end = [], None
-    for host, other in sorted(pairs, key=lambda p: p[0].data_ptr()):
-        place = host.untyped_storage().data_ptr(), host.data_ptr()
-        if end == place and host.numel() < SMALL:
-            found[-1][1] += host.numel()
-            found[-1][2].append(other)
-        else:
-            found.append([host, host.numel(), [other]])
-        end = (
-            (place[0], place[1] + host.numel() * host.element_size())
-            if host.numel() < SMALL
-            else None
-        )
-    return [
-        (host if len(own) == 1 else host.as_strided((size,), (1,), host.storage_offset()), own)
-        for host, size, own in found
-    ]
+            joined.append((tensor, [other]))
+        end = (buffer, address + tensor.nbytes) if small else None
+    return joined

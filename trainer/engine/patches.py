@@ -1,256 +1,226 @@
-"""Our extension of DeepSpeed's offload path. It fits one version and steps aside for any other."""
+"""What we correct in DeepSpeed 0.19.8, by named assignment. The table is in docs/architecture.md.
 
-import functools
+Each patch keeps the stock function under `_stock_...` and says what is wrong there.
+"""
+
 import weakref
+from collections import deque
+from typing import Any
 
-from trainer.errors import RunError
+import torch
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
+    AsyncPartitionedParameterSwapper,
+    PartitionedParamStatus,
+)
+from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper
+from deepspeed.runtime.zero.partition_parameters import (
+    Init,
+    NoGatherCoalescedHandle,
+    NoGatherHandle,
+    ZeroParamStatus,
+)
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import z3_leaf_module
 
-SUPPORTED = "0.19.8"
-stepping = []  # the host_step of the run, where its steps run beside the forward pass
-_mended = {}
-LAYERS_AHEAD = 2  # that the host may be before the GPU
+from trainer.engine import all_gather
+
+LAYERS_AHEAD = 2  # that the host may launch before the GPU has computed them
+
+_stock_swap_in = AsyncPartitionedParameterSwapper.swap_in
+_stock_ensure_availability = Init._ensure_availability_of_partitioned_params
+_stock_no_gather_init = NoGatherHandle.__init__
+_stock_no_gather_coalesced_init = NoGatherCoalescedHandle.__init__
+_stock_swap_out = PipelinedOptimizerSwapper.swap_out_optimizer_state
+_stock_setup_for_real_optimizer = DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer
+_stock_fetch_sub_module = PartitionedParameterCoordinator.fetch_sub_module
 
 
-def apply(fetch_ahead=False):
-    """Mend DeepSpeed 0.19.8 in place, once. fetch_ahead: with whole layers as leaf modules on a GPU. Returns what was mended, in
-    words; nothing for another version."""
-    import deepspeed
+def apply(fetch_ahead: bool) -> None:
+    """Patch DeepSpeed's classes. A second call changes nothing.
 
-    if deepspeed.__version__.split("+")[0] != SUPPORTED:
-        return []
-    from trainer.engine import all_gather
+    fetch_ahead: also let the host run ahead of the GPU, which needs whole layers as leaf modules,
+    parameters in RAM and a GPU.
+    """
+    AsyncPartitionedParameterSwapper.swap_in = swap_in
+    Init._ensure_availability_of_partitioned_params = ensure_availability
+    NoGatherHandle.__init__ = no_gather_init
+    NoGatherCoalescedHandle.__init__ = no_gather_coalesced_init
+    PipelinedOptimizerSwapper.swap_out_optimizer_state = swap_out_optimizer_state
+    DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer = setup_for_real_optimizer
+    if fetch_ahead:
+        NoGatherHandle.wait = no_gather_wait
+        NoGatherCoalescedHandle.wait = no_gather_coalesced_wait
+        PartitionedParameterCoordinator.fetch_sub_module = fetch_sub_module
+        Init._convert_to_deepspeed_param = all_gather.convert_to_deepspeed_param
 
-    mends = [
-        _prefetch_each_parameter_once,
-        _make_room_for_what_is_needed,
-        _copy_out_of_swap_buffers,
-        _give_back_the_first_moments,
-        _start_in_less_memory,
+
+def swap_in(self: Any, params: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Read each parameter from NVMe once.
+
+    The look-ahead walks the list of coming uses. Where forward turns into backward the last layers
+    stand in it twice, and the swapper fails with "already assigned swap buffer"
+    (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions). A look-ahead of a whole
+    layer, or a small model, meets this at once.
+    """
+    params = list(dict.fromkeys(params))
+    read_ahead = self.__dict__.setdefault("read_ahead", {})  # id -> parameter, the latest read last
+    for param in params:
+        read_ahead.pop(param.ds_id, None)
+        read_ahead[param.ds_id] = param
+    return _stock_swap_in(self, params, *args, **kwargs)
+
+
+def ensure_availability(self: Any, params: list[Any]) -> Any:
+    """Wait for the parameters' optimizer step, and free swap buffers for those that are needed.
+
+    The NVMe look-ahead passes over parameters that are on the GPU at that moment and fills every
+    buffer with later ones. Where one of the former is released and needed again at once (the head
+    between forward and backward), the step fails with "Not enough buffers". A parameter that was
+    only read ahead, and is on no GPU yet, is given up for it and read again when its turn comes.
+    Every fetch comes through here, so it is also where one waits for a step that still runs.
+    """
+    for step in {param.pending_step for param in params if hasattr(param, "pending_step")}:
+        step.wait_for(params)
+    missing = [
+        param
+        for param in params
+        if param.nvme_swapper is not None
+        and param.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
     ]
-    for mend in mends + [_let_the_host_run_ahead, all_gather.install] * fetch_ahead:
-        if mend not in _mended:
-            _mended[mend] = mend()
-    return list(_mended.values())
+    if missing:
+        swapper = missing[0].nvme_swapper
+        lacking = len(missing) - swapper.available_swap_in_buffers()
+        if lacking > 0:
+            swapper.synchronize_reads()
+            needed = {param.ds_id for param in params}
+            idle = [
+                param
+                for i, param in getattr(swapper, "read_ahead", {}).items()
+                if i not in needed
+                and i in swapper.available_params
+                and param.ds_status == ZeroParamStatus.NOT_AVAILABLE
+            ]
+            swapper.remove_partition_and_release_buffers(idle[-lacking:])
+    return _stock_ensure_availability(self, params)
 
 
-def install_step(zero, overlap=False):
-    """Take over gradients and optimizer step of this ZeRO-3 optimizer where the extension knows how. Returns how, in words."""
-    import deepspeed
+def _copy_out_of_swap_buffer(param: Any) -> None:
+    """Give a parameter memory of its own where it is a swap buffer.
 
-    from trainer.engine import cpu_step
-
-    how = (
-        cpu_step.install(zero, overlap) if deepspeed.__version__.split("+")[0] == SUPPORTED else ""
-    )
-    if getattr(zero, "swap_optimizer", False) and not hasattr(
-        zero, "host_step"
-    ):  # swap space and buffers have no room for gradients
-        raise RunError(
-            "the fused optimizer step does not fit this run, whose optimizer is on NVMe",
-            found=how or f"deepspeed {deepspeed.__version__}, {type(zero.optimizer).__name__}",
-            fix="--fused_step false",
-        )
-    return how
+    On one CPU rank a fetched parameter is the swap buffer itself, not a copy as on a GPU. The
+    forward pass saves views of it, the buffer is read over with another parameter, and the
+    backward pass computes with that one's values: the losses drift and nothing fails.
+    """
+    if param.nvme_swapper is not None and param.data.data_ptr() == param.ds_tensor.data_ptr():
+        param.data = param.data.clone()
 
 
-def _prefetch_each_parameter_once():
-    # The NVMe look-ahead walks the list of coming uses. Where forward turns into backward the last layers stand in it twice,
-    # and the swapper fails with "already assigned swap buffer" (runtime/zero/partitioned_param_coordinator.py,
-    # __prefetch_nvme_param_partitions). A look-ahead of a whole layer, or a small model, meets this at once.
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
-        AsyncPartitionedParameterSwapper as Swapper,
-    )
-
-    plain = Swapper.swap_in
-
-    @functools.wraps(plain)
-    def swap_in(self, params, *args, **kwargs):
-        params = list(dict.fromkeys(params))
-        ahead = self.__dict__.setdefault("read_ahead", {})  # id → parameter, the latest read last
-        for param in params:
-            ahead.pop(param.ds_id, None)
-            ahead[param.ds_id] = param
-        return plain(self, params, *args, **kwargs)
-
-    Swapper.swap_in = swap_in
-    return "NVMe prefetch takes each parameter once"
+def no_gather_init(self: Any, param: Any) -> None:
+    """Fetch one parameter on one rank: see _copy_out_of_swap_buffer."""
+    _stock_no_gather_init(self, param)
+    _copy_out_of_swap_buffer(param)
 
 
-def _make_room_for_what_is_needed():
-    # The NVMe look-ahead passes over parameters that are on the GPU at that moment and fills every buffer with later ones. Where one
-    # of the former is released and needed again at once (the head between forward and backward), the step fails with "Not enough
-    # buffers". What was only read ahead, and is on no GPU yet, is given up for it; it is read again when its turn comes.
-    # Every fetch comes by here, so it is also where one waits for an update that still runs (host_step.py).
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-    from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
-
-    plain = Init._ensure_availability_of_partitioned_params
-
-    @functools.wraps(plain)
-    def ensure(self, params):
-        if stepping:
-            stepping[-1].wait_for(params)
-        missing = [
-            p
-            for p in params
-            if p.nvme_swapper is not None
-            and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
-        ]
-        if missing:
-            swapper = missing[0].nvme_swapper
-            lacking = len(missing) - swapper.available_swap_in_buffers()
-            if lacking > 0:
-                swapper.synchronize_reads()
-                needed = {p.ds_id for p in params}
-                ahead = getattr(swapper, "read_ahead", {})
-                idle = [
-                    p
-                    for i, p in ahead.items()
-                    if i not in needed
-                    and i in swapper.available_params
-                    and p.ds_status == ZeroParamStatus.NOT_AVAILABLE
-                ]
-                swapper.remove_partition_and_release_buffers(idle[-lacking:])
-        return plain(self, params)
-
-    Init._ensure_availability_of_partitioned_params = ensure
-    return "a needed parameter takes the buffer of one that was only read ahead"
+def no_gather_coalesced_init(self: Any, params: list[Any]) -> None:
+    """Fetch several parameters on one rank: see _copy_out_of_swap_buffer."""
+    _stock_no_gather_coalesced_init(self, params)
+    for param in params:
+        _copy_out_of_swap_buffer(param)
 
 
-def _copy_out_of_swap_buffers():
-    # On one CPU rank a fetched parameter is the swap buffer itself, not a copy as it is on a GPU. The forward pass saves views of
-    # it, the buffer is read over with another parameter, and the backward pass computes with that one's values: the losses drift
-    # and nothing fails (runtime/zero/partition_parameters.py, NoGatherHandle and NoGatherCoalescedHandle).
-    from deepspeed.runtime.zero import partition_parameters as zero
+def swap_out_optimizer_state(self: Any, parameter: torch.Tensor, async_swap: bool) -> None:
+    """Free Adam's first moments once they are on NVMe.
 
-    def mended(handle):
-        plain = handle.__init__
-
-        @functools.wraps(plain)
-        def init(self, params):
-            plain(self, params)
-            for param in params if isinstance(params, (list, tuple, set)) else [params]:
-                if (
-                    param.nvme_swapper is not None
-                    and param.data.data_ptr() == param.ds_tensor.data_ptr()
-                ):
-                    param.data = param.data.clone()
-
-        return init
-
-    for handle in (zero.NoGatherHandle, zero.NoGatherCoalescedHandle):
-        handle.__init__ = mended(handle)
-    return "parameters fetched from NVMe on a CPU are copied out of the swap buffers"
+    Adam makes them in the first step, in plain memory. The stock swapper copies them into swap
+    buffers and writes them, but keeps them until the second step reads them: 8 bytes a parameter
+    of RAM, which a run with its optimizer on NVMe is there to save.
+    """
+    _stock_swap_out(self, parameter, async_swap)
+    info = self.swap_params_info[self.parameter_id(parameter)]
+    for state in info.get_unpinned_state_tensors():
+        state.data = torch.Tensor()
 
 
-def _give_back_the_first_moments():
-    # Adam makes its moments in the first update, in plain memory. They are copied into swap buffers and written, but kept until the
-    # second update reads them: 8 bytes a parameter of RAM, which a run with its optimizer on NVMe is there to save
-    # (runtime/swap_tensor/pipelined_optimizer_swapper.py, _swap_out_optimizer_state).
-    import torch
-    from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import (
-        PipelinedOptimizerSwapper as Swapper,
-    )
+def setup_for_real_optimizer(self: Any) -> None:
+    """Start with less RAM.
 
-    plain = Swapper.swap_out_optimizer_state
-
-    @functools.wraps(plain)
-    def swap_out(self, parameter, async_swap):
-        plain(self, parameter, async_swap)
-        for own in self.swap_params_info[self.parameter_id(parameter)].get_unpinned_state_tensors():
-            own.data = torch.Tensor()
-
-    Swapper.swap_out_optimizer_state = swap_out
-    return "the optimizer's first moments leave RAM once they are on NVMe"
-
-
-def _start_in_less_memory():
-    # torch's pinned allocator keeps what the parameters had before they moved into one buffer: 2 bytes a parameter. And the buffer of
-    # the gradients is filled with zeros and then copied to pinned memory: another 2 at the worst moment with the optimizer on NVMe;
-    # there it is locked where it lies. (runtime/zero/stage3.py, _setup_for_real_optimizer)
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
-
-    plain = Zero._setup_for_real_optimizer
-
-    @functools.wraps(plain)
-    def set_up(self):
-        if not self.offload_optimizer or get_accelerator().device_name() != "cuda":
-            plain(self)
-            return
-        torch._C._host_emptyCache()
-        pinned = self.offload_optimizer_pin_memory
-        in_place = pinned and self.swap_optimizer
-        self.offload_optimizer_pin_memory = pinned and not in_place
-        plain(self)
-        self.offload_optimizer_pin_memory = pinned
-        if in_place and _lock_in_place(self.grad_partitions_flat_buffer):
-            address = self.grad_partitions_flat_buffer.data_ptr()
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
-
-    Zero._setup_for_real_optimizer = set_up
-    return "a start without the parameters' old memory and a second buffer of gradients"
-
-
-def _lock_in_place(tensor):
-    """Whether the CPU tensor's memory is now pinned for CUDA. Where the driver refuses, copies of it are slower, no more."""
-    import torch
-
-    runtime = torch.cuda.cudart()
-    if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0) == runtime.cudaError.success:
-        return True
-    try:  # CUDA keeps the error until somebody asks: that must not be the next launch of the run
+    torch's pinned allocator keeps what the parameters had before they moved into one buffer: 2
+    bytes a parameter. And the buffer of the gradients is filled with zeros and then copied to
+    pinned memory: another 2, at the worst moment with the optimizer on NVMe. There it is locked
+    where it is.
+    """
+    if not self.offload_optimizer or not torch.cuda.is_available():
+        _stock_setup_for_real_optimizer(self)
+        return
+    torch._C._host_emptyCache()
+    pinned = self.offload_optimizer_pin_memory
+    in_place = pinned and self.swap_optimizer
+    self.offload_optimizer_pin_memory = pinned and not in_place
+    _stock_setup_for_real_optimizer(self)
+    self.offload_optimizer_pin_memory = pinned
+    if not in_place:
+        return
+    runtime: Any = torch.cuda.cudart()
+    buffer = self.grad_partitions_flat_buffer
+    address = buffer.data_ptr()
+    if runtime.cudaHostRegister(address, buffer.nbytes, 0) == runtime.cudaError.success:
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+        return
+    # CUDA keeps the error until somebody asks for it: that must not be the next launch of the run.
+    try:
         torch.zeros(1, device="cuda")
     except RuntimeError:
         pass
-    return False
 
 
-def _let_the_host_run_ahead():
-    # On one GPU the engine stops the host until a layer's copy has arrived, and only then orders the next copy and launches the
-    # layer: between two layers PCIe idles, and a small micro-batch leaves the GPU idle too. The compute stream waits for the copy
-    # stream anyway (partitioned_param_coordinator.py, fetch_sub_module), so the host need not. It is held to LAYERS_AHEAD layers,
-    # or it would ask for the memory of all of them at once.
-    from collections import deque
+# On one GPU the stock engine stops the host until a layer's copy has arrived, and only then orders
+# the next copy and launches the layer: between two layers PCIe idles, and with a small micro-batch
+# the GPU idles too. The compute stream waits for the copy stream anyway
+# (partitioned_param_coordinator.py, fetch_sub_module), so the host need not. It may be LAYERS_AHEAD
+# layers ahead, or it would ask for the memory of all of them at once.
+_layer_starts: deque[torch.cuda.Event] = deque()  # on the compute stream
 
-    import torch
-    from deepspeed.runtime.zero import partition_parameters as zero
-    from deepspeed.runtime.zero.partitioned_param_coordinator import (
-        PartitionedParameterCoordinator as Coordinator,
-    )
-    from deepspeed.utils import z3_leaf_module
 
-    plain = Coordinator.fetch_sub_module
+def no_gather_wait(self: Any, **kwargs: Any) -> None:
+    """Count the parameter as available without stopping the host."""
+    self._NoGatherHandle__param.ds_status = ZeroParamStatus.AVAILABLE
+    self._NoGatherHandle__complete = True
 
-    def arrived(handle, params):
-        def wait(self, **kwargs):
-            for param in params(self):
-                param.ds_status = zero.ZeroParamStatus.AVAILABLE
-            setattr(self, f"_{handle.__name__}__complete", True)
 
-        handle.wait = wait
+def no_gather_coalesced_wait(self: Any, **kwargs: Any) -> None:
+    """Count the parameters that are under way as available without stopping the host."""
+    for param in self._NoGatherCoalescedHandle__params:
+        if param.ds_status == ZeroParamStatus.INFLIGHT:
+            param.ds_status = ZeroParamStatus.AVAILABLE
+    self._NoGatherCoalescedHandle__complete = True
 
-    arrived(zero.NoGatherHandle, lambda h: [h._NoGatherHandle__param])
-    arrived(
-        zero.NoGatherCoalescedHandle,
-        lambda h: [
-            p
-            for p in h._NoGatherCoalescedHandle__params
-            if p.ds_status == zero.ZeroParamStatus.INFLIGHT
-        ],
-    )
-    begun = deque()  # events on the compute stream, where the last layers began
 
-    @functools.wraps(plain)
-    def fetch(self, module, forward):
-        self._PartitionedParameterCoordinator__max_ongoing_fetch_events = 1 << 30
-        plain(self, module, forward)
-        if z3_leaf_module(module):
-            begun.append(torch.cuda.Event())
-            begun[-1].record()
-            if len(begun) > LAYERS_AHEAD:
-                begun.popleft().synchronize()
+def fetch_sub_module(self: Any, current_submodule: torch.nn.Module, forward: bool) -> None:
+    """Fetch a module, and let the host be at most LAYERS_AHEAD layers before the GPU."""
+    self._PartitionedParameterCoordinator__max_ongoing_fetch_events = 1 << 30
+    _stock_fetch_sub_module(self, current_submodule, forward)
+    if z3_leaf_module(current_submodule):
+        event = torch.cuda.Event()
+        event.record()
+        _layer_starts.append(event)
+        if len(_layer_starts) > LAYERS_AHEAD:
+            _layer_starts.popleft().synchronize()
 
-    Coordinator.fetch_sub_module = fetch
-    return "the host does not wait for the copy of a layer to the GPU"
+
+def time_step(engine: Any, clock: Any) -> None:
+    """Measure the optimizer apart from the backward pass: accelerate runs both in one call.
+
+    clock: a telemetry.PhaseClock, in which the backward pass has begun.
+    """
+    stock_step = engine.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        clock.stop("backward")
+        clock.start("optimizer")
+        try:
+            return stock_step(*args, **kwargs)
+        finally:
+            clock.stop("optimizer")
+
+    engine.step = step
