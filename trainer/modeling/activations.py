@@ -1,144 +1,151 @@
-"""Which decoder layers keep their activations on the GPU, and which recompute them in the backward pass.
+"""Selective activation checkpointing: which decoder layers keep their activations on the GPU.
 
-Gradient checkpointing computes every layer's forward pass twice: half as much arithmetic again for LoRA, a third for a full
-fine-tune. Offloading the weights leaves most of a GPU empty, so as many layers as fit keep what they have computed. The numbers are
-the same.
+Gradient checkpointing runs every layer's forward pass twice. That is half as much arithmetic again
+for LoRA, and a third for a full fine-tune. Offloading the weights leaves most of a GPU empty, so as
+many layers as fit keep their activations, and only the others are recomputed in the backward pass.
+The results are the same.
 """
 
-import torch
-from torch.autograd.graph import saved_tensors_hooks
+from typing import Any
 
+import torch
+from torch import nn
+
+from trainer.console import say
+from trainer.distributed import all_gather_object
 from trainer.errors import RunError
 
-SPARE = 0.05  # of the GPU's memory that is left free: the allocator's gaps, and what libraries allocate by themselves
-MEASURED = 4  # the update whose memory decides
-WATCHED = 4  # updates after a change in which the allocator must not have to give memory back and ask again; not the first of them
 AUTO = "auto"
+# The share of the GPU's memory that stays free: for gaps in the allocator's blocks, and for what
+# libraries allocate outside the allocator.
+SPARE = 0.05
+# The optimizer steps in which AUTO acts, counted from 1. The first one recomputes all layers. A new
+# number of kept layers changes the order in which modules run. ZeRO-3 then drops its record of that
+# order, makes a new one during the next step, and fetches no parameters ahead until it is complete.
+# So the second step after KEEP_ONE is the first that uses as much memory as the later steps.
+KEEP_ONE = 2
+MEASURE = KEEP_ONE + 2
+# The last step after a change in which the allocator is watched. The first is the second step after
+# it: in the step right after the change, the allocator may have to make room for other blocks.
+WATCHED = 4
 
 
-class KeptLayers:
-    """Sets `gradient_checkpointing` of the decoder layers. wanted: how many keep theirs, or "auto": one from the second update on, it
-    is measured in the fourth, and from then on as many as fit; an eighth fewer where the allocator then runs short. (ZeRO records the
-    order of layers anew in between, and fetches none ahead while it does.) largest: tokens of the largest micro-batch that can come;
-    quadratic: memory grows with their square."""
+class SelectiveCheckpointing:
+    """Set `gradient_checkpointing` of the decoder layers: False keeps activations on the GPU.
 
-    def __init__(self, layers, wanted, largest, quadratic, say):
-        self.layers = [m for m in layers if getattr(m, "gradient_checkpointing", None) is not None]
-        self.wanted, self.largest, self.quadratic, self.say = wanted, largest, quadratic, say
-        self.update, self.kept, self.bytes, self.retries, self.changed = 0, 0, 0, 0, 0
-        if wanted != AUTO and wanted > len(self.layers):
+    keep: the number of layers that keep theirs, or AUTO: as many as fit. Raise RunError where there
+    are fewer layers. largest_batch_tokens: tokens of the largest micro-batch that can come.
+    quadratic: activations grow with the square of the tokens, not in proportion.
+
+    A number is set before the first step and stays. AUTO goes through these states:
+
+    - before step KEEP_ONE: keep one layer.
+    - in step MEASURE: measure that layer's bytes and the peak. After it: keep as many as fit.
+    - 2 to WATCHED steps after each change: watch the allocator. Where it ran short, keep an eighth
+      fewer, which is a change again.
+    - done: in all other steps nothing happens.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        keep: int | str,
+        largest_batch_tokens: int,
+        quadratic: bool,
+    ) -> None:
+        self.layers: list[Any] = [m for m in layers if hasattr(m, "gradient_checkpointing")]
+        # A model without such layers has nothing to measure.
+        self.keep = keep if self.layers or keep != AUTO else 0
+        self.largest_batch_tokens, self.quadratic = largest_batch_tokens, quadratic
+        self.step = self.kept = self.layer_bytes = self.retries = 0
+        self.watched_steps = range(0)
+        if isinstance(self.keep, int) and self.keep > len(self.layers):
             raise RunError(
                 "--kept_layers is more than there are",
-                found=wanted,
+                found=keep,
                 needed=f"at most {len(self.layers)}, or auto",
             )
 
-    def _keep(self, count):
-        """The last ones: they are the first to be done with in the backward pass, before a recomputed layer needs room."""
+    def before_step(self) -> None:
+        """Prepare the next optimizer step. Call it before the step's first micro-batch."""
+        self.step += 1
+        if isinstance(self.keep, int):
+            # Not earlier: when training begins, transformers makes all layers recompute.
+            if self.step == 1:
+                self._keep_last(self.keep)
+        elif self.step == KEEP_ONE:
+            self._keep_last(1)
+        elif self.step == MEASURE:
+            self._start_measuring()
+        elif self.step in self.watched_steps:
+            # Read anew before each step: an evaluation between steps may have run short too.
+            self.retries = _allocator_retries()
+
+    def after_step(self, tokens: int) -> None:
+        """Decide after an optimizer step. tokens: of its largest micro-batch, with padding."""
+        if self.keep != AUTO:
+            return
+        if self.step == MEASURE:
+            self._keep_as_many_as_fit(tokens)
+        elif self.step in self.watched_steps:
+            self._keep_fewer_if_short()
+
+    def _keep_last(self, count: int) -> None:
+        # The backward pass frees the last layers first, before a recomputed layer needs room.
         for i, layer in enumerate(self.layers):
             layer.gradient_checkpointing = i < len(self.layers) - count
-        self.kept, self.changed = count, self.update
+        self.kept = count
+        self.watched_steps = range(self.step + 2, self.step + WATCHED + 1)
 
-    def begin(self):
-        """Before each update."""
-        self.update += 1
-        if self.update == 1 and self.wanted != AUTO:
-            self._keep(self.wanted)
-        elif self.update == 2 and self.wanted == AUTO and self.layers:
-            self._keep(1)
-        elif self.update == MEASURED and self.wanted == AUTO and self.layers:
-            self._measure(self.layers[-1])
-            torch.cuda.reset_peak_memory_stats()  # "active": also what is freed and still in use by a kernel
-        elif self._watched():
-            self.retries = torch.cuda.memory_stats()["num_alloc_retries"]
+    def _start_measuring(self) -> None:
+        layer = self.layers[-1]
+        # Inside of ZeRO-3's hooks, which gather the layer's parameters before the forward pass and
+        # release them after it: a pre-hook runs after theirs, and the other one before theirs.
+        self.hooks = (
+            layer.register_forward_pre_hook(self._before_layer),
+            layer.register_forward_hook(self._after_layer, prepend=True),
+        )
+        torch.cuda.reset_peak_memory_stats()
 
-    def _measure(self, layer):
-        plain = self.plain = layer.forward
+    def _before_layer(self, *_: Any) -> None:
+        self.allocated = torch.cuda.memory_allocated()
 
-        def forward(*args, **kwargs):
-            before = torch.cuda.memory_allocated()
-            out = plain(*args, **kwargs)
-            self.bytes = max(self.bytes, torch.cuda.memory_allocated() - before)
-            return out
+    def _after_layer(self, *_: Any) -> None:
+        self.layer_bytes = max(self.layer_bytes, torch.cuda.memory_allocated() - self.allocated)
 
-        layer.forward = forward
-
-    def end(self, tokens):
-        """After each update. tokens: of its largest micro-batch, padding included."""
-        if self._watched():
-            self._watch()
-        if self.update != MEASURED or self.wanted != AUTO or not self.layers:
-            return
-        self.layers[-1].forward = self.plain
+    def _keep_as_many_as_fit(self, tokens: int) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        scale = max(1.0, self.largest_batch_tokens / tokens)
+        if self.quadratic:
+            scale **= 2
+        layer_bytes = self.layer_bytes * scale
+        # "active" counts what is freed and still in use by a kernel, too.
+        stats = torch.cuda.memory_stats()
+        current = stats["active_bytes.all.current"]
+        peak = current + (stats["active_bytes.all.peak"] - current) * scale
         free, total = torch.cuda.mem_get_info()
         limit = free + torch.cuda.memory_reserved() - SPARE * total
-        stats, scale = (
-            torch.cuda.memory_stats(),
-            max(1.0, self.largest / tokens) ** (2 if self.quadratic else 1),
-        )
-        held = stats["active_bytes.all.current"]
-        peak = held + (stats["active_bytes.all.peak"] - held) * scale
-        more = int((limit - peak) / max(self.bytes * scale, 1))
-        fits = torch.tensor(min(max(1 + more, 0), len(self.layers)), device="cuda")
-        torch.distributed.all_reduce(
-            fits, torch.distributed.ReduceOp.MIN
-        )  # ZeRO-3 wants one order of layers on all ranks
-        self._keep(int(fits))
-        self.say(
+        # One layer is kept already, and part of the peak.
+        fitting = 1 + int((limit - peak) / max(layer_bytes, 1))
+        fitting = min(max(fitting, 0), len(self.layers))
+        # ZeRO-3 needs the same order of modules on all ranks.
+        self._keep_last(min(all_gather_object(fitting)))
+        say(
             f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
-            f"({self.bytes * scale / 2**30:.2f} GiB each), the others are recomputed"
+            f"({layer_bytes / 2**30:.2f} GiB each), the others are recomputed"
         )
 
-    def _watched(self):
-        return (
-            self.wanted == AUTO
-            and bool(self.layers)
-            and self.update > MEASURED
-            and self.changed + 1 < self.update <= self.changed + WATCHED
-        )
-
-    def _watch(self):
-        retries = torch.tensor(
-            torch.cuda.memory_stats()["num_alloc_retries"] - self.retries, device="cuda"
-        )
-        torch.distributed.all_reduce(retries, torch.distributed.ReduceOp.MAX)
-        if int(retries) and self.kept:
-            self._keep(self.kept - -(-self.kept // 8))
-            self.say(
-                f"activations: the allocator ran short {int(retries)} times, so {self.kept} layers keep theirs"
-            )
-
-
-def offload_inputs(layers, say):
-    """Let the inputs of recomputed layers, all that they keep, wait in pinned RAM from the forward to the backward pass: for one
-    layer tokens x hidden size x 2 bytes in bf16. The copies go beside the computation, by DeepSpeed's engine for it. On a CPU they
-    are in RAM already."""
-    from deepspeed.runtime.activation_checkpointing.offload_activations import (
-        _ActivationOffloadEngine,
-    )
-
-    engine = _ActivationOffloadEngine(max_cpu_buffer_pool_count=len(layers) + 2)
-
-    def pack(tensor):
-        key = engine.offload_input(tensor)
-        if key == 1:
+    def _keep_fewer_if_short(self) -> None:
+        retries = max(all_gather_object(_allocator_retries() - self.retries))
+        if retries and self.kept:
+            self._keep_last(self.kept * 7 // 8)
             say(
-                f"activations: the inputs of recomputed layers wait in RAM, {tensor.nbytes / 2**30:.2f} GiB each"
+                f"activations: the allocator ran short {retries} times, "
+                f"so {self.kept} layers keep theirs"
             )
-        return tensor if key is None else key
 
-    def unpack(packed):
-        return packed if torch.is_tensor(packed) else engine.restore_input(packed)
 
-    def install(layer, plain):
-        def checkpoint(function, *args, **kwargs):
-            with saved_tensors_hooks(
-                pack, unpack
-            ):  # sees the layer's inputs; what is inside, torch's own hooks take
-                return plain(function, *args, **kwargs)
-
-        layer._gradient_checkpointing_func = checkpoint
-
-    for layer in layers:
-        if getattr(layer, "_gradient_checkpointing_func", None) is not None:
-            install(layer, layer._gradient_checkpointing_func)
+def _allocator_retries() -> int:
+    """Return how often the allocator has given memory back to CUDA and asked again."""
+    return torch.cuda.memory_stats()["num_alloc_retries"]

@@ -1,129 +1,132 @@
-"""Linear layers of the decoder, with their LoRA adapters, as one autograd function each.
+"""The decoder's linear layers, each with its LoRA adapter as one autograd function.
 
-PEFT runs five small operations beside every matrix, and adds two tensors of the layer's size in both directions. And torch's
-checkpointing ends the recomputation of a layer when the last tensor that its backward pass needs has been made; DeepSpeed's
-linear function hands its input over after it has multiplied, so the layer's last matrix (27 % of a Llama's layer) is multiplied
-again for nothing. Here the input is handed over first.
+PEFT runs five small operations beside every matrix, and adds two tensors of the layer's size in the
+forward and in the backward pass. Torch's checkpointing ends the recomputation of a layer when the
+last tensor that the backward pass needs has been saved. DeepSpeed's linear function saves its input
+after the multiplication, so the last matrix of each layer (27 % of a Llama layer) is multiplied
+again for nothing. Here the input is saved before the multiplication.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class _Keep(torch.autograd.Function):
-    """Saves a linear layer's input and computes nothing."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.view_as(x)
+class _SaveInput(torch.autograd.Function):
+    """Save a linear layer's input for the backward pass, and compute nothing."""
 
     @staticmethod
-    def backward(ctx, grad):
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
-class _Linear(torch.autograd.Function):
-    """x [tokens, in], weight [out, in], bias [out] or None, a [r, in] and b [out, r] or None → x·Wᵀ + bias + scale·(x·aᵀ)·bᵀ.
+class _FusedLinear(torch.autograd.Function):
+    """Return input·weightᵀ + bias + scale·(input·lora_aᵀ)·lora_bᵀ.
 
-    keep: the _Keep node that has saved x, or None where no gradient needs it. Parameters are held as they are, not saved: ZeRO-3
-    takes their data away after the forward pass and brings it back before the backward pass.
+    input: [tokens, in]. weight: [out, in]. bias: [out] or None. lora_a: [r, in] or None.
+    lora_b: [out, r] or None. saved: the _SaveInput node that holds the input, or None where the
+    backward pass does not need it. Parameters are kept as attributes, not saved: ZeRO-3 takes their
+    data away after the forward pass and brings it back before the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, keep):
-        ctx.parameters, ctx.scale, ctx.keep = (weight, a, b), scale, keep
-        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-        if a is not None:
-            out.addmm_(x @ a.t(), b.t(), alpha=scale)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scale: float,
+        saved: Any,
+    ) -> Tensor:
+        ctx.parameters, ctx.scale, ctx.saved = (weight, lora_a, lora_b), scale, saved
+        out = torch.mm(input, weight.t()) if bias is None else torch.addmm(bias, input, weight.t())
+        if lora_a is not None and lora_b is not None:
+            out.addmm_(input @ lora_a.t(), lora_b.t(), alpha=scale)
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        (weight, a, b), scale, needs = ctx.parameters, ctx.scale, ctx.needs_input_grad
-        x = grad_weight = grad_a = grad_b = None
-        if ctx.keep is not None:
-            (x,) = ctx.keep.saved_tensors
-        grad_x = grad @ weight
-        if a is not None:
-            low = (grad @ b).mul_(scale)
-            grad_x.addmm_(low, a)
-            grad_a = low.t() @ x
-            grad_b = (grad.t() @ (x @ a.t())).mul_(scale)
-        if needs[1]:
-            grad_weight = grad.t() @ x
-        grad_bias = grad.sum(0) if needs[2] else None
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, lora_a, lora_b = ctx.parameters
+        input = grad_weight = grad_a = grad_b = None
+        if ctx.saved is not None:
+            (input,) = ctx.saved.saved_tensors
+        grad_input = grad @ weight
+        if lora_a is not None:
+            grad_low_rank = (grad @ lora_b).mul_(ctx.scale)
+            grad_input.addmm_(grad_low_rank, lora_a)
+            grad_a = grad_low_rank.t() @ input
+            grad_b = (grad.t() @ (input @ lora_a.t())).mul_(ctx.scale)
+        if input is not None and ctx.needs_input_grad[1]:
+            grad_weight = grad.t() @ input
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, grad_weight, grad_bias, grad_a, grad_b, None, None
 
 
-def _apply(x, weight, bias, a=None, b=None, scale=1.0):
-    keep, shape = None, x.shape[:-1]
-    x = x.reshape(-1, x.shape[-1])
-    if a is not None or weight.requires_grad:
-        x = _Keep.apply(x)
-        keep = x.grad_fn
-    return _Linear.apply(x, weight, bias, a, b, scale, keep).view(*shape, weight.shape[0])
+def _fused_forward(
+    module: Any, adapter: str | None, plain: Callable, input: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Compute what `plain`, the module's own forward, computes. adapter: its name, if any."""
+    # More arguments of a PEFT layer choose adapters row by row.
+    no_gradient = not (torch.is_grad_enabled() and input.requires_grad)
+    without_adapter = adapter is not None and (module.disable_adapters or module.merged)
+    if no_gradient or without_adapter or args or kwargs:
+        return plain(input, *args, **kwargs)
+    lora_a = lora_b = saved = None
+    scale = 1.0
+    if adapter is not None:
+        lora_a, lora_b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        scale, module = module.scaling[adapter], module.base_layer
+    weight, rows = module.weight, input.flatten(0, -2)
+    if lora_a is not None or weight.requires_grad:
+        rows = _SaveInput.apply(rows)
+        saved = rows.grad_fn
+    out = _FusedLinear.apply(rows, weight, module.bias, lora_a, lora_b, scale, saved)
+    return out.unflatten(0, input.shape[:-1])
 
 
-def _linear(module, plain, x):
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return plain(x)
-    return _apply(x, module.weight, module.bias)
-
-
-def _lora(module, adapter, plain, x, *args, **kwargs):
-    if (
-        args
-        or kwargs
-        or module.disable_adapters
-        or module.merged
-        or not (torch.is_grad_enabled() and x.requires_grad)
-    ):
-        return plain(x, *args, **kwargs)
-    base = module.base_layer
-    return _apply(
-        x,
-        base.weight,
-        base.bias,
-        module.lora_A[adapter].weight,
-        module.lora_B[adapter].weight,
-        module.scaling[adapter],
-    )
-
-
-def _adapter_of(module):
-    """The name of a PEFT layer's only, plain adapter; None where it does more than `_Linear` computes."""
-    active = list(getattr(module, "active_adapters", ()))
-    if (
-        len(active) != 1
-        or active[0] not in module.lora_A
-        or type(module.base_layer) is not nn.Linear
-    ):
+def _plain_adapter(module: Any) -> str | None:
+    """Return the name of a PEFT layer's one adapter; None where it does more than _FusedLinear."""
+    if len(module.active_adapters) != 1:
         return None
-    name = active[0]
-    plain = isinstance(module.lora_dropout[name], nn.Identity) and name not in getattr(
-        module, "lora_variant", {}
+    (name,) = module.active_adapters
+    plain = (
+        name in module.lora_A
+        and type(module.base_layer) is nn.Linear
+        and isinstance(module.lora_dropout[name], nn.Identity)
+        and name not in module.lora_variant
+        and not module.lora_bias.get(name)
     )
-    return name if plain and not module.lora_bias.get(name) else None
+    return name if plain else None
 
 
-def install(layers, leaf):
-    """Replace the forward of the linear modules in these decoder layers. leaf: ZeRO-3 fetches a layer as a whole, without which an
-    adapter and its matrix are not there together. Returns how many were replaced."""
+def install(layers: list[nn.Module], leaf: bool) -> int:
+    """Replace the forward of the linear modules in these decoder layers. Return their number.
+
+    leaf: ZeRO-3 gathers each layer as a whole. Otherwise an adapter and its matrix are not gathered
+    at the same time, and modules with adapters stay as they are.
+    """
     count = 0
     for layer in layers:
-        inner = set()
-        for module in list(layer.modules()):
-            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-                inner.update(module.modules())
-                inner.discard(module)
-                adapter = _adapter_of(module)
-                if leaf and adapter is not None:
-                    module.forward = functools.partial(_lora, module, adapter, module.forward)
-                    count += 1
-            elif type(module) is nn.Linear and module not in inner:
-                module.forward = functools.partial(_linear, module, module.forward)
-                count += 1
+        inside_lora = set()
+        for module in layer.modules():
+            adapter = None
+            if hasattr(module, "lora_A"):
+                inside_lora.update(module.modules())
+                adapter = _plain_adapter(module)
+                if not leaf or adapter is None:
+                    continue
+            elif type(module) is not nn.Linear or module in inside_lora:
+                continue
+            module.forward = functools.partial(_fused_forward, module, adapter, module.forward)
+            count += 1
     return count

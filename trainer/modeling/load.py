@@ -1,73 +1,74 @@
-"""The model: its shapes beforehand, weights into ZeRO-3 partitions, adapters, and the decoder layer as one fetch unit."""
+"""The model: its shapes before it is loaded, its weights as ZeRO-3 shards, and LoRA adapters."""
 
-import importlib.util
-import json
 import pickle
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_liger_kernel_available
 
 from data.template import prepare_tokenizer
-from trainer.config.ds_config import Shapes
-from trainer.errors import BAD_INPUT, RunError, did_you_mean
-from trainer.system import default_model
+from trainer.config.ds_config import ZeroShapes
+from trainer.config.settings import Settings
+from trainer.errors import RunError, did_you_mean, one_line
 
-SWAPPED_BYTES = (
-    2**20
-)  # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES)
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES).
+SWAPPED_BYTES = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def locate(name):
-    """The model's directory or hub name; the embedded default where there is none."""
-    return str(default_model.ensure()) if name is None else name
-
-
-def load_config(name, settings):
-    """The model's transformers configuration."""
+def load_config(name: str, settings: Settings) -> "PreTrainedConfig":
+    """Return the model's transformers configuration. Raise RunError where it cannot be read."""
     try:
         return AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise RunError(
             f"the model {name} cannot be read",
-            found=" ".join(str(error).split())[:300],
-            needed="a local model directory, or a hub name, network and, for a gated model, HF_TOKEN",
+            found=one_line(error),
+            needed="a local model directory, or a hub name, network and, for a gated model, "
+            "HF_TOKEN",
         ) from None
 
 
-def load_tokenizer(name, settings):
-    """(tokenizer, what was added to it in words)."""
+def load_tokenizer(name: str, settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[str]]":
+    """Return (tokenizer, what it was given beyond its files). Raise RunError where it is broken."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
-    except (
-        Exception
-    ) as error:  # transformers raises half a dozen kinds for a missing or broken tokenizer
+    # transformers raises half a dozen classes for a missing or broken tokenizer.
+    except Exception as error:
         raise RunError(
             f"the tokenizer of {name} cannot be read",
-            found=" ".join(str(error).split())[:300],
+            found=one_line(error),
             needed="tokenizer.json and tokenizer_config.json beside the weights",
         ) from None
     return tokenizer, prepare_tokenizer(tokenizer, settings.template)
 
 
-def decoder_layers(model):
-    """The decoder's list of layers, found by structure: the ModuleList with the most parameters, whose members are of one class
-    or a few. Empty where the model has none."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    return list(max(lists, key=lambda m: sum(_numel(p) for p in m.parameters()), default=[]))
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder's layers: the members of the ModuleList with the most parameters.
+
+    Return an empty list where the model has no ModuleList.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=_parameter_count, default=[]))
 
 
-def _numel(parameter):
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
+def _parameter_count(module: nn.Module) -> int:
+    # A parameter that ZeRO-3 has partitioned is empty; ds_numel is its full size.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
-def skeleton(config, settings):
-    """The model without memory (meta device), adapters included: for shapes."""
+def skeleton(config: "PreTrainedConfig", settings: Settings) -> "PreTrainedModel":
+    """Return the model on the meta device, without memory, with its adapters: for shapes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=settings.trust_remote_code
@@ -75,58 +76,51 @@ def skeleton(config, settings):
         return add_adapters(model, settings) if settings.method == "lora" else model
 
 
-def shapes_of(model, precision):
-    """Shapes (elements) of a skeleton for the run's precision."""
-    layers = decoder_layers(model) or [model]
-    layer = max(layers, key=lambda m: sum(p.numel() for p in m.parameters()))
-    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+def shapes_of(model: nn.Module, precision: str) -> ZeroShapes:
+    """Return the sizes of a skeleton, in elements, and the bytes of one in this precision."""
     itemsize = DTYPES[precision].itemsize
-    return Shapes(
-        layer=sum(p.numel() for p in layer.parameters()),
-        layer_tensors=sum(p.numel() * itemsize >= SWAPPED_BYTES for p in layer.parameters()),
-        largest=max(p.numel() for p in model.parameters()),
+    layers = ([p.numel() for p in m.parameters()] for m in decoder_layers(model) or [model])
+    layer = max(layers, key=sum)
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
+    return ZeroShapes(
+        layer=sum(layer),
+        layer_tensors=sum(numel * itemsize >= SWAPPED_BYTES for numel in layer),
+        largest=max(trainable + frozen),
         trainable=sum(trainable),
         largest_trainable=max(trainable),
         itemsize=itemsize,
-        small_frozen=sum(
-            p.numel()
-            for p in model.parameters()
-            if not p.requires_grad and p.numel() <= max(trainable)
-        ),
+        small_frozen=sum(numel for numel in frozen if numel <= max(trainable)),
     )
 
 
-def add_adapters(model, settings):
-    """The model with LoRA adapters, its own weights frozen."""
+def add_adapters(model: "PreTrainedModel", settings: Settings) -> Any:
+    """Return the PEFT model: LoRA adapters around the model, whose own weights are frozen.
+
+    Raise RunError where lora_target_modules names no module of the model.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = settings.lora_target_modules
-    targets = (
-        targets if targets == "all-linear" else [t.strip() for t in targets.split(",") if t.strip()]
-    )
+    names = targets.replace(",", " ").split()
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=targets,
+        target_modules=targets if targets == "all-linear" else names,
         task_type="CAUSAL_LM",
     )
     try:
         # fp32 adapters beside a bf16 model would make two precisions of one ZeRO group.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        names = sorted(
-            {
-                n.rsplit(".", 1)[-1]
-                for n, m in model.named_modules()
-                if isinstance(m, torch.nn.Linear)
-            }
-        )
-        hint = did_you_mean(targets[0], names) if isinstance(targets, list) and targets else ""
+        modules = model.named_modules()
+        linear = {name.split(".")[-1] for name, m in modules if isinstance(m, nn.Linear)}
+        hint = did_you_mean(names[0], linear) if names else ""
         raise RunError(
-            f"lora_target_modules {settings.lora_target_modules} is not in the model{hint}",
-            found=" ".join(str(error).split())[:200],
-            needed="all-linear, or some of " + ", ".join(names),
+            f"lora_target_modules {targets} is not in the model{hint}",
+            found=one_line(error),
+            needed="all-linear, or some of " + ", ".join(sorted(linear)),
         ) from None
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
     for parameter in adapted.parameters():
@@ -135,9 +129,19 @@ def add_adapters(model, settings):
     return adapted
 
 
-def build(name, config, settings, precision, attention=None):
-    """The model in `precision`, partitioned by ZeRO-3 as it is loaded. TrainingArguments must exist already: without them
-    transformers does not know about ZeRO-3 and every rank would load the whole model."""
+def build(
+    name: str,
+    config: "PreTrainedConfig",
+    settings: Settings,
+    precision: str,
+    attention: str | None,
+) -> "PreTrainedModel":
+    """Return the model in this precision, with adapters, partitioned by ZeRO-3 as it is loaded.
+
+    attention: the backend's name, or None for the model's own choice. TrainingArguments must exist
+    already. Without them transformers does not know about ZeRO-3, and every rank would load the
+    whole model. Raise RunError where the weights cannot be loaded.
+    """
     options = {"dtype": DTYPES[precision], "trust_remote_code": settings.trust_remote_code}
     if attention:
         options["attn_implementation"] = attention
@@ -152,65 +156,77 @@ def build(name, config, settings, precision, attention=None):
     except (OSError, ValueError, ImportError, pickle.UnpicklingError, SafetensorError) as error:
         raise RunError(
             f"the model {name} cannot be loaded",
-            found=" ".join(str(error).split())[:300],
+            found=one_line(error),
             fix="--random_weights true trains a random model of its shape"
             if "no file named" in str(error)
             else None,
-            code=BAD_INPUT,
         ) from None
     model.config.use_cache = False
     if settings.method == "lora":
         model = add_adapters(model, settings)
-        # Else nothing upstream of the first adapter asks for a gradient: checkpointing would skip the layer, and the backward
-        # hook of a first layer that is a ZeRO-3 leaf would fire, and release its parameters, before their gradients are made.
+        # Else nothing before the first adapter needs a gradient. Checkpointing would skip the
+        # layer. And where a first layer is a ZeRO-3 leaf, its backward hook would fire, and release
+        # its parameters, before their gradients are computed.
         model.enable_input_require_grads()
     return model
 
 
-def _randomize(model):
-    """Normal weights with the configuration's own deviation, norms at one; the same on any number of ranks."""
+def _randomize(model: "PreTrainedModel") -> None:
+    """Draw weights from the configuration's normal distribution, and set norms to one.
+
+    The weights are the same on any number of ranks.
+    """
     import deepspeed
 
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     for i, parameter in enumerate(model.parameters()):
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if parameter.numel() and parameter.dim() > 1:
+            if parameter.dim() > 1:
                 parameter.normal_(
                     0, std, generator=torch.Generator(parameter.device).manual_seed(i)
                 )
-            elif parameter.numel():
+            else:
                 parameter.fill_(1.0)
 
 
-def uses_liger(settings, gpu):
-    """Whether Liger's kernels (norms, rotary embedding, gated MLP, loss) run: where there is a GPU and the package, or as asked."""
-    found = gpu and importlib.util.find_spec("liger_kernel") is not None
-    if settings.use_liger_kernel and not found:
+def uses_liger(settings: Settings, gpu: bool) -> bool:
+    """Return whether Liger's kernels (norms, rotary embedding, gated MLP, loss) run.
+
+    Without the flag they run where there is a GPU and the package. Raise RunError where the flag
+    demands them and they cannot run.
+    """
+    available = gpu and is_liger_kernel_available()
+    if settings.use_liger_kernel and not available:
         raise RunError(
             "Liger's kernels cannot run here",
-            found="a CPU" if not gpu else "no package liger-kernel",
+            found="no package liger-kernel" if gpu else "a CPU",
             needed="CUDA and liger-kernel",
             fix="make setup on the GPU machine, or leave --use_liger_kernel out",
         )
-    return found if settings.use_liger_kernel is None else settings.use_liger_kernel
+    return available and settings.use_liger_kernel is not False
 
 
-def liger_kernels(settings, config):
-    """Which of Liger's kernels: not its loss, which is taken in loss.py; not its MLP where the activation is another than SiLU, which
-    Liger does not look at when it patches a model that exists."""
+def liger_kernels(settings: Settings, config: "PreTrainedConfig") -> dict[str, bool]:
+    """Return which of Liger's kernels run, as Liger's keyword arguments.
+
+    Its losses do not: loss.py calls its kernel itself. Its MLP runs for SiLU only: Liger does not
+    look at the activation when it patches a model that exists already.
+    """
     text = config.get_text_config()
     activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
-    silu = {} if activation in ("silu", "swish") else {"swiglu": False}
-    return {
-        **silu,
-        **(settings.liger_kernel_config or {}),
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": False,
-    }
+    kernels = dict(
+        settings.liger_kernel_config or {}, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    if activation not in ("silu", "swish"):
+        kernels.setdefault("swiglu", False)
+    return kernels
 
 
-def make_leaves(model):
-    """Tell ZeRO-3 to fetch each decoder layer as one unit, not matrix by matrix. Returns the layer's class name, or None."""
+def make_leaves(model: nn.Module) -> str | None:
+    """Let ZeRO-3 gather each decoder layer as a whole, not matrix by matrix.
+
+    Return the class name of the layers, or None where there are none.
+    """
     from deepspeed.utils import set_z3_leaf_modules
 
     layers = decoder_layers(model)
