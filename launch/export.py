@@ -1,4 +1,7 @@
-"""Merge a run's LoRA adapter into its base model. Run as: python launch/export.py --merge runs/NAME [--output DIR]"""
+"""Merge a run's LoRA adapter into its base model.
+
+Run as: python launch/export.py --merge runs/NAME [--output DIR]
+"""
 
 import sys
 from pathlib import Path

@@ -1,91 +1,105 @@
-"""A run's LoRA adapter merged into its base model: a plain model directory."""
+"""Merge a run's LoRA adapter into its base model: a plain model directory."""
 
 import argparse
-import os
 import shutil
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
-from trainer.config.flags import RESOLVED
-from trainer.errors import DONE, RunError, report
+from data.files import new_directory
+from trainer.config.command_line import exit_code
+from trainer.config.settings import RESOLVED
+from trainer.console import say
+from trainer.errors import DOES_NOT_FIT, DONE, RunError
 from trainer.system.hardware import free_memory
 
 
-def merge(run, output):
-    """Merge a run's LoRA adapter into its base model, in RAM, and write a plain model directory."""
-    adapter = Path(run) / "export" if (Path(run) / "export").is_dir() else Path(run)
+def merge(run: Path, output: Path) -> None:
+    """Merge a run's adapter into its base model, in RAM, and write a new model directory.
+
+    run: a run directory, or a directory that holds an adapter.
+    """
+    adapter = run / "export" if (run / "export").is_dir() else run
     if not (adapter / "adapter_config.json").is_file():
+        whole = (adapter / "config.json").is_file()
         raise RunError(
             f"{adapter} holds no LoRA adapter",
             needed="adapter_config.json; a run with --method lora that has ended",
-            fix="a full fine-tune's export/ is a whole model already"
-            if (adapter / "config.json").is_file()
-            else None,
+            fix="a full fine-tune's export/ is a whole model already" if whole else None,
         )
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    base = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    _check_base(base, adapter)
+    if output.exists():
+        raise RunError(f"{output} exists", fix="choose another --output, or remove it")
+    say(f"loading {base}")
+    resolved = run / RESOLVED
+    settings = yaml.safe_load(resolved.read_text()) if resolved.is_file() else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype="auto",
+        revision=settings.get("model_revision", "main"),
+        trust_remote_code=settings.get("trust_remote_code", False),
+    )
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.config.use_cache = True
+    with new_directory(output) as work:
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(adapter).save_pretrained(work)
+        if (adapter / "README.md").is_file():
+            shutil.copy(adapter / "README.md", work)
+    say(f"merged model: {output}")
+
+
+def _check_base(base: str, adapter: Path) -> None:
+    """Raise RunError where the base model is gone or does not fit in RAM; a hub name passes."""
     if Path(base).is_dir():
         needed = sum(f.stat().st_size for f in Path(base).glob("*.safetensors")) * 1.2
-        if needed > free_memory():
+        free = free_memory()
+        if needed > free:
             raise RunError(
                 "the merged model does not fit in RAM",
-                found=f"{free_memory() / 1e9:.1f} GB free",
+                found=f"{free / 1e9:.1f} GB free",
                 needed=f"{needed / 1e9:.1f} GB",
-                code=3,
+                code=DOES_NOT_FIT,
             )
     elif base.startswith("/"):
         raise RunError(
             f"the adapter's base model is gone: {base}",
             fix=f"put it back, or set base_model_name_or_path in {adapter / 'adapter_config.json'}",
         )
-    output = Path(output or Path(run) / "export-merged")
-    if output.exists():
-        raise RunError(f"{output} exists", fix="choose another --output, or remove it")
-    print(f"loading {base}", flush=True)
-    # As the run loaded it: of the same revision, and with the model's own code only if that was allowed then.
-    told = Path(run) / RESOLVED
-    told = yaml.safe_load(told.read_text()) if told.is_file() else {}
-    options = {
-        "revision": told.get("model_revision", "main"),
-        "trust_remote_code": told.get("trust_remote_code", False),
-    }
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", low_cpu_mem_usage=True, **options
-    )
-    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    work = output.parent / f".making-{output.name}"
-    shutil.rmtree(work, ignore_errors=True)
-    model.config.use_cache = True
-    model.save_pretrained(work)
-    AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(work)
-    if (adapter / "README.md").is_file():
-        shutil.copy(adapter / "README.md", work)
-    os.rename(work, output)
-    print(f"merged model: {output}", flush=True)
-    return output
 
 
-def main(argv=None):
-    """Exit code of `launch/export.py`."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RunError(f"command line: {message}", fix=f"python {self.prog} --help lists the flags")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of `launch/export.py`."""
+    parser = _Parser(
         prog="launch/export.py", description="Merge a run's LoRA adapter into its base model."
     )
     parser.add_argument(
         "--merge",
         metavar="RUN",
         required=True,
+        type=Path,
         help="run directory, or a directory that holds an adapter",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="where to write the model (default RUN/export-merged)"
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="where to write the model (default RUN/export-merged)",
     )
-    args = parser.parse_args(argv)
-    try:
-        merge(args.merge, args.output)
-    except RunError as error:
-        report(error)
-        return error.code
-    return DONE
+
+    def command() -> int:
+        args = parser.parse_args(argv)
+        merge(args.merge, args.output or args.merge / "export-merged")
+        return DONE
+
+    return exit_code(command)

@@ -1,117 +1,86 @@
-"""runs/<name>/export/: a Hugging Face model directory, or a PEFT adapter. Written beside its name and renamed when whole."""
+"""Write runs/<name>/export/: a Hugging Face model directory, or a PEFT adapter."""
 
+import copy
 import json
-import os
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from data.files import new_directory
+from trainer.checkpoint.save import persistent_buffers
+from trainer.distributed import is_main_process
 from trainer.errors import FAILED, RunError
 
 
-def _tensors(model, wanted):
-    """Yield (name, whole tensor on the CPU, or None off rank 0), one at a time: ZeRO-3 gathers each for a moment."""
-    import deepspeed
+def export(model: Any, tokenizer: Any, target: Path, card: str, limit: int) -> None:
+    """Write the model, or its adapter, into a new directory. Every rank calls it; rank 0 writes.
 
-    for name, parameter in model.named_parameters():
-        if wanted(name, parameter):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                keep = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-                tensor = parameter.detach().to("cpu", copy=True).contiguous() if keep else None
-            yield name, tensor
-    persistent = set(model.state_dict().keys())
-    for name, buffer in model.named_buffers():
-        if name in persistent and wanted(name, buffer):
-            yield name, buffer.detach().to("cpu", copy=True).contiguous()
-
-
-def _write_shards(folder, tensors, limit):
-    """Write tensors as sharded safetensors with an index; memory is one shard."""
-    index, shard, size, files, total = {}, {}, 0, [], 0
-
-    def flush():
-        if shard:
-            files.append(folder / f"part-{len(files) + 1}")
-            save_file(dict(shard), files[-1], metadata={"format": "pt"})
-            shard.clear()
-
-    for name, tensor in tensors:
-        if tensor is None:
-            continue
-        nbytes = tensor.numel() * tensor.element_size()
-        if size and size + nbytes > limit:
-            flush()
-            size = 0
-        shard[name] = tensor
-        index[name] = len(files)
-        size += nbytes
-        total += nbytes
-    flush()
-    names = (
-        ["model.safetensors"]
-        if len(files) == 1
-        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    )
-    for file, name in zip(files, names):
-        file.rename(folder / name)
-    if len(files) > 1:
-        content = {
-            "metadata": {"total_size": total},
-            "weight_map": {n: names[i] for n, i in sorted(index.items())},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
-
-
-def export(model, tokenizer, target, card, limit, main):
-    """Write the model, or its adapter, into `target`. Every rank calls it; rank 0 (`main`) writes.
-
-    model: the transformers or PEFT model under ZeRO-3. card: the README's text. limit: bytes of one file.
+    model: the transformers or PEFT model under ZeRO-3. card: the text of README.md. limit: bytes
+    of one file. Raises RunError where it cannot be written.
     """
-    target = Path(target)
-    work = target.parent / f".making-{target.name}"
-    adapter = hasattr(model, "peft_config")
-    failure = None
-    if main:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    if adapter:
-        state = dict(_tensors(model, lambda name, p: getattr(p, "requires_grad", False)))
-    else:
-        tensors = _tensors(
-            model, lambda name, p: True
-        )  # a tied parameter comes once, and is tied again on load
     try:
-        if main and adapter:
-            model.save_pretrained(work, state_dict=state, save_embedding_layers=False)
-        elif main:
-            _write_shards(work, tensors, limit)
-            model.config.use_cache, before = True, model.config.use_cache
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(work)
-            model.config.use_cache = before
-            if model.can_generate():
-                model.generation_config.save_pretrained(work)
-        elif not adapter:
-            for _ in tensors:
-                pass
-        if main:
-            tokenizer.save_pretrained(work)
-            (work / "README.md").write_text(card)
-            for file in work.iterdir():
-                os.chmod(file, 0o644)
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(work, target)
-    except OSError as error:
-        failure = error
-    if failure is not None:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_directory(target) if is_main_process() else nullcontext() as folder:
+            if hasattr(model, "peft_config"):
+                trained = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad}
+                if folder:
+                    model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
+            else:
+                _write_model(model, folder, limit)
+            if folder:
+                tokenizer.save_pretrained(folder)
+                (folder / "README.md").write_text(card)
+                for file in folder.iterdir():
+                    file.chmod(0o644)  # safetensors are made for their owner only
+    except (OSError, SafetensorError) as error:  # a full disk can be either
         raise RunError(
             f"the export could not be written to {target}",
-            found=str(failure),
+            found=error,
             fix="free space there; the run's checkpoints and metrics are untouched",
             code=FAILED,
+        ) from None
+
+
+def _write_model(model: Any, folder: Path | None, limit: int) -> None:
+    """Write weights and configuration; one file of at most `limit` bytes is in memory at a time.
+
+    A tied parameter comes once; it is tied again when the model is loaded. folder: None on a rank
+    that only takes part in gathering the tensors.
+    """
+    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    shapes = {
+        name: torch.empty(
+            getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta"
         )
-    return target
+        for name, tensor in tensors.items()
+    }
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=limit)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: _whole(tensors[name]) for name in names}
+        if folder:
+            save_file(shard, folder / filename, metadata={"format": "pt"})
+    if folder is None:
+        return
+    if split.is_sharded:
+        index = {
+            "metadata": split.metadata,
+            "weight_map": dict(sorted(split.tensor_to_filename.items())),
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # training switched it off
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _whole(tensor: torch.Tensor) -> Any:
+    """Return a whole copy on the CPU on rank 0, else None. ZeRO-3 gathers it from all ranks."""
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().to("cpu", copy=True).contiguous() if is_main_process() else None

@@ -1,9 +1,12 @@
 """The exported model's README: where it comes from, how it was made, how well it does."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+from trainer.config.settings import Settings
+from trainer.run_dir import RunDirectory, versions
 
 _SHOWN = (
     "method",
@@ -20,39 +23,43 @@ _SHOWN = (
     "seed",
 )
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+_EVALUATIONS = """| step | validation loss | perplexity | token accuracy |
+|---|---|---|---|
+"""
+_EVALUATION = "| {step} | {eval_loss:.4f} | {eval_perplexity:.3f} | {eval_token_accuracy:.4f} |\n"
 
 
-def model_card(settings, base, data, evaluations, directory):
-    """Text of README.md. base: the model trained from; data: the training file; evaluations: records with eval_* keys."""
+def model_card(
+    settings: Settings, base: str, data: str, evaluations: list[dict[str, Any]], run: RunDirectory
+) -> str:
+    """Return the text of README.md.
+
+    base: the model trained from. data: the training files. evaluations: records with step and
+    eval_... keys.
+    """
     lora = settings.method == "lora"
     front = {
         "base_model": base,
         "library_name": "peft" if lora else "transformers",
         "tags": ["text-generation", "deepspeed", "zero-3", *(["lora"] if lora else [])],
     }
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {Path(base).name}, fine-tuned",
-        "",
-        f"{'LoRA adapter' if lora else 'Full fine-tune'} of `{base}` on `{data}`, run `{directory.name}`.",
-        "",
-    ]
-    if evaluations:
-        lines += ["| step | validation loss | perplexity | token accuracy |", "|---|---|---|---|"]
-        lines += [
-            f"| {e['step']} | {e['eval_loss']:.4f} | {e['eval_perplexity']:.3f} | {e['eval_token_accuracy']:.4f} |"
-            for e in evaluations
-        ]
-        lines.append("")
-    lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| {k} | {settings.values[k]} |" for k in _SHOWN + (_LORA if lora else ())]
-    versions = (
-        json.loads((directory / "versions.json").read_text())
-        if (directory / "versions.json").is_file()
-        else {}
-    )
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items() if v) + ".", ""]
-    return "\n".join(lines)
+    method = "LoRA adapter" if lora else "Full fine-tune"
+    rows = "".join(_EVALUATION.format(**record) for record in evaluations)
+    evaluated = f"{_EVALUATIONS}{rows}\n" if rows else ""
+    names = _SHOWN + (_LORA if lora else ())
+    values = "\n".join(f"| {name} | {settings.values[name]} |" for name in names)
+    known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {Path(base).name}, fine-tuned
+
+{method} of `{base}` on `{data}`, run `{run.path.name}`.
+
+{evaluated}| setting | value |
+|---|---|
+{values}
+
+Versions: {known}.
+"""
