@@ -1,486 +1,435 @@
-"""`launch/supervise.py`: starts the ranks of this machine, passes signals on, and brings a run back that a fault has ended. No torch.
+"""Start the ranks of this machine, pass signals on to them, and restart them after a fault.
 
-The `deepspeed` launcher signals one rank at a time, thirty seconds apart, and leaves its ranks alive when it is killed itself.
+`launch/supervise.py` calls main(). Does not import torch. The `deepspeed` launcher signals one rank
+at a time, thirty seconds apart, and leaves its ranks alive when it is killed itself.
 """
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 from data import storage
 from trainer.checkpoint import resume
-from trainer.config.flags import help_text, resolve
-from trainer.errors import (
-    BAD_INPUT,
-    CRASHED,
-    DOES_NOT_FIT,
-    DONE,
-    FAILED,
-    STOPPED,
-    RunError,
-    drop_lost_terminal,
-    report,
-    table,
+from trainer.config.command_line import WHERE, exit_code, split_own
+from trainer.config.device import uses_gpu
+from trainer.config.flags import help_text
+from trainer.config.settings import Settings, resolve
+from trainer.console import drop_lost_terminals, say, table, terminals, to_stderr
+from trainer.distributed import free_port
+from trainer.errors import BAD_INPUT, CRASHED, DOES_NOT_FIT, DONE, FAILED, STOPPED, RunError
+from trainer.run_dir import (
+    RUNS,
+    SILENCE_LIMITS,
+    STOP,
+    Phase,
+    RunDirectory,
+    all_runs,
+    default_run_name,
+    run_directory,
 )
-from trainer.run import check_resume
-from trainer.run_dir import default_run_name, run_directory
-from trainer.system import hardware, swap_dir
+from trainer.system import hardware
 
-USAGE = """python launch/supervise.py [--num_gpus N] [--detach] [--max_restarts 3] [--hang_timeout SECONDS] [--FLAG VALUE ...]
+USAGE = """python launch/supervise.py [--num_gpus N] [--detach] [--max_restarts 3]
+                           [--hang_timeout SECONDS] [--FLAG VALUE ...]
 
-Runs launch/train.py with the flags on every GPU of this machine (--num_gpus ranks; one rank without a GPU). A rank that dies or hangs
-ends the others, and the run resumes from its last checkpoint, at most --max_restarts times without a new one.
-Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 stop all ranks at the same update, with a checkpoint: exit code 75. Twice: at once.
+Runs launch/train.py with the flags on every GPU of this machine (--num_gpus ranks; one rank without
+a GPU). A rank that dies or hangs ends the others, and the run resumes from its last checkpoint, at
+most --max_restarts times without a new one.
+Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 stop all ranks after the same optimizer step, with a checkpoint:
+exit code 75. Twice: at once.
 --detach: in the background; the output goes to train.log in the run directory.
 --hostfile FILE: several machines, by `deepspeed` alone.
 --stop RUN: stop that run.   --status: what the runs here are doing.
+
 """
-_OWN = {
-    "num_gpus": "",
-    "hostfile": "",
-    "max_restarts": "3",
-    "hang_timeout": "",
-    "script": "launch/train.py",
-    "stop": "",
-    "detach": None,
-    "status": None,
-}
+FINAL = (FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED)  # exit codes that a restart would not change
 POLL = 0.2  # seconds
-STOPPED_LIMIT = 20  # seconds that a rank may be stopped (SIGSTOP, a debugger)
-LIMITS = {
-    "load": 14400,
-    "train": 1800,
-    "eval": 7200,
-    "save": 7200,
-    "export": 14400,
-    "done": 600,
-    "stopped": 600,
-}
-SLACK = 20  # a step that takes so many times the longest one before it hangs
+SUSPENDED_LIMIT = 20  # seconds that a rank may be suspended (SIGSTOP, a debugger)
+SLACK = 20  # a step hangs when it takes so many times the longest one before it
 
 
-def split(argv):
-    """(our options, the rest for launch/train.py)."""
-    own, rest, i = dict(_OWN), [], 0
-    while i < len(argv):
-        name, equals, value = argv[i].partition("=")
-        key = name[2:].replace("-", "_") if name.startswith("--") else None
-        i += 1
-        if key not in _OWN:
-            rest.append(argv[i - 1])
-        elif _OWN[key] is None:
-            own[key] = True
-        else:
-            if not equals:
-                if i == len(argv):
-                    raise RunError(f"command line: {name} needs a value")
-                value, i = argv[i], i + 1
-            own[key] = value
-    for key in ("num_gpus", "max_restarts", "hang_timeout"):
-        if own[key] and not own[key].isdigit():
-            raise RunError(f"command line: --{key} is not a whole number", found=own[key])
-    return own, rest
+@dataclass
+class Options:
+    """The supervisor's own flags. None: a switch that is off."""
+
+    num_gpus: int = 0  # 0: all
+    hostfile: str = ""
+    max_restarts: int = 3
+    hang_timeout: int = SILENCE_LIMITS[Phase.TRAIN]  # seconds
+    script: str = "launch/train.py"
+    stop: str = ""
+    detach: bool | None = None
+    status: bool | None = None
 
 
-def main(argv=None):
-    """Exit code of the supervised run."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE + "\n" + help_text())
+def parse_options(argv: list[str]) -> tuple[Options, list[str]]:
+    """Return the supervisor's options, and the flags for launch/train.py."""
+    values, flags = split_own(argv, vars(Options()))
+    for name in ("num_gpus", "max_restarts", "hang_timeout"):
+        number = str(values[name])
+        if not number.isdigit():
+            raise RunError(f"{WHERE}: --{name} is not a whole number", found=number)
+        values[name] = int(number)
+    return Options(**values), flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of the supervised run."""
+    return exit_code(lambda: run_command(sys.argv[1:] if argv is None else argv))
+
+
+def run_command(argv: list[str]) -> int:
+    """Do what the command line says, and return the exit code."""
+    if {"-h", "--help"} & {*argv}:
+        say(USAGE + help_text())
         return DONE
-    try:
-        own, rest = split(argv)
-        if own["status"]:
-            return status()
-        if own["stop"]:
-            return stop(
-                Path(own["stop"])
-                if Path(own["stop"]).is_dir()
-                else Path("runs") / own["stop"].removeprefix("runs/")
-            )
-        if own["hostfile"]:
-            if lost := [
-                f"--{n}"
-                for n in ("detach", "max_restarts", "hang_timeout")
-                if own[n] and own[n] != _OWN[n]
-            ]:
-                raise RunError(
-                    f"{', '.join(lost)}: only for one machine",
-                    fix="without --hostfile; or inside tmux or nohup",
-                )
-            print("several machines: started by deepspeed; nothing restarts them", flush=True)
-            command = [
-                str(Path(sys.executable).with_name("deepspeed")),
-                "--hostfile",
-                own["hostfile"],
-                *(["--num_gpus", own["num_gpus"]] if own["num_gpus"] else []),
-                own["script"],
-                *rest,
-            ]
-            os.execv(command[0], command)
-        settings, added = resolve(rest), []
-        check_resume(settings)
-        if run_directory(settings) is None:
-            added = ["--run_name", default_run_name(settings)]
-            settings = resolve([*rest, *added])
-        elif settings.output_dir and not settings.given("output_dir"):  # that of the checkpoint
-            added = ["--output_dir", settings.output_dir]
-        if own["detach"]:
-            if hardware.in_our_image() and os.getppid() == 1:  # the container ends with its command
-                raise RunError(
-                    "--detach: the container would end at once, and the run with it",
-                    fix="without it: make docker-run DETACH=1, or docker run --detach",
-                )
-            return detach([*argv, *added], run_directory(settings))
-        ranks = int(own["num_gpus"] or 0) or (
-            hardware.gpu_count() if hardware.uses_gpu(settings) else 1
+    options, flags = parse_options(argv)
+    if options.status:
+        return status()
+    if options.stop:
+        path = Path(options.stop)
+        if not path.is_dir():
+            path = RUNS / options.stop.removeprefix("runs/")
+        return stop(RunDirectory(path))
+    if options.hostfile:
+        become_deepspeed(options, flags)
+    settings = resolve(flags)
+    directory, identity = identify(settings)
+    if options.detach:
+        return detach([*argv, *identity], directory)
+    ranks = options.num_gpus or (hardware.gpu_count() if uses_gpu(settings) else 1)
+    return Supervisor(directory, options, ranks).run([*flags, *identity])
+
+
+def become_deepspeed(options: Options, flags: list[str]) -> NoReturn:
+    """Replace this process by the deepspeed launcher, which starts ranks on several machines."""
+    refused = [
+        f"--{name}"
+        for name in ("detach", "max_restarts", "hang_timeout")
+        if getattr(options, name) != getattr(Options, name)
+    ]
+    if refused:
+        raise RunError(
+            f"{', '.join(refused)}: only for one machine",
+            fix="without --hostfile; or inside tmux or nohup",
         )
-        return Supervisor([*rest, *added], run_directory(settings), ranks, own).run()
-    except RunError as error:
-        report(error)
-        return error.code
+    say("several machines: started by deepspeed; nothing restarts them")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    gpus = ["--num_gpus", str(options.num_gpus)] if options.num_gpus else []
+    os.execv(launcher, [launcher, "--hostfile", options.hostfile, *gpus, options.script, *flags])
 
 
-def detach(argv, directory):
-    """Start the same in a session of its own; say where it can be seen."""
-    argv = [a for a in argv if a != "--detach"]
+def identify(settings: Settings) -> tuple[RunDirectory, list[str]]:
+    """Return the run directory, and the flags that every restart needs to find it again."""
+    directory = run_directory(settings)
+    resume.check_request(settings)
+    if directory:
+        return directory, []
+    if settings.output_dir:  # check_request took it from the checkpoint's path
+        return RunDirectory(settings.output_dir), ["--output_dir", settings.output_dir]
+    name = default_run_name(settings)
+    return RunDirectory(RUNS / name), ["--run_name", name]
+
+
+def detach(argv: list[str], directory: RunDirectory) -> int:
+    """Start the same command in a session of its own, and say where its output goes."""
+    if hardware.in_our_image() and os.getppid() == 1:  # the container ends with its command
+        raise RunError(
+            "--detach: the container would end at once, and the run with it",
+            fix="without it: make docker-run DETACH=1, or docker run --detach",
+        )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "train.log", "a") as log:
-            made = subprocess.Popen(
-                [sys.executable, sys.argv[0], *argv],
+        directory.path.mkdir(parents=True, exist_ok=True)
+        with open(directory.log, "a") as log:
+            process = subprocess.Popen(
+                [sys.executable, sys.argv[0], *(word for word in argv if word != "--detach")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
     except OSError as error:
-        raise RunError(
-            f"the run directory {directory} cannot be written to",
-            found=error.strerror,
-            fix="--output_dir",
-        ) from None
-    print(
-        f"in the background, pid {made.pid}\nlog:  tail -f {directory / 'train.log'}\nstop: make stop RUN={directory.name}"
+        raise directory.not_writable(error) from None
+    say(
+        f"in the background, pid {process.pid}\n"
+        f"log:  tail -f {directory.log}\n"
+        f"stop: make stop RUN={directory.path.name}"
     )
     return DONE
 
 
-def heartbeat(directory):
-    """What the run last said of itself; {} where it never did."""
-    try:
-        return json.loads((directory / "heartbeat.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def stop(directory):
-    """Ask a run to stop, and wait for it."""
-    if not (directory / "heartbeat.json").exists():
+def stop(directory: RunDirectory) -> int:
+    """Ask a run to stop, and wait until it has."""
+    if not directory.heartbeat.exists():
         raise RunError(
             f"no run {directory}",
-            found=", ".join(p.name for p in Path("runs").glob("*")) or "no runs here",
+            found=", ".join(path.name for path in RUNS.glob("*")) or "no runs here",
         )
-    if not is_alive(directory):
-        print(f"{directory} is not running ({heartbeat(directory).get('phase')})")
+    if not directory.is_alive():
+        say(f"{directory} is not running ({directory.read_heartbeat().get('phase')})")
         return DONE
-    (directory / "STOP").touch()
-    print(f"{directory} stops after its update, with a checkpoint", flush=True)
-    while is_alive(directory):
+    (directory.path / STOP).touch()
+    say(f"{directory} stops after its optimizer step, with a checkpoint")
+    while directory.is_alive():
         time.sleep(POLL)
-    print(
-        f"{directory}: {heartbeat(directory).get('phase')} at step {heartbeat(directory).get('step')}"
-    )
+    beat = directory.read_heartbeat()
+    say(f"{directory}: {beat.get('phase')} at step {beat.get('step')}")
     return DONE
 
 
-def patience(directory, phase):
-    """Seconds that the run may be silent in `phase`: as its supervisor has it now, else the phase's own."""
-    try:
-        if swap_dir.is_held(directory / ".supervised"):
-            return float((directory / ".patience").read_text())
-    except (OSError, ValueError):
-        pass
-    return LIMITS.get(phase, LIMITS["load"])
-
-
-def is_alive(directory):
-    """Whether a rank or a supervisor holds the run."""
-    return any(
-        (directory / name).exists() and swap_dir.is_held(directory / name)
-        for name in (".running", ".supervised")
-    )
-
-
-def status():
+def status() -> int:
     """Print what the runs under runs/ are doing."""
-    lines = [("run", "state", "step", "last seen")]
-    for path in sorted(Path("runs").glob("*/heartbeat.json")):
-        beat = heartbeat(path.parent)
-        phase = beat.get("phase", "?")
-        state = (
-            phase if is_alive(path.parent) or phase in ("done", "stopped") else f"ended in {phase}"
-        )
-        lines.append(
-            (
-                path.parent.name,
-                state,
-                str(beat.get("step")),
-                f"{time.time() - beat.get('time', 0):,.0f} s ago",
-            )
-        )
-    print(table(lines, "  "))
+    rows = [("run", "state", "step", "last seen")]
+    for run in all_runs():
+        beat = run.read_heartbeat()
+        state = beat.get("phase", "?")
+        if not run.is_alive() and state not in (Phase.DONE, Phase.STOPPED):
+            state = f"ended in {state}"
+        seconds = time.time() - beat.get("time", 0)
+        rows.append((run.path.name, state, str(beat.get("step")), f"{seconds:,.0f} s ago"))
+    say(table(rows, "  "))
     return DONE
 
 
-def _oom_kills():
-    """Processes that the kernel killed for want of memory since it started."""
-    for line in Path("/proc/vmstat").read_text().splitlines():
-        if line.startswith("oom_kill "):
-            return int(line.split()[1])
-    return 0
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed because RAM ran out, since it started."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return int(dict(line.split() for line in lines).get("oom_kill", 0))
 
 
-class Supervisor:
-    """One run: its ranks, started as often as it takes."""
+def position(beat: dict) -> str:
+    """Return a heartbeat's phase and step as text."""
+    return f"in {beat.get('phase', 'start')} after step {beat.get('step', 0)}"
 
-    def __init__(self, flags, directory, ranks, own):
-        self.flags, self.directory, self.ranks, self.script = flags, directory, ranks, own["script"]
-        self.max_restarts = int(own["max_restarts"])
-        self.limits = {**LIMITS, "train": int(own["hang_timeout"] or LIMITS["train"])}
-        self.asked, self.attempt = 0, 0  # signals from outside; starts
-        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-        self.processes, self.stopped_since, self.longest, self.beats = [], {}, 0.0, None
-        self.lowest, self.sizes, self.oom, self.told = None, {}, 0, None
 
-    def run(self):
-        """Exit code."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            swap_dir.take(
-                self.directory / ".supervised",
-                f"the run {self.directory}",
-                "make stop, or another --run_name",
+@dataclass
+class Attempt:
+    """One start of the ranks, and what was seen of them. Times but `began` are monotonic."""
+
+    first_step: int = 0  # of the checkpoint that it resumes from
+    processes: list[psutil.Popen] = field(default_factory=list)  # by rank
+    began: float = field(default_factory=time.time)
+    oom_kills: int = field(default_factory=oom_kills)  # before it began
+    lowest_free: float = field(default_factory=hardware.free_memory)  # bytes of RAM
+    sizes: dict[int, int] = field(default_factory=dict)  # rank: bytes of RAM
+    suspended_since: dict[int, float] = field(default_factory=dict)  # rank: time
+    heartbeat: dict = field(default_factory=dict)
+    heartbeat_seen: float = 0.0
+    longest_step: float = 0.0  # seconds
+
+    def running(self) -> list[psutil.Popen]:
+        """Return the ranks that have not ended."""
+        return [process for process in self.processes if process.poll() is None]
+
+    def check_processes(self) -> str | None:
+        """Measure the memory of the ranks. Return what is wrong where one is suspended too long."""
+        now = time.monotonic()
+        self.lowest_free = min(self.lowest_free, hardware.free_memory())
+        for rank, process in enumerate(self.processes):
+            try:
+                self.sizes[rank] = process.memory_info().rss
+                state = process.status()
+            except psutil.Error:  # it has just ended
+                continue
+            if state not in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                self.suspended_since.pop(rank, None)
+                continue
+            seconds = now - self.suspended_since.setdefault(rank, now)
+            if seconds > SUSPENDED_LIMIT:
+                return f"rank {rank} (pid {process.pid}) has been stopped for {seconds:.0f} s"
+        return None
+
+    def killed(self, rank: int, number: signal.Signals, where: str) -> RunError:
+        """Return the error of a rank that a signal ended.
+
+        After SIGKILL it says whether the kernel sent it because memory ran out.
+        """
+        what = f"rank {rank} was ended by {number.name} {where}"
+        if number != signal.SIGKILL:
+            return RunError(what)
+        free, size = self.lowest_free / 2**30, self.sizes.get(rank, 0) / 2**30
+        kernel, fix = "counts no kill for want of memory, so somebody sent it", None
+        if kills := oom_kills() - self.oom_kills:
+            kernel = f"killed {kills} process(es) for want of memory"
+            fix = (
+                "fewer ranks, or a configuration that keeps less in RAM "
+                "(ds_z3_nvme_optimizer.json, ds_z3_nvme.json)"
             )
-        except OSError as error:
-            raise RunError(
-                f"the run directory {self.directory} cannot be written to",
-                found=error.strerror,
-                fix="--output_dir",
-            ) from None
+        memory = f"MemAvailable fell to {free:.2f} GiB, the rank held {size:.2f} GiB"
+        return RunError(what, found=f"{memory}; the kernel {kernel}", fix=fix)
+
+    def end(self, grace_period: float) -> None:
+        """Kill the ranks that have not ended after so many seconds."""
+        psutil.wait_procs(self.processes, grace_period)
+        for process in self.processes:
+            try:  # with the processes that it started: a loader's worker can hold its locks
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        psutil.wait_procs(self.processes)
+
+
+@dataclass
+class Supervisor:
+    """One run: its ranks, started again after a fault as often as max_restarts allows."""
+
+    directory: RunDirectory
+    options: Options
+    ranks: int
+    starts: int = 0
+    attempt: Attempt = field(default_factory=Attempt)
+    stop_requested: bool = False  # by a signal
+    published_limit: float = 0.0  # seconds
+
+    def run(self, flags: list[str]) -> int:
+        """Run launch/train.py with the flags until it ends well or is stopped.
+
+        Return the exit code. Raise RunError after max_restarts restarts without a new checkpoint.
+        """
+        self.directory.lock(self.directory.supervisor_lock)
+        self.terminals = terminals()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._pass_on)
-        flags, restarts, committed = self.flags, 0, resume.newest(self.directory)
-        before = committed
-        print(
-            f"{self.ranks} rank(s): {self.script} {' '.join(map(storage.shown, flags))}", flush=True
-        )
+        say(f"{self.ranks} rank(s): {self.options.script} {' '.join(map(storage.shown, flags))}")
+        checkpoint = first_checkpoint = resume.newest(self.directory.path)
+        restarts, most, resume_flags = 0, self.options.max_restarts, []
         while True:
-            self._start(flags)
-            code, cause = self._watch()
-            if self.asked and cause:
-                print(f"\n{cause}", file=sys.stderr, flush=True)
-            if (
-                code in (DONE, STOPPED, BAD_INPUT, DOES_NOT_FIT)
-                or (code == FAILED and cause is None)
-                or self.asked
-            ):
+            self._start([*flags, *resume_flags], checkpoint or 0)
+            code, fault = self._watch()
+            if fault is None:
                 return code
-            now = resume.newest(self.directory)
-            restarts = 1 if now != committed else restarts + 1
-            committed = now
-            print(f"\n{cause}", file=sys.stderr, flush=True)
-            if restarts > self.max_restarts:
-                print(
-                    f"error: {self.max_restarts} restarts without a new checkpoint\n  found:  {self._place()}\n"
-                    f"  fix:    mend the cause, then {resume.command(self.directory)}",
-                    file=sys.stderr,
-                    flush=True,
+            to_stderr(f"\n{fault}")
+            if self.stop_requested:
+                return code
+            previous, checkpoint = checkpoint, resume.newest(self.directory.path)
+            restarts = restarts + 1 if checkpoint == previous else 1
+            begin = "no checkpoint yet, so from the beginning"
+            if checkpoint is not None:
+                begin = f"goes on from checkpoint-{checkpoint}"
+            progress = f"last seen {position(self.directory.read_heartbeat())}; {begin}"
+            if restarts > most:
+                raise RunError(
+                    f"{most} restarts without a new checkpoint",
+                    found=progress,
+                    fix=f"remove the cause, then {resume.command(self.directory)}",
+                    code=FAILED,
                 )
-                return FAILED
-            print(
-                f"restart {restarts} of {self.max_restarts}: {self._place()}",
-                file=sys.stderr,
-                flush=True,
-            )
-            # Until the run has a checkpoint of its own, it begins as it was asked to.
-            flags = [
-                *self.flags,
-                *(["--resume_from_checkpoint", "auto"] if now != before or now is None else []),
-            ]
+            to_stderr(f"restart {restarts} of {most}: {progress}")
+            # Until the run has a checkpoint of its own, it starts as the user asked.
+            if checkpoint is None or checkpoint != first_checkpoint:
+                resume_flags = ["--resume_from_checkpoint", "auto"]
 
-    def _place(self):
-        beat, last = heartbeat(self.directory), resume.newest(self.directory)
-        return f"last seen in {beat.get('phase', 'start')} after step {beat.get('step', 0)}; " + (
-            f"goes on from checkpoint-{last}"
-            if last is not None
-            else "no checkpoint yet, so from the beginning"
-        )
-
-    def _start(self, flags):
-        self.attempt, self.base = self.attempt + 1, resume.newest(self.directory) or 0
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def _start(self, flags: list[str], step: int) -> None:
+        """Start a process for each rank. step: of the checkpoint that they resume from."""
+        self.starts += 1
+        self.attempt = Attempt(step)
+        ranks = str(self.ranks)
         shared = {
-            "WORLD_SIZE": self.ranks,
-            "LOCAL_SIZE": self.ranks,
-            "LOCAL_WORLD_SIZE": self.ranks,
+            **os.environ,
+            "WORLD_SIZE": ranks,
+            "LOCAL_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "ZERO_OFFLOAD_SUPERVISED": self.attempt,
+            "MASTER_PORT": str(free_port()),
+            "ZERO_OFFLOAD_SUPERVISED": str(self.starts),
         }
-        self.processes, self.stopped_since, self.longest, self.beats = [], {}, 0.0, None
-        self.lowest, self.sizes, self.oom, self.began = None, {}, _oom_kills(), time.time()
-        for rank in range(self.ranks):
-            environment = {
-                **os.environ,
-                **{k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
-            }
+        for rank in map(str, range(self.ranks)):
             # A session of its own: Ctrl-C comes through us, once, to all. And no rank outlives us.
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-u", self.script, *flags],
-                    env=environment,
+            self.attempt.processes.append(
+                psutil.Popen(
+                    [sys.executable, "-u", self.options.script, *flags],
+                    env={**shared, "RANK": rank, "LOCAL_RANK": rank},
                     start_new_session=True,
                     preexec_fn=hardware.die_with_parent,
                 )
             )
 
-    def _pass_on(self, number, frame):
-        self.asked += 1
-        drop_lost_terminal(self.terminals)
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+    def _pass_on(self, number: int, frame: object) -> None:
+        """Send a signal on to all ranks; SIGHUP as SIGTERM."""
+        self.stop_requested = True
+        drop_lost_terminals(self.terminals)
+        for process in self.attempt.running():
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def _watch(self):
-        """(exit code, cause that a restart may mend or None) once all ranks are gone."""
-        looked = 0.0
+    def _watch(self) -> tuple[int, RunError | None]:
+        """Wait until all ranks have ended. Return the exit code, and the fault or None.
+
+        After a fault a restart may help: then the code counts only where a signal asked to stop.
+        """
+        next_check = 0.0
         while True:
-            codes = [p.poll() for p in self.processes]
-            bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, DONE)]
-            if bad:  # one that was killed makes others fail: it is the one to name
-                return self._ended(*min(bad, key=lambda pair: (pair[1] >= 0, pair[1] == CRASHED)))
-            if all(code == DONE for code in codes):
-                return DONE, None
-            if time.monotonic() - looked >= 1:
-                looked = time.monotonic()
-                self._measure()
-                if hung := self._hung():
-                    self._dump()
-                    self._kill(0)
-                    return FAILED if self.asked else CRASHED, hung
-            time.sleep(POLL)
-
-    def _ended(self, rank, code):
-        """A rank has ended before the others: end them, and say why it did."""
-        beat = heartbeat(self.directory)
-        at = f"in {beat.get('phase', 'start')} after step {beat.get('step', 0)}"
-        # Those that know of the end come by themselves; the others wait for it in a collective.
-        self._kill(60 if code == STOPPED else 5)
-        if code < 0:
-            cause = f"rank {rank} was ended by {signal.Signals(-code).name} {at}"
-            if code == -signal.SIGKILL:
-                cause += self._memory(rank)
-            return (STOPPED if self.asked else CRASHED), cause
-        if code == CRASHED:
-            return (FAILED if self.asked else CRASHED), f"rank {rank} failed {at}"
-        return code, None
-
-    def _memory(self, rank):
-        killed = _oom_kills() - self.oom
-        text = (
-            f"\n  found:  MemAvailable fell to {(self.lowest or 0) / 2**30:.2f} GiB, the rank held "
-            f"{self.sizes.get(rank, 0) / 2**30:.2f} GiB; "
-        )
-        if not killed:
-            return text + "the kernel counts no kill for want of memory, so somebody sent it"
-        return text + (
-            f"the kernel killed {killed} process(es) for want of memory\n  fix:    fewer ranks, or a configuration that "
-            "keeps less in RAM (ds_z3_nvme_optimizer.json, ds_z3_nvme.json)"
-        )
-
-    def _measure(self):
-        free = hardware.free_memory()
-        self.lowest = free if self.lowest is None else min(free, self.lowest)
-        for rank, process in enumerate(self.processes):
-            try:
-                self.sizes[rank] = psutil.Process(process.pid).memory_info().rss
-            except psutil.Error:
-                pass
-
-    def _hung(self):
-        """Why a rank counts as hung, or None."""
-        now = time.monotonic()
-        for rank, process in enumerate(self.processes):
-            try:
-                stopped = psutil.Process(process.pid).status() in (
-                    psutil.STATUS_STOPPED,
-                    psutil.STATUS_TRACING_STOP,
+            codes = [process.poll() for process in self.attempt.processes]
+            failures = [(rank, code) for rank, code in enumerate(codes) if code]
+            if failures:
+                # A rank that was killed makes others fail: it is the one to name.
+                return self._ended(
+                    *min(failures, key=lambda pair: (pair[1] > 0, pair[1] == CRASHED))
                 )
-            except psutil.Error:
-                continue
-            since = (
-                self.stopped_since.setdefault(rank, now)
-                if stopped
-                else self.stopped_since.pop(rank, None)
-            )
-            if stopped and now - since > STOPPED_LIMIT:
-                return f"rank {rank} (pid {process.pid}) has been stopped for {now - since:.0f} s"
-        beat = heartbeat(self.directory)
-        stamp = (beat.get("step"), beat.get("phase"), beat.get("time", 0))
-        if beat.get("time", 0) < self.began:
-            stamp = (0, "load", self.began)  # an earlier attempt's
-        if self.beats is None or stamp != self.beats[0]:
-            if self.beats and stamp[1] == self.beats[0][1] == "train":
-                self.longest = max(self.longest, now - self.beats[1])
-            self.beats = (stamp, now)
-        silent = now - self.beats[1]
-        limit = self.limits.get(stamp[1], 1800)
-        if stamp[1] == "train":  # before the first update nothing is known of how long one takes
-            limit = max(
-                limit, SLACK * self.longest if stamp[0] > self.base else self.limits["load"]
-            )
-        self._tell(limit)
-        if silent > limit:
-            return f"no sign of life for {silent:.0f} s in {stamp[1]} after step {stamp[0]}; limit: {limit:.0f} s (--hang_timeout)"
-        return None
-
-    def _tell(self, limit):
-        """For others that watch the run, as the image's health check."""
-        if limit != self.told:
-            self.told = limit
-            try:
-                (self.directory / ".patience").write_text(str(limit))
-            except OSError:  # a full disk is the ranks' own matter
-                pass
-
-    def _dump(self):
-        """Ask every rank for its stacks, stopped ones too."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGUSR2)
-                process.send_signal(signal.SIGCONT)
-        time.sleep(2)
-        print(f"stacks of all ranks: {self.directory}/stacks-*.txt", file=sys.stderr, flush=True)
-
-    def _kill(self, grace):
-        """End the ranks that are left, after `grace` seconds to do it themselves."""
-        until = time.monotonic() + grace
-        while time.monotonic() < until and any(p.poll() is None for p in self.processes):
+            if None not in codes:
+                return DONE, None
+            if time.monotonic() >= next_check:
+                next_check = time.monotonic() + 1
+                if hang := self.attempt.check_processes() or self._silence():
+                    self._dump_stacks()
+                    self.attempt.end(0)
+                    return FAILED, RunError(hang)
             time.sleep(POLL)
-        for process in self.processes:
-            try:  # with what it has started: a loader's worker can hold its locks
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
+
+    def _ended(self, rank: int, code: int) -> tuple[int, RunError | None]:
+        """End the other ranks after one has failed. Return what _watch returns."""
+        where = position(self.directory.read_heartbeat())
+        # A rank that knows of the stop ends alone; others wait in a collective for the lost one.
+        self.attempt.end(60 if code == STOPPED else 5)
+        if code in FINAL:
+            return code, None
+        if code > 0:
+            return FAILED, RunError(f"rank {rank} failed {where}")
+        return STOPPED, self.attempt.killed(rank, signal.Signals(-code), where)
+
+    def _silence(self) -> str | None:
+        """Return why the ranks count as hung: no new heartbeat for too long. None where not."""
+        attempt, now = self.attempt, time.monotonic()
+        beat = self.directory.read_heartbeat()
+        if beat.get("time", 0) < attempt.began:  # none yet, or an earlier attempt's
+            beat = {"step": 0, "phase": Phase.LOAD}
+        phase = beat["phase"]
+        if beat != attempt.heartbeat:
+            if phase == attempt.heartbeat.get("phase") == Phase.TRAIN:
+                attempt.longest_step = max(attempt.longest_step, now - attempt.heartbeat_seen)
+            attempt.heartbeat, attempt.heartbeat_seen = beat, now
+        limit = SILENCE_LIMITS[phase]
+        if phase == Phase.TRAIN:
+            # Before the end of the first step nobody knows how long one takes.
+            first = beat["step"] <= attempt.first_step
+            longest = SILENCE_LIMITS[Phase.LOAD] if first else SLACK * attempt.longest_step
+            limit = max(self.options.hang_timeout, longest)
+        self._publish(limit)
+        silent = now - attempt.heartbeat_seen
+        if silent <= limit:
+            return None
+        where = position(beat)
+        return f"no sign of life for {silent:.0f} s {where}; limit: {limit:.0f} s (--hang_timeout)"
+
+    def _publish(self, limit: float) -> None:
+        """Write the limit for others who watch the run, such as the image's health check."""
+        if limit != self.published_limit:
+            self.published_limit = limit
+            try:
+                self.directory.silence_limit_file.write_text(str(limit))
+            except OSError:  # a full disk: the ranks report it
                 pass
-        for process in self.processes:
-            process.wait()
+
+    def _dump_stacks(self) -> None:
+        """Make every rank write its stacks, suspended ranks too."""
+        for process in self.attempt.running():
+            process.send_signal(signal.SIGUSR2)
+            process.send_signal(signal.SIGCONT)
+        time.sleep(2)
+        to_stderr(f"stacks of all ranks: {self.directory}/stacks-*.txt")

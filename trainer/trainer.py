@@ -1,512 +1,330 @@
-"""OffloadTrainer: transformers.Trainer with a chunked loss, an order of our own, exact evaluation, guards and measurements."""
+"""OffloadTrainer: transformers.Trainer with our loss, our order of rows and our logging.
 
-import collections
-import dataclasses
+The loop itself is transformers'. Evaluation, guards, progress and checkpoint contents are in
+export/evaluation.py, monitor/guards.py, monitor/progress.py and checkpoint/contents.py.
+"""
+
 import functools
-import json
-import statistics
-import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from data.dataset import IGNORED, Order, TrainLoader, collate, evaluation_batches
-from trainer.checkpoint import checkpoints
-from trainer.engine import patches
-from trainer.errors import FAILED, RunError, say
-from trainer.modeling import activations
+from data.dataset import BatchSampler, collate, evaluation_batches
+from trainer.checkpoint import contents, load
+from trainer.checkpoint.files import SavedCheckpoint
+from trainer.checkpoint.save import Checkpointer
+from trainer.console import say
+from trainer.data_setup import TrainingData
+from trainer.engine import cpu_step, patches
+from trainer.engine.activation_offload import offload_inputs
+from trainer.errors import FAILED, RunError
+from trainer.export.evaluation import evaluate
+from trainer.modeling.activations import SelectiveCheckpointing
 from trainer.modeling.loss import ChunkedHead, whole_logits
-from trainer.monitor.telemetry import heartbeat
+from trainer.monitor import progress
+from trainer.monitor.guards import Guards
+from trainer.monitor.signals import PreemptionCallback
+from trainer.monitor.telemetry import Telemetry
+from trainer.monitor.tracking import Tracker
+from trainer.run_dir import Phase, RunDirectory
+from trainer.system.swap_dir import SwapSpace
 
-FAILED_SAVES = 3  # in a row; then the run stops rather than go on without a net
-DUMPS = 10  # updates that were not finite whose rows are written down
-SPIKE = 6  # standard deviations of the last losses
+FAILED_SAVES = 3  # in a row; then the run stops rather than go on without a checkpoint
 
 
-def summed(tensor):
-    """The tensor summed over all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+@dataclass
+class TrainerParts:
+    """What OffloadTrainer needs beside model, arguments, data and tokenizer.
+
+    saved: the checkpoint to resume from. space: the run's swap files. pack_length: tokens of a
+    packed row, or None. varlen: the attention wants to know where samples begin. fused_loss, liger:
+    the loss in chunks, by Liger's kernel. fused_step, overlap_step: see engine/cpu_step.py.
+    offloaded_layers: decoder layers whose inputs wait in RAM.
+    """
+
+    run: RunDirectory
+    telemetry: Telemetry
+    checkpointer: Checkpointer
+    preemption: PreemptionCallback
+    max_nonfinite_steps: int
+    tracker: Tracker | None = None
+    saved: SavedCheckpoint | None = None
+    space: SwapSpace | None = None
+    selective: SelectiveCheckpointing | None = None
+    pack_length: int | None = None
+    varlen: bool = False
+    fused_loss: bool = True
+    liger: bool = False
+    fused_step: bool = True
+    overlap_step: bool = False
+    offloaded_layers: Sequence[torch.nn.Module] = field(default_factory=list)
 
 
 class OffloadTrainer(Trainer):
-    """The thin place where engine, callbacks and guards meet.
+    """The thin place where engine, callbacks and guards meet."""
 
-    telemetry: Telemetry; tracker: Tracker or None; max_nonfinite_steps: updates in a row with a non-finite loss or gradient
-    after which the run stops with exit 1. capacity: tokens of a packed row, or None; mixture: data.dataset.Mixture or None; varlen:
-    the attention wants to be told where samples begin. checkpointer: checkpoint.Checkpointer; stopper: signals.Stopper; resume:
-    (folder, manifest) of the checkpoint to go on from, or None; space: swap.SwapSpace or None. kept: recompute.KeptLayers or None.
-    liger: the loss by Liger's kernel; fused_step: gradients and the CPU's optimizer step by offload.host_step, with overlap_step
-    beside the next forward pass. offloaded: the decoder layers whose inputs wait in RAM (recompute.offload_inputs).
-    """
+    args: TrainingArguments
+    model_wrapped: Any  # DeepSpeed's engine, once training begins
+    processing_class: Any
 
     def __init__(
         self,
-        *args,
-        telemetry,
-        tracker=None,
-        fused_loss=True,
-        max_nonfinite_steps=1,
-        capacity=None,
-        mixture=None,
-        varlen=False,
-        checkpointer=None,
-        stopper=None,
-        resume=None,
-        space=None,
-        kept=None,
-        liger=False,
-        fused_step=True,
-        overlap_step=False,
-        offloaded=(),
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.kept, self.fused_step, self.overlap_step, self.offloaded = (
-            kept,
-            fused_step,
-            overlap_step,
-            offloaded,
+        model: Any,
+        args: TrainingArguments,
+        data: TrainingData,
+        tokenizer: PreTrainedTokenizerBase,
+        parts: TrainerParts,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation if len(data.validation) else None,
+            processing_class=tokenizer,
         )
-        self.checkpointer, self.resume, self.space = checkpointer, resume, space
-        self.saved, self.failed_saves = resume and resume[0], 0
-        self.recent = collections.deque(maxlen=50)  # losses
-        self.order = self.batches = None
-        self.capacity, self.mixture, self.varlen = capacity, mixture, varlen
-        self.telemetry, self.tracker = telemetry, tracker
-        self.max_nonfinite_steps, self.nonfinite, self.nonfinite_unlogged = (
-            max_nonfinite_steps,
-            0,
-            0,
+        self.data, self.parts, self.run = data, parts, parts.run
+        self.telemetry = parts.telemetry
+        self.guards = Guards(
+            self.run.path,
+            args.process_index,
+            parts.max_nonfinite_steps,
+            last_good_step=parts.saved.step if parts.saved else 0,
         )
-        self.last_good_step = resume[1]["step"] if resume else 0
-        self.audited = False
-        # The loss below is a sum over the update's answer tokens divided by their number on all ranks; transformers must
-        # count them, and must not divide by the number of micro-batches again.
+        self.last_saved = parts.saved.folder if parts.saved else None
+        self.failed_saves = 0
+        self.sampler: Any = None
+        self.batches: list[dict[str, Any]] = []  # of the optimizer step that is being made
+        self.tokens_of_step = 0
+        self.audited = False  # the swap files, after the first optimizer step
+        self.metrics: dict[str, float] | None = None  # of the last evaluation
+        self.evaluated_at: int | None = None
+        # The loss below is a sum over the step's answer tokens divided by their number on all
+        # ranks. transformers must count them, and not divide by the micro-batches again.
         self.model_accepts_loss_kwargs = True
-        self.head = ChunkedHead.install(_language_model(self.model), liger) if fused_loss else None
-        self.update_tokens = 0
-        self.engine_timed = False
-        self.evaluated = self.evaluated_at = None
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.head = ChunkedHead.install(base, parts.liger) if parts.fused_loss else None
+        self.timed_engine: Any = None
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
         if self.is_world_process_zero():
-            self.add_callback(Watch(self))
-        if stopper:
-            self.add_callback(stopper)
+            self.add_callback(progress.ProgressCallback(self.run, args.world_size))
+        self.add_callback(parts.preemption)
 
-    # -- data ---------------------------------------------------------------------------------------------------------
-    def get_train_dataloader(self):
-        """Batches of this rank in the order of `Order`."""
+    # -- data ----------------------------------------------------------------------------------
+    def get_train_dataloader(self) -> Any:
+        """Return this rank's batches in the order of BatchSampler."""
         args = self.args
-        order = Order(
-            self.train_dataset.lengths,
+        self.sampler = BatchSampler(
+            self.data.train.lengths,
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
             args.process_index,
             args.world_size,
             args.data_seed if args.data_seed is not None else args.seed,
-            args.train_sampling_strategy,
-            self.capacity,
-            self.mixture,
+            str(args.train_sampling_strategy),
+            self.parts.pack_length,
+            self.data.mixture,
         )
-        self.order = order
-        return TrainLoader(
-            self.train_dataset,
-            batch_sampler=order,
+        return torch.utils.data.DataLoader(
+            self.data.train,
+            batch_sampler=self.sampler,
             num_workers=args.dataloader_num_workers,
-            collate_fn=functools.partial(self._collate, size=self.capacity),
+            collate_fn=functools.partial(self._collate, pack_length=self.parts.pack_length),
         )
 
-    def _collate(self, units, size=None):
-        batch = collate(units, self.processing_class.pad_token_id, size)
+    def _collate(self, packs: list[Any], pack_length: int | None = None) -> dict[str, Any]:
+        batch = collate(packs, self.processing_class.pad_token_id, pack_length)
         borders, longest = batch.pop("cu_seq_lens"), batch.pop("max_length")
-        if self.varlen:
-            batch.update(
-                cu_seq_lens_q=borders,
-                cu_seq_lens_k=borders,
-                max_length_q=longest,
-                max_length_k=longest,
-            )
+        if self.parts.varlen:
+            batch.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders)
+            batch.update(max_length_q=longest, max_length_k=longest)
         return batch
 
-    def get_batch_samples(self, *args, **kwargs):
-        """The update's micro-batches; the wait for them is measured."""
-        if self.kept:
-            self.kept.begin()
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of the next optimizer step; the wait for them is measured."""
+        if self.parts.selective:
+            self.parts.selective.before_step()
         begin = time.perf_counter()
-        samples, items = super().get_batch_samples(*args, **kwargs)
+        batches, items = super().get_batch_samples(*args, **kwargs)
         self.telemetry.clock.add("data_wait", time.perf_counter() - begin)
-        self.update_tokens = sum(batch.pop("tokens") for batch in samples)
-        self.batches = samples
-        return samples, items
+        self.tokens_of_step = sum(batch.pop("tokens") for batch in batches)
+        self.batches = batches
+        return batches, items
 
-    # -- one micro-batch ----------------------------------------------------------------------------------------------
-    def _loss_and_hits(self, model, inputs):
+    # -- one micro-batch -----------------------------------------------------------------------
+    def _loss_and_correct(
+        self, model: Any, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.head(model, inputs) if self.head else whole_logits(model, inputs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss over the answer tokens of the whole update, on all ranks and micro-batches."""
-        if not self.engine_timed:
-            self._time_engine_step()
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the mean loss over the answer tokens of the whole step, on all ranks."""
         clock = self.telemetry.clock
         clock.start("forward")
-        loss, _ = self._loss_and_hits(model, inputs)
-        # ZeRO averages the gradients over the ranks; the sum was divided by the tokens of all of them.
+        loss, _ = self._loss_and_correct(model, inputs)
+        # ZeRO averages gradients over the ranks; the sum was divided by the tokens of all of them.
         loss = loss / num_items_in_batch.clamp(min=1) * self.args.world_size
-        # An infinite loss can have finite gradients. NaN has none, and ZeRO-3 then skips the update on every rank.
+        # An infinite loss can have finite gradients. NaN has none, and ZeRO-3 then skips the
+        # optimizer step on every rank.
         loss = torch.where(torch.isfinite(loss), loss, torch.full_like(loss, float("nan")))
         clock.stop("forward")
         clock.start("backward")
         return loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward, backward and, at the end of an update, the optimizer. Returns the loss; 0 in place of a non-finite one, which
-        is counted, because NaN would stay in the Trainer's running sum for good."""
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Run forward, backward and, after the last micro-batch, the optimizer step.
+
+        Returns the loss, and 0 in place of one that is not finite: NaN would stay in the Trainer's
+        running sum for good. The guards count it.
+        """
+        if self.timed_engine is not self.model_wrapped:
+            patches.time_step(self.model_wrapped, self.telemetry.clock)
+            self.timed_engine = self.model_wrapped
+            self.telemetry.restart_window()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.telemetry.clock.stop("backward")
         if self.accelerator.gradient_state.sync_gradients:
-            self._update_ended()
+            self._step_ended()
         return torch.nan_to_num(loss)
 
-    def _time_engine_step(self):
-        """Measure the optimizer apart from the backward pass: accelerate runs both in one call."""
-        engine, clock = self.model_wrapped, self.telemetry.clock
-        plain = engine.step
-
-        def step(*args, **kwargs):
-            clock.stop("backward")
-            clock.start("optimizer")
-            try:
-                return plain(*args, **kwargs)
-            finally:
-                clock.stop("optimizer")
-
-        engine.step = step
-        self.engine_timed = True
-        self.telemetry.restart_window()
-
-    def _update_ended(self):
-        if self.kept:
-            self.kept.end(max(b["labels"].numel() for b in self.batches))
-        self.telemetry.step_done(self.update_tokens)
-        optimizer = self.model_wrapped.optimizer
-        skipped = bool(getattr(optimizer, "overflow", False))
-        if skipped and optimizer.dtype == torch.float16 and float(optimizer.loss_scale) > 1:
-            return  # fp16's loss scale is being lowered, as it should be
-        if not skipped:
-            if self.space and not self.audited:
-                self.space.audit()
+    def _step_ended(self) -> None:
+        """After an optimizer step, or one that DeepSpeed has skipped."""
+        step, optimizer = self.state.global_step + 1, self.model_wrapped.optimizer
+        if self.parts.selective:
+            self.parts.selective.after_step(max(b["labels"].numel() for b in self.batches))
+        self.telemetry.step_done(self.tokens_of_step)
+        if not getattr(optimizer, "overflow", False):
+            if self.parts.space and not self.audited:
+                self.parts.space.audit()
                 self.audited = True
-            self.nonfinite, self.last_good_step = 0, self.state.global_step + 1
-            return
-        self.nonfinite += 1
-        self.nonfinite_unlogged += 1
-        if self.nonfinite <= DUMPS:
-            self._dump_update()
+            self.guards.step_was_made(step)
+        elif optimizer.dtype == torch.float16 and float(optimizer.loss_scale) > 1:
+            return  # fp16's loss scale is being lowered, as it should be
+        else:
+            self.guards.step_was_skipped(step, self._rows_of_step(), self.batches)
 
-    def _dump_update(self):
-        """nonfinite-<step>-rank-<rank>: the rows of this rank's part of the update (.json) and its batches (.safetensors)."""
-        from safetensors.torch import save_file
+    def _rows_of_step(self) -> list[dict[str, Any]]:
+        """Return file and line of this rank's rows in the optimizer step that is being made."""
+        sampler, data = self.sampler, self.data.train
+        epoch, step = divmod(self.state.global_step, sampler.steps_per_epoch)
+        first = step * sampler.accumulation
+        batches = [sampler.batch_at(epoch, first + i) for i in range(len(self.batches))]
+        places = [data.place(i) for batch in batches for pack in batch for i in pack]
+        return [{"path": data.files[file].shown, "line": line} for file, line in places]
 
-        step, order, data = self.state.global_step, self.order, self.train_dataset
-        first = step % order.updates * order.accumulate
-        units = [order.batch_at(step // order.updates, first + i) for i in range(len(self.batches))]
-        places = [data.place(i) for batch in units for unit in batch for i in unit]
-        rows = [{"path": data.files[file].shown, "line": line} for file, line in places]
-        path = Path(self.args.output_dir) / f"nonfinite-{step + 1}-rank-{self.args.process_index}"
-        path.with_suffix(".json").write_text(json.dumps({"step": step + 1, "rows": rows}, indent=1))
-        save_file(
-            {
-                f"{i}/{k}": v.contiguous().cpu()
-                for i, b in enumerate(self.batches)
-                for k, v in b.items()
-                if torch.is_tensor(v)
-            },
-            path.with_suffix(".safetensors"),
-        )
-
-    def check_finite(self):
-        """Stop the run after too many updates in a row that were not made."""
-        if self.nonfinite >= self.max_nonfinite_steps:
-            raise RunError(
-                f"the loss or a gradient was not finite in {self.nonfinite} update(s) in a row; none of them was applied",
-                found=f"step {self.state.global_step}; the last good step was {self.last_good_step}",
-                fix="a lower --learning_rate, a look at the rows of this step (nonfinite-… in the run directory), or "
-                "--max_nonfinite_steps N to go on longer",
-                code=FAILED,
-            )
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles and lose Adam's state on NVMe.
+    # -- checkpoints ---------------------------------------------------------------------------
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles
+        # and lose Adam's state on NVMe.
         made = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self.fused_step:
-            how = patches.install_step(self.model_wrapped.optimizer, self.overlap_step)
-            if how:
-                say(f"optimizer step on the CPU: {how}")
-        if self.offloaded:
-            activations.offload_inputs(self.offloaded, say)
-        self.state.compute_steps(
-            self.args, max_steps
-        )  # trainer_state.json brings the saved run's intervals
-        if self.resume:
-            folder, manifest = self.resume
-            engine = self.model_wrapped
-            checkpoints.restore(engine, folder, manifest, self.space)
-            scheduler = self._plain_scheduler()
-            if manifest["schedule"] == self._schedule():
-                scheduler.load_state_dict(manifest["scheduler"])
-                for group, rate in zip(
-                    engine.optimizer.param_groups, manifest["scheduler"]["_last_lr"]
-                ):
-                    group["lr"] = rate
-            else:  # another rate or length: the new schedule, from this step on
-                scheduler.last_epoch = manifest["scheduler"]["last_epoch"] - 1
-                scheduler.step()
-            scaler = getattr(engine.optimizer, "loss_scaler", None)
-            if manifest["precision"] == str(engine.optimizer.dtype):
-                for key, value in manifest["loss_scaler"].items():
-                    setattr(scaler, key, value)
-            self.telemetry.tokens = manifest["tokens"]
-            self.evaluated_at, self.evaluated = manifest["evaluated"] or (None, None)
-            if self.is_world_process_zero():
-                print(f"resume: goes on after step {manifest['step']}", flush=True)
+        parts, engine = self.parts, self.model_wrapped
+        if parts.fused_step:
+            cpu_step.install(engine.optimizer, parts.overlap_step)
+        if parts.offloaded_layers:
+            offload_inputs(parts.offloaded_layers)
+        # trainer_state.json brings the saved run's intervals; this run's flags decide.
+        self.state.compute_steps(self.args, max_steps)
+        if parts.saved:
+            load.restore(engine, parts.saved, parts.space)
+            contents.apply_position(self, parts.saved)
+            say(f"resume: goes on after step {parts.saved.step}")
         return made
 
-    def _run_epoch(self, *args, **kwargs):
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed at the end; transformers would train one step more
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # A run that is resumed at its end would make one step more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
 
-    def _plain_scheduler(self):
-        """torch's scheduler behind accelerate's wrapper, or the one that DeepSpeed was given."""
-        scheduler = self.model_wrapped.lr_scheduler or self.lr_scheduler
-        return getattr(scheduler, "scheduler", scheduler)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.parts.saved:
+            contents.restore_rng(self.parts.saved.folder)
 
-    def _schedule(self):
-        """What the learning rate of a step depends on."""
-        args = self.args
-        return [
-            args.learning_rate,
-            str(args.lr_scheduler_type),
-            str(args.lr_scheduler_kwargs),
-            args.warmup_steps,
-            self.state.max_steps,
-        ]
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        pass  # _prepare_for_training has done it, with the engine at hand
 
-    def _load_rng_state(self, folder):
-        if self.resume:
-            checkpoints.restore_rng(self.resume[0])
-
-    def _load_optimizer_and_scheduler(self, folder):
-        pass  # done with the engine at hand, above
-
-    def state_json(self):
-        """trainer_state.json, as transformers reads it."""
-        return json.dumps(dataclasses.asdict(self.state), indent=1, sort_keys=True)
-
-    def progress(self):
-        """What a checkpoint says of the run's position, for JSON."""
-        engine = self.model_wrapped
-        scaler = getattr(engine.optimizer, "loss_scaler", None)
-        plain = (
-            {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
-            if scaler
-            else {}
-        )
-        return {
-            "scheduler": self._plain_scheduler().state_dict(),
-            "schedule": self._schedule(),
-            "loss_scaler": plain,
-            "precision": str(engine.optimizer.dtype),
-            "tokens": self.telemetry.tokens,
-            "update_rows": self.order.update,
-            "evaluated": self.evaluated and [self.evaluated_at, self.evaluated],
-        }
-
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         began = time.perf_counter()
-        if self.space:
-            self.space.audit()
-        self._beat("save")
-        saved = self.checkpointer.save(self)
+        if self.parts.space:
+            self.parts.space.audit()
+        self.write_heartbeat(Phase.SAVE)
+        position = contents.position(self)
+        saved = self.parts.checkpointer.save(self.model_wrapped, self.state, position)
         if saved:
-            self.saved, self.failed_saves = saved, 0
-            if self.is_world_process_zero():
-                print(f"saved {saved} in {time.perf_counter() - began:.1f} s", flush=True)
+            self.last_saved, self.failed_saves = saved, 0
+            say(f"saved {saved} in {time.perf_counter() - began:.1f} s")
         else:
             self.failed_saves += 1
             if self.failed_saves >= FAILED_SAVES:
                 raise RunError(
                     f"{self.failed_saves} checkpoints in a row could not be saved",
-                    code=FAILED,
-                    found=f"the last one that stands is {self.saved or 'none'}",
+                    found=f"the last one that stands is {self.last_saved or 'none'}",
                     fix="free space on the disk of the run directory",
+                    code=FAILED,
                 )
-        self._beat("train")
+        self.write_heartbeat(Phase.TRAIN)
         self.telemetry.pause(time.perf_counter() - began)
 
-    def _beat(self, phase):
+    def write_heartbeat(self, phase: str) -> None:
+        """Write heartbeat.json, on rank 0."""
         if self.is_world_process_zero():
-            heartbeat(self.args.output_dir, self.state.global_step, phase)
+            self.run.beat(self.state.global_step, phase)
 
-    # -- evaluation ---------------------------------------------------------------------------------------------------
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Loss, perplexity and accuracy over the answer tokens of the validation set: weighted by token, so the same for any
-        batch size and number of ranks."""
+    # -- evaluation ----------------------------------------------------------------------------
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure loss, perplexity and token accuracy on the validation rows, and log them."""
         began = time.perf_counter()
-        self._beat("eval")
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        model, device = self.model_wrapped, self.args.device
-        training = model.training
-        model.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=device)
-        batches = evaluation_batches(
-            rows,
-            self.args.per_device_eval_batch_size,
-            self.args.process_index,
-            self.args.world_size,
+        self.write_heartbeat(Phase.EVAL)
+        args, rows = self.args, self.data.validation
+        metrics = evaluate(
+            self.model_wrapped,
+            self._loss_and_correct,
+            evaluation_batches(
+                rows, args.per_device_eval_batch_size, args.process_index, args.world_size
+            ),
+            lambda batch: self._collate([[rows[i]] for i in batch]),
+            args.device,
         )
-        show = self.is_world_process_zero() and sys.stderr.isatty()
-        for batch in tqdm(batches, desc="validation", leave=False, disable=not show):
-            inputs = self._collate([[rows[i]] for i in batch or [0]])
-            inputs.pop("tokens")
-            if not batch:  # this rank has no rows left, but ZeRO-3 gathers on all ranks in step
-                inputs["labels"].fill_(IGNORED)
-            inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
-            with torch.no_grad():
-                loss, hits = self._loss_and_hits(model, inputs)
-            count = inputs["labels"][:, 1:].ne(IGNORED).sum()
-            totals += torch.stack(
-                [loss.double(), torch.as_tensor(hits, device=device).double(), count.double()]
-            )
-        model.train(training)
-        model.empty_partition_cache()  # what the last forward pass fetched ahead would stay in flight
-        loss, hits, count = summed(totals).tolist()
-        metrics = {
-            "eval_loss": loss / count,
-            "eval_perplexity": _exp(loss / count),
-            "eval_token_accuracy": hits / count,
-        }
-        self.evaluated_at, self.evaluated = self.state.global_step, metrics
+        self.evaluated_at, self.metrics = self.state.global_step, metrics
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         self.telemetry.pause(time.perf_counter() - began)
         return metrics
 
-    # -- logging ------------------------------------------------------------------------------------------------------
-    def log(self, logs, start_time=None):
-        """One record to metrics.jsonl, W&B and the callbacks."""
+    # -- logging -------------------------------------------------------------------------------
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Write one record to metrics.jsonl, W&B and the callbacks, and let the guards decide."""
         if "train_runtime" in logs:
             return  # transformers' closing summary: its speed counts evaluation and export too
         record = {"step": self.state.global_step, **logs}
         if "loss" in logs:
             record.update(self.telemetry.measures(self.args.world_size))
-            if self.nonfinite_unlogged:
-                record["loss"] = record["grad_norm"] = None
-            self.nonfinite_unlogged = 0
+            self.guards.mask(record)
         self.telemetry.write(record)
-        if self.tracker:
-            self.tracker.log(record)
+        if self.parts.tracker:
+            self.parts.tracker.log(record)
         self.state.log_history.append(record)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
         if "loss" in logs:
-            self._look_for_spike(record["loss"])
-            self.check_finite()
-
-    def _look_for_spike(self, loss):
-        if loss is None:
-            return
-        if len(self.recent) >= 20 and self.is_world_process_zero():
-            mean, spread = statistics.fmean(self.recent), statistics.stdev(self.recent)
-            if loss > mean + SPIKE * spread:
-                print(
-                    f"warning: the loss jumped to {loss:.4f} at step {self.state.global_step}; the last {len(self.recent)} were "
-                    f"{mean:.4f} ± {spread:.4f}",
-                    flush=True,
-                )
-        self.recent.append(loss)
-
-
-def _language_model(model):
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def _exp(value):
-    try:
-        return torch.tensor(value, dtype=torch.float64).exp().item()
-    except OverflowError:
-        return float("inf")
-
-
-class Watch(TrainerCallback):
-    """What a person sees: a bar on a terminal, a line a logging step elsewhere; and the heartbeat."""
-
-    def __init__(self, trainer):
-        self.trainer, self.bar = trainer, None
-        self.terminal = sys.stderr.isatty()
-        self.rates = []
-
-    def _beat(self, state, phase):
-        heartbeat(self.trainer.args.output_dir, state.global_step, phase)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._beat(state, "train")
-        if self.terminal and not args.disable_tqdm:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._beat(state, "train")
-        if self.bar:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        self._beat(state, "train")
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._beat(state, "train")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "eval_loss" in logs:
-            self._line(
-                f"step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}  perplexity "
-                f"{logs['eval_perplexity']:.3f}  token accuracy {logs['eval_token_accuracy']:.3f}"
-            )
-            return
-        if "loss" not in logs:
-            return
-        self.rates.append(logs["step_s"])
-        left = (state.max_steps - state.global_step) * sum(self.rates[-20:]) / len(self.rates[-20:])
-        loss = "not finite" if logs["loss"] is None else f"{logs['loss']:.4f}"
-        speed = f"{logs['tokens_per_s_per_gpu'] * self.trainer.args.world_size:,.0f} tok/s"
-        if self.bar:
-            self.bar.set_postfix_str(f"loss {loss}, {speed}")
-        else:
-            self._line(
-                f"step {state.global_step}/{state.max_steps}  loss {loss}  {speed}  {left / 60:.1f} min left"
-            )
-
-    def _line(self, text):
-        if self.bar:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.close()
+            self.guards.check(self.state.global_step, record["loss"])

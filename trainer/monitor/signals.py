@@ -1,94 +1,111 @@
-"""How a run is asked to stop or to save: signals and files. All ranks decide together, at the end of an update."""
+"""How a run is asked to stop or to save: by signals, and by files in the run directory.
+
+All ranks decide together, at the end of an optimizer step. The way of exit code STOPPED (75):
+PreemptionCallback sets its reason, run.py then returns STOPPED, the supervisor passes it on.
+"""
 
 import faulthandler
 import os
 import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.errors import STOPPED, drop_lost_terminal
+from trainer.console import drop_lost_terminals, terminals
+from trainer.distributed import is_main_process
+from trainer.errors import STOPPED
+from trainer.run_dir import SAVE, STOP, RunDirectory
 
-STOP, SAVE = "STOP", "SAVE"  # files in the run directory
-_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGUSR1: "SIGUSR1"}
-ONE_WISH = 1  # second
-_HURRIED = ("SIGTERM", "SIGUSR1")  # a scheduler's: after the grace period comes SIGKILL
+SIGNALS: dict[int, str] = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGUSR1: "SIGUSR1",
+}
+# Why a run stops. The ranks exchange the position; the highest one counts.
+REASONS = ("", "the file STOP", *SIGNALS.values())
+SAME_REQUEST = 1  # seconds within which a second signal is the first one's echo
 
 
-class Stopper(TrainerCallback):
-    """Sees a request on any rank or in the run directory and stops every rank at the same update, with a checkpoint where it fits.
+@dataclass
+class PreemptionCallback(TrainerCallback):
+    """Stops all ranks after the same optimizer step when a signal or the file STOP asks for it.
 
-    directory: the run's; grace: seconds between a scheduler's signal and its kill; fits(seconds): whether a save would end within
-    so many seconds.
+    A checkpoint is written where there is time for it. The file SAVE asks for a checkpoint only.
+    grace_period: seconds between a scheduler's signal and its SIGKILL.
+    save_fits(seconds): whether a checkpoint would be written in that time.
+    reason: why the run stopped, the same on all ranks; "" while it has not.
+    unsaved: it stopped without a checkpoint, because the grace period is too short for one.
     """
 
-    def __init__(self, directory, grace, fits, device):
-        self.directory, self.grace, self.fits, self.device = Path(directory), grace, fits, device
-        self.asked = self.since = None  # by a signal to this rank
-        self.reason = None  # why the run stopped, the same on all ranks
-        self.unsaved = False
-        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-        for number in _SIGNALS:
+    run: RunDirectory
+    grace_period: float
+    save_fits: Callable[[float], bool]
+    device: torch.device
+    reason: str = ""
+    unsaved: bool = False
+    signal_name: str = ""  # of the first signal to this rank
+    signal_time: float = 0.0
+    terminals: list[int] = field(default_factory=terminals)
+
+    def __post_init__(self) -> None:
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number, frame):
-        drop_lost_terminal(self.terminals)
-        # The deepspeed launcher sends SIGTERM after a terminal's Ctrl-C, and schedulers signal every process of a job, so that a rank
-        # hears of it twice: one wish, not two.
-        if self.asked and (
-            _SIGNALS[number] != self.asked or time.monotonic() - self.since < ONE_WISH
-        ):
-            return
-        if self.asked:
-            os.write(2, b"\nstopped at once; the last checkpoint stands\n")
-            os._exit(STOPPED)
-        self.asked, self.since = _SIGNALS[number], time.monotonic()
-        if dist.get_rank() == 0:
-            os.write(
-                2,
-                f"\n{self.asked}: stopping after this update; once more to stop at once\n".encode(),
-            )
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Note the request. The same signal a second time ends the process."""
+        drop_lost_terminals(self.terminals)
+        name, now = SIGNALS[number], time.monotonic()
+        if not self.signal_name:
+            self.signal_name, self.signal_time = name, now
+            if is_main_process():
+                text = f"\n{name}: stopping after this optimizer step; once more to stop at once\n"
+                os.write(2, text.encode())
+        # The deepspeed launcher sends SIGTERM after a terminal's Ctrl-C, and schedulers signal
+        # every process of a job: one request can reach a rank twice.
+        elif name == self.signal_name and now - self.signal_time >= SAME_REQUEST:
+            os.write(2, b"\nstopped at once, without a new checkpoint\n")
+            os._exit(STOPPED)  # also where the process hangs
 
-    def on_step_end(self, args, state, control, **kwargs):
-        main = dist.get_rank() == 0
-        stop = 0
-        if self.asked:
-            stop = 2 + list(_SIGNALS.values()).index(self.asked)
-        elif main and (self.directory / STOP).exists():
-            stop = 1
-        save = int(main and (self.directory / SAVE).exists())
-        unfit = int(
-            bool(
-                self.asked in _HURRIED
-                and not self.fits(self.grace - (time.monotonic() - self.since))
-            )
-        )
-        flags = torch.tensor([stop, save, unfit], device=self.device)
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide on all ranks together whether to stop and whether to save."""
+        main = is_main_process()
+        reason = self.signal_name
+        if main and not reason and (self.run.path / STOP).exists():
+            reason = "the file STOP"
+        save = main and (self.run.path / SAVE).exists()
+        # A scheduler sends these two, and SIGKILL after the grace period.
+        killed_in = self.signal_time + self.grace_period - time.monotonic()
+        too_slow = reason in ("SIGTERM", "SIGUSR1") and not self.save_fits(killed_in)
+        request = torch.tensor([REASONS.index(reason), save, too_slow], device=self.device)
         if dist.get_world_size() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop, save, unfit = flags.tolist()
+            dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        stop, save, unsaved = request.tolist()
         if stop:
-            self.reason = "the file STOP" if stop == 1 else list(_SIGNALS.values())[stop - 2]
-            self.unsaved = bool(unfit)
+            self.reason, self.unsaved = REASONS[stop], bool(unsaved)
             control.should_training_stop, control.should_evaluate = True, False
-            control.should_save = args.save_strategy != "no" and not unfit
+            control.should_save = args.save_strategy != "no" and not unsaved
         elif save:
             control.should_save = True
-        if main and (save or stop):
-            for name in (STOP, SAVE):
-                (self.directory / name).unlink(missing_ok=True)
-        return control
+        if main and (stop or save):
+            self.run.withdraw_requests()
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.reason:  # the epoch ends because the run does: nothing more is due
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do nothing more at the end of an epoch that ends because the run stops."""
+        if self.reason:
             control.should_evaluate = control.should_save = False
-        return control
 
 
-def dump_stacks_on_signal(directory, rank):
-    """SIGUSR2 writes the stacks of all threads to stacks-<rank>.txt in the run directory: what a hung rank was doing."""
-    file = open(Path(directory) / f"stacks-{rank}.txt", "a")  # noqa: SIM115 stays open: the handler writes to its descriptor
+def dump_stacks_on_signal(run: RunDirectory, rank: int) -> None:
+    """Make SIGUSR2 write the stacks of all threads to stacks-<rank>.txt in the run directory."""
+    # It stays open: the handler writes to its descriptor.
+    file = open(run.path / f"stacks-{rank}.txt", "a")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)

@@ -1,219 +1,220 @@
-"""Measurements of a run: time by phase, tokens, memory, GPU, PCIe and NVMe. One object a logging step in metrics.jsonl."""
+"""Measurements of a run: time by phase, tokens, memory, GPU, PCIe and NVMe."""
 
-import errno
 import json
 import math
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from trainer.console import say
+from trainer.distributed import all_reduce_sum, is_main_process
+from trainer.run_dir import RunDirectory
 from trainer.system import hardware
 
 GIB = 2**30
+Measures = dict[str, float]  # key in metrics.jsonl: number
 
 
-def finite(value):
-    """A number for a JSON file: NaN and infinity become null, never 0."""
-    if isinstance(value, float) and not math.isfinite(value):
+def finite(value: Any) -> Any:
+    """Return the value as JSON can hold it: NaN and infinity become null, never 0."""
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
         return None
-    return round(value, 6) if isinstance(value, float) and abs(value) >= 1e-3 else value
+    return round(value, 6) if abs(value) >= 1e-3 else value
 
 
 class PhaseClock:
-    """Seconds spent in named phases. On a GPU by CUDA events, read only when asked, so that measuring does not stall it."""
+    """Seconds spent in named phases.
 
-    def __init__(self, cuda):
-        self.cuda, self.open, self.pairs, self.seconds = cuda, {}, [], {}
+    On a GPU, CUDA events mark the times. They are read only in read(), so that measuring does not
+    make the CPU wait for the GPU.
+    """
 
-    def _now(self):
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.begins: dict = {}  # of the phases that are under way
+        self.intervals: list[tuple] = []  # phase, begin, end
+        self.seconds = defaultdict[str, float](float)
+
+    def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def start(self, phase):
-        self.open[phase] = self._now()
+    def start(self, phase: str) -> None:
+        """Begin a phase."""
+        self.begins[phase] = self._now()
 
-    def stop(self, phase):
-        if phase in self.open:
-            self.pairs.append((phase, self.open.pop(phase), self._now()))
+    def stop(self, phase: str) -> None:
+        """End a phase. A phase that has not begun is ignored."""
+        if phase in self.begins:
+            self.intervals.append((phase, self.begins.pop(phase), self._now()))
 
-    def add(self, phase, seconds):
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+    def add(self, phase: str, seconds: float) -> None:
+        """Add seconds that somebody else measured."""
+        self.seconds[phase] += seconds
 
-    def read(self):
-        """{phase: seconds} since the last read."""
-        if self.cuda and self.pairs:
+    def read(self) -> defaultdict[str, float]:
+        """Return {phase: seconds} since the last read."""
+        if self.cuda and self.intervals:
             torch.cuda.synchronize()
-        for phase, begin, end in self.pairs:
+        for phase, begin, end in self.intervals:
             self.add(phase, begin.elapsed_time(end) / 1e3 if self.cuda else end - begin)
-        self.pairs, result, self.seconds = [], self.seconds, {}
-        return result
+        self.intervals.clear()
+        seconds, self.seconds = self.seconds, defaultdict(float)
+        return seconds
 
 
-class GpuSampler(threading.Thread):
-    """GPU utilisation (%), PCIe throughput (GB/s) as NVML tells them, averaged between reads. Nothing where there is no NVML."""
+def nvml_counters(index: int) -> dict[str, Callable[[], float]]:
+    """Return functions that read the counters of a GPU: use in %, memory in GiB, PCIe in GB/s."""
+    import pynvml
 
-    def __init__(self, index, interval=0.5):
-        super().__init__(daemon=True, name="gpu-sampler")
-        self.index, self.interval, self.samples, self.stopped, self.lock = (
-            index,
-            interval,
-            [],
-            False,
-            threading.Lock(),
-        )
-        self.handle = None
+    nvml: Any = pynvml  # pyright misreads the types of its structures
+    handle = hardware.nvml_handle(index)
 
-    def run(self):
+    def pcie(direction: int) -> float:  # NVML counts KB/s
+        return nvml.nvmlDeviceGetPcieThroughput(handle, direction) / 1e6
+
+    return {
+        "gpu_util": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        "gpu_mem_gib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB,
+        "h2d_gbps": lambda: pcie(nvml.NVML_PCIE_UTIL_RX_BYTES),
+        "d2h_gbps": lambda: pcie(nvml.NVML_PCIE_UTIL_TX_BYTES),
+    }
+
+
+class GpuSampler:
+    """Reads the counters of a GPU twice a second, in a thread, until `stopped` is set.
+
+    Measures nothing where NVML does not work.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.stopped, self.lock = False, threading.Lock()
+        self.samples = defaultdict[str, list[float]](list)
+        threading.Thread(target=self._sample, args=(index,), daemon=True).start()
+
+    def _sample(self, index: int) -> None:
         try:
-            import pynvml
-
-            self.handle = hardware.nvml_handle(self.index)
+            counters = nvml_counters(index)
         except Exception:  # measuring must never stop a run
             return
         while not self.stopped:
-            sample = {}
-            for key, read in (
-                ("gpu_util", lambda: pynvml.nvmlDeviceGetUtilizationRates(self.handle).gpu),
-                ("gpu_mem_gib", lambda: pynvml.nvmlDeviceGetMemoryInfo(self.handle).used / GIB),
-                (
-                    "h2d_gbps",
-                    lambda: (
-                        pynvml.nvmlDeviceGetPcieThroughput(
-                            self.handle, pynvml.NVML_PCIE_UTIL_RX_BYTES
-                        )
-                        / 1e6
-                    ),
-                ),
-                (
-                    "d2h_gbps",
-                    lambda: (
-                        pynvml.nvmlDeviceGetPcieThroughput(
-                            self.handle, pynvml.NVML_PCIE_UTIL_TX_BYTES
-                        )
-                        / 1e6
-                    ),
-                ),
-            ):
+            for key, counter in counters.items():
                 try:
-                    sample[key] = read()
+                    value = counter()
                 except Exception:  # a counter that this card or driver lacks
-                    pass
-            with self.lock:
-                self.samples.append(sample)
-            time.sleep(self.interval)
+                    continue
+                with self.lock:
+                    self.samples[key].append(value)
+            time.sleep(0.5)
 
-    def read(self):
-        """Means since the last read; the largest memory."""
+    def read(self) -> Measures:
+        """Return the means since the last read; of memory the maximum."""
         with self.lock:
-            samples, self.samples = self.samples, []
-        result = {}
-        for key in ("gpu_util", "gpu_mem_gib", "h2d_gbps", "d2h_gbps"):
-            values = [s[key] for s in samples if key in s]
-            if values:
-                result[key] = max(values) if key == "gpu_mem_gib" else sum(values) / len(values)
-        return result
+            samples, self.samples = self.samples, defaultdict(list)
+        return {
+            key: max(values) if key == "gpu_mem_gib" else sum(values) / len(values)
+            for key, values in samples.items()
+        }
 
 
-def pinned_gib():
-    """Pinned host memory of this process: torch's pinned allocator on a GPU, and what libaio's buffers hold locked."""
-    locked = 0
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmLck:"):
-            locked = int(line.split()[1]) * 1024
-    if torch.cuda.is_available():
-        try:
-            locked += torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
-        except (AttributeError, RuntimeError):  # older torch
-            pass
-    return locked / GIB
+def pinned_gib() -> float:
+    """Return the pinned RAM of this process, GiB: torch's on a GPU, and libaio's locked buffers."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    locked = sum(int(line.split()[1]) * 1024 for line in status if line.startswith("VmLck:"))
+    # Empty where CUDA is not in use.
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    return (locked + pinned) / GIB
 
 
 class DiskCounter:
-    """Bytes that this process read from and wrote to block devices: with O_DIRECT, exactly the swap traffic and the logs."""
+    """Bytes that this process read from and wrote to block devices.
 
-    def __init__(self):
-        self.process = psutil.Process()
+    The swap files bypass the page cache (O_DIRECT), so these are the swap traffic and the logs.
+    """
+
+    def __init__(self) -> None:
         self.first = self.last = self._now()
 
-    def _now(self):
+    def _now(self) -> tuple[int, int] | None:
         try:
-            counters = self.process.io_counters()
-        except (
-            OSError,
-            AttributeError,
-            NotImplementedError,
-        ):  # kernels without task I/O accounting
+            counters = psutil.Process().io_counters()
+        except (OSError, NotImplementedError, psutil.Error):  # a kernel that does not count
             return None
         return counters.read_bytes, counters.write_bytes
 
-    def read(self, seconds):
-        """GB/s since the last read, and bytes since the start."""
+    def restart(self) -> None:
+        """Begin the time over which read() takes the rates."""
+        self.last = self._now()
+
+    def read(self, seconds: float) -> Measures:
+        """Return GB/s since the last restart, `seconds` ago, and bytes since the start."""
         now = self._now()
-        if now is None or self.last is None:
+        if not (now and self.last and self.first):
             return {}
-        rates = [(a - b) / 1e9 / max(seconds, 1e-9) for a, b in zip(now, self.last)]
-        self.last = now
         return {
-            "nvme_read_gbps": rates[0],
-            "nvme_write_gbps": rates[1],
+            "nvme_read_gbps": (now[0] - self.last[0]) / seconds / 1e9,
+            "nvme_write_gbps": (now[1] - self.last[1]) / seconds / 1e9,
             "nvme_read_bytes": now[0] - self.first[0],
             "nvme_written_bytes": now[1] - self.first[1],
         }
 
 
 class Telemetry:
-    """All of it for one rank. `record` makes the object for one logging step; rank 0 writes it to metrics.jsonl."""
+    """All measurements of one rank.
 
-    def __init__(self, run_directory, main, nvme, flops_per_token, cuda_index):
-        self.path, self.main = Path(run_directory) / "metrics.jsonl", main
+    measures() returns those of one logging step. write() appends a record to metrics.jsonl, on
+    rank 0. tokens: trained so far on all ranks, without padding.
+    nvme: the run swaps to NVMe. flops_per_token: of forward and backward, for TFLOP/s.
+    cuda_index: the rank's GPU, or None on a CPU.
+    """
+
+    def __init__(
+        self, run: RunDirectory, nvme: bool, flops_per_token: float, cuda_index: int | None
+    ) -> None:
+        self.run, self.flops_per_token = run, flops_per_token
         self.clock = PhaseClock(cuda_index is not None)
-        self.flops_per_token = flops_per_token
         self.disk = DiskCounter() if nvme else None
-        self.gpu = GpuSampler(cuda_index) if cuda_index is not None else None
-        if self.gpu:
-            self.gpu.start()
-        self.tokens = self.window_tokens = self.window_steps = 0
-        self.window_start = time.perf_counter()
-        self.paused = 0.0
+        self.gpu = None if cuda_index is None else GpuSampler(cuda_index)
+        self.tokens = 0
+        self.restart_window()
 
-    def restart_window(self):
-        """Begin the window of the next logging step: what went before (evaluation, loading) is not counted."""
+    def restart_window(self) -> None:
+        """Begin the window of the next logging step: nothing from before it is counted."""
         self.clock.read()
         self.window_tokens = self.window_steps = 0
-        self.paused = 0.0
         self.window_start = time.perf_counter()
         if self.disk:
-            self.disk.last = self.disk._now()
+            self.disk.restart()
 
-    def pause(self, seconds):
-        """Seconds in this window that were not training."""
-        self.paused += seconds
+    def pause(self, seconds: float) -> None:
+        """Exclude seconds of this window that were not training."""
+        self.window_start += seconds
 
-    def step_done(self, tokens):
-        """One update with `tokens` (without padding) on this rank."""
+    def step_done(self, tokens: int) -> None:
+        """Count an optimizer step with so many tokens on this rank, without padding."""
         self.window_tokens += tokens
         self.window_steps += 1
 
-    def measures(self, world_size):
-        """What was measured since the last call. Tokens are summed over the ranks; memory and times are this rank's."""
-        seconds = max(time.perf_counter() - self.window_start - self.paused, 1e-9)
+    def measures(self, world_size: int) -> Measures:
+        """Return what was measured since the last call, and begin a new window.
+
+        Tokens are summed over the ranks; memory and times are this rank's.
+        """
+        seconds = max(time.perf_counter() - self.window_start, 1e-9)
         steps = max(self.window_steps, 1)
-        tokens = self.window_tokens
-        if world_size > 1:
-            device = (
-                torch.device("cuda", torch.cuda.current_device())
-                if self.clock.cuda
-                else torch.device("cpu")
-            )
-            total = torch.tensor(float(tokens), dtype=torch.float64, device=device)
-            torch.distributed.all_reduce(total)
-            tokens = int(total.item())
+        device = "cuda" if self.clock.cuda else "cpu"
+        tokens = int(all_reduce_sum(torch.tensor(self.window_tokens, device=device)))
         self.tokens += tokens
         rate = tokens / seconds / world_size
         phases = self.clock.read()
@@ -222,11 +223,13 @@ class Telemetry:
             "tokens_per_s_per_gpu": rate,
             "model_tflops_per_gpu": rate * self.flops_per_token / 1e12,
             "step_s": seconds / steps,
+            **{
+                f"{phase}_s": phases[phase] / steps
+                for phase in ("data_wait", "forward", "backward", "optimizer")
+            },
+            "host_rss_gib": psutil.Process().memory_info().rss / GIB,
+            "pinned_gib": pinned_gib(),
         }
-        for phase in ("data_wait", "forward", "backward", "optimizer"):
-            result[f"{phase}_s"] = phases.get(phase, 0.0) / steps
-        result["host_rss_gib"] = psutil.Process().memory_info().rss / GIB
-        result["pinned_gib"] = pinned_gib()
         if self.gpu:
             result.update(self.gpu.read())
         if self.disk:
@@ -234,31 +237,17 @@ class Telemetry:
         self.restart_window()
         return result
 
-    def write(self, record):
-        """Append one object to metrics.jsonl; NaN and infinity as null."""
-        if self.main:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
-            except OSError as error:  # a full disk: the run can go on without its diary
-                print(f"warning: {self.path}: {error.strerror}", flush=True)
+    def write(self, record: dict) -> None:
+        """Append a record to metrics.jsonl, on rank 0. A full disk is a warning, not an error."""
+        if not is_main_process():
+            return
+        try:
+            with open(self.run.metrics, "a") as file:
+                file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+        except OSError as error:  # the run can go on without its diary
+            say(f"warning: {self.run.metrics}: {error.strerror}")
 
-    def close(self):
+    def close(self) -> None:
         """Stop sampling."""
         if self.gpu:
             self.gpu.stopped = True
-
-
-def heartbeat(run_directory, step, phase):
-    """heartbeat.json: step, phase, time. Replaced whole, so that a reader never sees half of it."""
-    path = Path(run_directory) / "heartbeat.json"
-    temporary = path.with_suffix(".tmp")
-    text = json.dumps({"step": step, "phase": phase, "time": time.time()})
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
-            raise
-        with open(path, "r+") as file:  # in its old place there is room
-            file.write(text + " " * 20)

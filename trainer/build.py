@@ -1,0 +1,156 @@
+"""The model in ZeRO-3's shards, and the trainer around it."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from data import storage
+from trainer.checkpoint.files import SavedCheckpoint
+from trainer.checkpoint.save import Checkpointer
+from trainer.console import say
+from trainer.distributed import is_main_process
+from trainer.modeling import linear
+from trainer.modeling import load as modeling
+from trainer.modeling.activations import AUTO, SelectiveCheckpointing
+from trainer.monitor.signals import PreemptionCallback
+from trainer.monitor.telemetry import Telemetry
+from trainer.monitor.tracking import Tracker
+from trainer.plan.model_shapes import flops_per_token
+from trainer.run_dir import versions
+from trainer.stages import EnginePlan, Inputs, Run, trackers
+from trainer.system.swap_dir import SwapSpace
+from trainer.trainer import OffloadTrainer, TrainerParts
+
+SAVE_RATE = 5e8  # bytes a second of a save, before one was measured
+
+
+@dataclass
+class RunParts:
+    """All that the trainer is built from."""
+
+    run: Run
+    inputs: Inputs
+    plan: EnginePlan
+    arguments: TrainingArguments
+    saved: SavedCheckpoint | None
+    space: SwapSpace | None
+
+
+def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
+    """Load the model into ZeRO-3's shards and put the trainer together."""
+    prepared, settings, plan = parts.run.prepared, parts.run.settings, parts.plan
+    set_seed(settings.seed)
+    model = load_model(parts)
+    layers = modeling.decoder_layers(model)
+    keep: Any = settings.kept_layers
+    if keep != AUTO or not prepared.gpu:
+        keep = int(keep.replace(AUTO, "0"))
+    selective = None
+    if keep and settings.gradient_checkpointing:
+        largest_batch = settings.per_device_train_batch_size * settings.max_length
+        selective = SelectiveCheckpointing(layers, keep, largest_batch, plan.attention == "eager")
+    telemetry = _telemetry(parts)
+    resources.callback(telemetry.close)
+    tracker = _tracker(parts)
+    if tracker:
+        resources.callback(tracker.finish)
+    checkpointer = _checkpointer(parts)
+    resources.callback(checkpointer.finish)
+    return OffloadTrainer(
+        model,
+        parts.arguments,
+        parts.inputs.data,
+        parts.inputs.tokenizer,
+        TrainerParts(
+            run=parts.run.directory,
+            telemetry=telemetry,
+            checkpointer=checkpointer,
+            preemption=_preemption(parts, checkpointer),
+            max_nonfinite_steps=settings.max_nonfinite_steps,
+            tracker=tracker,
+            saved=parts.saved,
+            space=parts.space,
+            selective=selective,
+            pack_length=settings.max_length if settings.packing else None,
+            varlen=plan.attention == "varlen",
+            fused_loss=settings.optimizes("fused_loss"),
+            liger=bool(parts.arguments.use_liger_kernel),
+            fused_step=prepared.fused_step,
+            overlap_step=settings.optimizes("overlap_step", gains=prepared.gpu),
+            offloaded_layers=layers
+            if settings.activation_offload and settings.gradient_checkpointing
+            else (),
+        ),
+    )
+
+
+def load_model(parts: RunParts) -> PreTrainedModel:
+    """Load the model, and replace its linear layers. Leaf modules are marked before that."""
+    prepared, settings = parts.run.prepared, parts.run.settings
+    model = modeling.build(
+        parts.run.model,
+        parts.inputs.model_config,
+        settings,
+        prepared.precision,
+        parts.plan.attention,
+    )
+    if prepared.leaf_modules:
+        say(f"leaf module: {modeling.make_leaves(model)}")
+    if settings.optimizes("fused_linear"):
+        layers = modeling.decoder_layers(model)
+        say(f"fused linear layers: {linear.install(layers, prepared.leaf_modules)}")
+    return model
+
+
+def _telemetry(parts: RunParts) -> Telemetry:
+    summary, text = parts.inputs.data.summary, parts.inputs.model_config.get_text_config()
+    flops = flops_per_token(
+        parts.plan.parameters,
+        text.num_hidden_layers,
+        text.hidden_size,
+        summary.tokens / summary.rows,
+        parts.run.settings.method,
+    )
+    gpu = parts.run.ranks.local if parts.run.prepared.gpu else None
+    return Telemetry(parts.run.directory, parts.plan.config.uses_nvme(), flops, gpu)
+
+
+def _tracker(parts: RunParts) -> Tracker | None:
+    settings = parts.run.settings
+    if not is_main_process() or not {"wandb", "all"} & set(trackers(settings)):
+        return None
+    return Tracker(parts.run.directory, parts.run.directory.path.name, settings.public())
+
+
+def _checkpointer(parts: RunParts) -> Checkpointer:
+    settings, data = parts.run.settings, parts.inputs.data
+    if parts.saved and parts.saved.manifest["data"] != data.key:
+        say(
+            "resume: the training rows are not those of the saved run: the order of the new ones "
+            "goes on at the same step"
+        )
+    public = settings.public()
+    description = {
+        "settings": public,
+        "versions": versions(),
+        "data": data.key,
+        "config_hash": storage.digest(json.dumps(public, sort_keys=True)),
+    }
+    return Checkpointer(parts.run.directory.path, settings.save_total_limit, description)
+
+
+def _preemption(parts: RunParts, checkpointer: Checkpointer) -> PreemptionCallback:
+    guess = 12 * parts.plan.shapes.trainable / parts.run.ranks.world / SAVE_RATE
+
+    def save_fits(seconds: float) -> bool:
+        return (checkpointer.seconds or guess) * 1.2 < seconds
+
+    return PreemptionCallback(
+        parts.run.directory,
+        parts.run.settings.grace_seconds,
+        save_fits,
+        parts.arguments.device,
+    )

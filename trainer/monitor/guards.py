@@ -1,0 +1,90 @@
+"""Guards: a run whose loss or gradient is not finite stops; a loss that jumps is reported."""
+
+import json
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from trainer.console import say
+from trainer.errors import FAILED, RunError
+
+DUMPS = 10  # optimizer steps that were not finite whose rows are written down
+SPIKE = 6  # standard deviations of the last losses
+Record = dict[str, Any]
+RECENT, ENOUGH = 50, 20  # losses that are compared with, and how many it takes
+
+
+@dataclass
+class Guards:
+    """Counts optimizer steps that were skipped, and watches the loss.
+
+    limit: skipped steps in a row after which the run stops. last_good_step: of a resumed run.
+    """
+
+    directory: Path
+    rank: int
+    limit: int
+    last_good_step: int
+    skipped: int = 0  # in a row
+    skipped_since_log: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def step_was_made(self, step: int) -> None:
+        """Note an optimizer step that changed the weights."""
+        self.skipped, self.last_good_step = 0, step
+
+    def step_was_skipped(self, step: int, rows: list[Record], batches: list[Record]) -> None:
+        """Note a step that was skipped because of a loss or gradient that is not finite.
+
+        rows: where this rank's rows came from; batches: its micro-batches. The first ones are
+        written to nonfinite-<step>-rank-<rank>, rows as .json and tensors as .safetensors.
+        """
+        self.skipped += 1
+        self.skipped_since_log += 1
+        if self.skipped > DUMPS:
+            return
+        path = self.directory / f"nonfinite-{step}-rank-{self.rank}"
+        path.with_suffix(".json").write_text(json.dumps({"step": step, "rows": rows}, indent=1))
+        tensors = {
+            f"{i}/{name}": value.contiguous().cpu()
+            for i, batch in enumerate(batches)
+            for name, value in batch.items()
+            if torch.is_tensor(value)
+        }
+        save_file(tensors, path.with_suffix(".safetensors"))
+
+    def mask(self, record: Record) -> None:
+        """Write null for loss and norm where a step since the last record was skipped."""
+        if self.skipped_since_log:
+            record["loss"] = record["grad_norm"] = None
+        self.skipped_since_log = 0
+
+    def check(self, step: int, loss: float | None) -> None:
+        """Stop the run after too many skipped steps in a row. Here a NaN stops a run.
+
+        Raises RunError with exit code 1, on every rank alike.
+        """
+        if loss is not None and math.isfinite(loss):
+            if len(self.recent) >= ENOUGH:
+                mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
+                if loss > mean + SPIKE * deviation:
+                    say(
+                        f"warning: the loss jumped to {loss:.4f} at step {step}; the last "
+                        f"{len(self.recent)} were {mean:.4f} ± {deviation:.4f}"
+                    )
+            self.recent.append(loss)
+        if self.skipped >= self.limit:
+            raise RunError(
+                f"the loss or a gradient was not finite in {self.skipped} optimizer step(s) in a "
+                "row; none of them was applied",
+                found=f"step {step}; the last good step was {self.last_good_step}",
+                fix="a lower --learning_rate, a look at the rows of this step (nonfinite-… in the "
+                "run directory), or --max_nonfinite_steps N to go on longer",
+                code=FAILED,
+            )

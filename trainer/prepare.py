@@ -1,0 +1,93 @@
+"""All that can be refused without torch, and what is decided there."""
+
+from dataclasses import dataclass
+
+from trainer import data_setup
+from trainer.checkpoint import resume
+from trainer.config import device
+from trainer.config.ds_config import DeepSpeedConfig
+from trainer.config.flags import parse_size
+from trainer.config.settings import Settings, check_model
+from trainer.data_setup import DataPlan
+from trainer.doctor import cli as doctor
+from trainer.engine.version import check_version
+from trainer.errors import RunError
+from trainer.plan import auto
+from trainer.system import swap_dir
+
+SAVEABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass
+class Prepared:
+    """What was decided without torch. reason: why this precision."""
+
+    settings: Settings
+    config: DeepSpeedConfig
+    data: DataPlan
+    gpu: bool
+    precision: str
+    reason: str
+
+    @property
+    def leaf_modules(self) -> bool:
+        """Whether each decoder layer is fetched as a whole."""
+        return self.settings.optimizes("leaf_modules", gains=self.gpu)
+
+    @property
+    def fetch_ahead(self) -> bool:
+        """Whether the host runs ahead of the GPU."""
+        return (
+            self.gpu
+            and self.leaf_modules
+            and self.settings.optimizes("fetch_ahead")
+            and self.config.device("param") != "nvme"
+        )
+
+    @property
+    def fused_step(self) -> bool:
+        """Whether gradients and the CPU's optimizer step go our way."""
+        return self.settings.optimizes("fused_step")
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Refuse all that can be refused without torch. Raises RunError."""
+    check_version()
+    if settings.deepspeed == auto.AUTO:
+        auto.choose(settings)
+    config = DeepSpeedConfig.load(settings.deepspeed)
+    config.agree_with(settings)
+    gpu = device.uses_gpu(settings)
+    precision, reason = device.choose_precision(settings, config, gpu)
+    _check_optimizer(settings, config)
+    parse_size(settings.max_shard_size, "max_shard_size")
+    if settings.model_name_or_path is not None:
+        check_model(settings.model_name_or_path)
+    elif settings.random_weights:
+        raise RunError(
+            "--random_weights needs a shape", needed="--model_name_or_path with a config.json"
+        )
+    resume.check_request(settings)
+    if config.uses_nvme():
+        swap_dir.check_directory(settings.nvme_path)
+    doctor.quick(gpu, config.uses_nvme())
+    data = data_setup.plan_data(settings, data_setup.progress("looking at rows"))
+    return Prepared(settings, config, data, gpu, precision, reason)
+
+
+def _check_optimizer(settings: Settings, config: DeepSpeedConfig) -> None:
+    if not settings.given("optim"):
+        return
+    name = str(settings.optim)
+    if settings.save_strategy != "no" and name not in SAVEABLE_OPTIMIZERS:
+        raise RunError(
+            "this optimizer's state cannot be saved",
+            found=f"--optim {name}",
+            needed="adamw_torch or adamw_torch_fused, or --save_strategy no",
+        )
+    if config.device("optimizer") != "none" and not name.startswith("adamw"):
+        raise RunError(
+            "an offloaded optimizer is DeepSpeed's CPU Adam",
+            found=f"--optim {name}",
+            fix="leave --optim out, or use --deepspeed ds_z3.json",
+        )

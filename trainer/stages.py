@@ -1,0 +1,278 @@
+"""The stages of a run before its model is loaded. Each takes what it needs of those before it."""
+
+import json
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import data_setup
+from trainer.checkpoint import load, resume
+from trainer.checkpoint.files import SavedCheckpoint, supersede
+from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
+from trainer.config.flags import all_keys
+from trainer.config.settings import Settings, write_yaml
+from trainer.console import say, table
+from trainer.data_setup import TrainingData
+from trainer.distributed import broadcast_object, is_main_process, on_all_ranks
+from trainer.engine.aio import watch_swap_files
+from trainer.errors import RunError, one_line
+from trainer.modeling import attention
+from trainer.modeling import load as modeling
+from trainer.monitor.signals import dump_stacks_on_signal
+from trainer.plan.report import PlannedRun, PlanReport
+from trainer.prepare import Prepared
+from trainer.process_group import Ranks
+from trainer.run_dir import Phase, RunDirectory, default_run_name, run_directory, versions
+from trainer.system import default_model, hardware, swap_dir
+from trainer.system.swap_dir import SwapSpace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+
+@dataclass
+class Run:
+    """A run that has its directory. swap: its swap directory. model: a directory or hub name."""
+
+    prepared: Prepared
+    ranks: Ranks
+    directory: RunDirectory
+    swap: Path
+    model: str
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run."""
+        return self.prepared.settings
+
+
+def open_run(prepared: Prepared, ranks: Ranks) -> Run:
+    """Make and lock the run directory, on rank 0, and say what runs."""
+    from transformers.utils import logging
+
+    settings = prepared.settings
+    if not is_main_process():
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = settings.model_name_or_path or str(default_model.ensure())
+    name = settings.run_name or default_run_name(settings)
+    directory = RunDirectory(broadcast_object(str(run_directory(settings, name))))
+    name = directory.path.name
+    swap = broadcast_object(f"{Path(settings.nvme_path).absolute()}/{name}-{os.getpid()}")
+
+    def begin() -> None:
+        directory.lock(directory.rank_lock)
+        try:
+            directory.beat(0, Phase.LOAD)
+            # What was asked of a run stays asked when its supervisor restarts it.
+            if os.environ.get("ZERO_OFFLOAD_SUPERVISED", "1") == "1":
+                directory.withdraw_requests()
+        except OSError as error:
+            raise directory.not_writable(error) from None
+
+    on_all_ranks(lambda: is_main_process() and begin())
+    for key, value in (("output_dir", str(directory)), ("run_name", name)):
+        settings.set(key, value, settings.sources.get(key, "run"))
+    dump_stacks_on_signal(directory, int(os.environ["RANK"]))
+    say(f"configuration: {prepared.config.where}")
+    device = "CUDA" if prepared.gpu else "CPU"
+    say(f"precision: {prepared.precision} ({prepared.reason}); {device}, {ranks.world} rank(s)")
+    return Run(prepared, ranks, directory, Path(swap), model)
+
+
+def find_checkpoint(run: Run) -> SavedCheckpoint | None:
+    """Return the checkpoint to resume from, and let it decide the settings that belong to it."""
+    requested = run.settings.resume_from_checkpoint
+    if not requested:
+        return None
+    saved = load.choose(run.directory.path, requested)
+    if saved is None:
+        say("resume: no checkpoint yet, so from the beginning")
+        return None
+    if is_main_process() and requested != "auto":
+        for path in supersede(run.directory.path, saved.step):
+            say(f"resume: {path.name} is of the line that is left here")
+    differences = resume.reconcile(run.settings, saved.manifest, run.ranks.world)
+    if differences:
+        rows = resume.difference_table(differences)
+        say(f"resume: what differs from the run that was saved\n\n{rows}\n")
+    return saved
+
+
+@dataclass
+class Inputs:
+    """model_config: the model's transformers configuration."""
+
+    model_config: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    data: TrainingData
+
+
+def load_inputs(run: Run) -> Inputs:
+    """Read the model's configuration and tokenizer, and tokenise the rows."""
+    model_config = modeling.load_config(run.model, run.settings)
+    tokenizer, added = modeling.load_tokenizer(run.model, run.settings)
+    for what in added:
+        say(f"tokenizer: given {what}")
+    data = data_setup.build_data(
+        run.prepared.data,
+        run.settings,
+        tokenizer,
+        model_config.get_text_config().vocab_size,
+        data_setup.progress("tokenizing"),
+    )
+    for message in data.messages:
+        say(message)
+    if not len(data.validation):
+        say("validation: no rows, so nothing is measured but the training loss")
+    return Inputs(model_config, tokenizer, data)
+
+
+def bind_cores(run: Run) -> None:
+    """Give this rank CPU cores of its own, after the tokenizer has used all of them."""
+    ranks, wanted = run.ranks, run.settings.bind_cores
+    if wanted if wanted is not None else run.prepared.gpu and ranks.here > 1:
+        cores = hardware.bind_cores(ranks.local, ranks.here, run.prepared.gpu)
+        say(f"each rank has cores of its own; rank 0 has {len(cores)}")
+
+
+@dataclass
+class EnginePlan:
+    """What follows from the model's shapes. parameters: all of them; attention: the backend."""
+
+    config: DeepSpeedConfig
+    shapes: ZeroShapes
+    parameters: int
+    attention: str | None
+
+
+def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> EnginePlan:
+    """Resolve DeepSpeed's configuration from the model's shapes, and check what it needs.
+
+    The model is built without memory for this. Raises RunError where the checkpoint is of another
+    model, buffers are too small, or locked memory is.
+    """
+    prepared, settings, ranks = run.prepared, run.settings, run.ranks.world
+    skeleton = modeling.skeleton(inputs.model_config, settings)
+    shapes = modeling.shapes_of(skeleton, prepared.precision)
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    backend = attention.choose(skeleton, settings, prepared.gpu, prepared.precision)
+    if saved:
+        trained = {n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}
+        load.check_fits(trained, saved)
+    config = prepared.config.resolved(shapes, ranks, run.swap, prepared.fused_step)
+    config.check_buffers(shapes, ranks, prepared.fused_step)
+    hardware.check_locked_memory(*config.locked_bytes(shapes, ranks), run.ranks.here)
+    say(
+        f"model: {run.model}, {parameters:,} parameters, {shapes.trainable:,} trained "
+        f"({settings.method})"
+    )
+    say(
+        f"one optimizer step: {ranks} rank(s) x {settings.per_device_train_batch_size} "
+        f"{'packed ' if settings.packing else ''}rows x {settings.gradient_accumulation_steps} "
+        f"micro-batches = {settings.rows_per_step(ranks)} rows"
+    )
+    return EnginePlan(config, shapes, parameters, backend)
+
+
+def training_arguments(
+    run: Run, inputs: Inputs, plan: EnginePlan, saved: SavedCheckpoint | None
+) -> "TrainingArguments":
+    """Return transformers' arguments. The model is loaded after this: they turn ZeRO-3 on."""
+    from transformers import TrainingArguments
+
+    prepared, settings = run.prepared, run.settings
+    arguments = settings.training_arguments()
+    arguments.update(
+        deepspeed=plan.config.values,
+        bf16=prepared.precision == "bf16",
+        fp16=prepared.precision == "fp16",
+        use_cpu=not prepared.gpu,
+        report_to=[t for t in trackers(settings) if t not in ("wandb", "all", "none")] or "none",
+        use_liger_kernel=modeling.uses_liger(settings, prepared.gpu),
+        liger_kernel_config=modeling.liger_kernels(settings, inputs.model_config),
+    )
+    if not len(inputs.data.validation):
+        arguments.update(eval_strategy="no", eval_on_start=False)
+    elif saved:
+        arguments["eval_on_start"] = False  # it was measured when the run began
+    try:
+        return TrainingArguments(**arguments)
+    except ValueError as error:
+        raise RunError(
+            "the training arguments do not fit together", found=one_line(error, 400)
+        ) from None
+
+
+def trackers(settings: Settings) -> list[str]:
+    """Return the names of --report_to."""
+    names = settings.report_to or []
+    return names if isinstance(names, list) else [names]
+
+
+def write_run_files(
+    run: Run, inputs: Inputs, arguments: "TrainingArguments", saved: SavedCheckpoint | None
+) -> None:
+    """Write what runs into the run directory, on rank 0, and show it."""
+    if not is_main_process():
+        return
+    directory, settings = run.directory, run.settings
+    resume.trim_metrics(directory.metrics, saved.step if saved else 0)
+    public = settings.public()
+    write_yaml(directory.resolved_config, {**public, "model_name_or_path": run.model})
+    engine_config: Any = arguments.hf_deepspeed_config
+    directory.resolved_ds_config.write_text(json.dumps(engine_config.config, indent=2))
+    directory.versions.write_text(json.dumps(versions(), indent=2))
+    if inputs.data.rejected:
+        data_setup.write_rejected(directory.rejected, inputs.data.rejected)
+        say(f"rejected rows: {directory.rejected}")
+    rows = [("key", "value", "from")]
+    rows += [
+        (key, str(public[key]), source)
+        for key, source in settings.sources.items()
+        if key in public and source != "run" and settings.values[key] != all_keys()[key].default
+    ]
+    print(f"\n{table(rows)}\n", flush=True)
+
+
+def predict(run: Run, inputs: Inputs, plan: EnginePlan) -> PlanReport:
+    """Predict memory and time of the run, to be compared with what is measured."""
+    summary = inputs.data.summary
+    return PlanReport(
+        run.directory,
+        PlannedRun(
+            run.settings,
+            plan.config,
+            inputs.model_config,
+            run.prepared.precision,
+            run.prepared.gpu,
+            run.ranks.world,
+            run.ranks.here,
+            inputs.data.train.lengths,
+            summary.trained / summary.tokens,
+        ),
+    )
+
+
+def reserve_swap_space(run: Run, plan: EnginePlan, resources: ExitStack) -> SwapSpace | None:
+    """Take the disk space of the run's swap files, and have them watched. None without NVMe.
+
+    The model is built after this: its parameters go to these files.
+    """
+    if not plan.config.uses_nvme():
+        return None
+    space, ranks, first_here = SwapSpace(run.swap), run.ranks, run.ranks.local == 0
+    resources.callback(space.close)
+    size = plan.config.swap_bytes(
+        plan.parameters, plan.shapes, ranks.world, run.prepared.fused_step
+    )
+    nvme_path = run.settings.nvme_path
+    on_all_ranks(
+        lambda: first_here and swap_dir.reclaim(nvme_path), lambda: first_here and space.own()
+    )
+    rank = int(os.environ["RANK"])
+    on_all_ranks(lambda: space.reserve_space(rank, size, ranks.here))
+    watch_swap_files(space)
+    return space
