@@ -1,4 +1,7 @@
-"""Shared: a tiny random Llama that really trains, its tokenizer, the command as a user types it; and runs to which things happen."""
+"""What the tests share: a tiny random Llama that really trains, its tokenizer, and runs of it.
+
+A run is started with the command that a user types. Further down: runs in which faults happen.
+"""
 
 import atexit
 import json
@@ -13,13 +16,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import flags as flags_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(
-    prefix="zero-offload-test-"
-)  # tests neither read nor fill the user's cache
+# Tests neither read nor fill the user's cache.
+os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(prefix="zero-offload-test-")
 atexit.register(shutil.rmtree, os.environ["ZERO_OFFLOAD_CACHE"], ignore_errors=True)
 
 
@@ -60,6 +63,15 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+OPTIMIZATIONS = ("fused_loss fused_linear fused_step overlap_step leaf_modules fetch_ahead").split()
+
+
+def only(*names):
+    """The flag that turns all optimizations off but these."""
+    off = ",".join(name for name in OPTIMIZATIONS if name not in names)
+    return ["--disable_optimizations", f"none,{off}" if off else "none"]
+
+
 def write_rows(path, rows):
     """Write objects as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -68,7 +80,7 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory):
-    """60 instruction rows of different lengths, and 11 for validation: (train file, validation file)."""
+    """(train file, validation file): 60 instruction rows of different lengths, and 11 more."""
     folder = tmp_path_factory.mktemp("rows")
     lines = [
         json.loads(line)
@@ -80,7 +92,10 @@ def rows_file(tmp_path_factory):
 
 
 def samples(tokenizer, path, max_length=96, **options):
-    """(Samples, Summary) of one file, all rows in file order. Encoder options: last_turn_only; others go to `cut`."""
+    """Return (Samples, Summary) of one file, all rows in file order.
+
+    options: last_turn_only is the encoder's; the others go to `cut`.
+    """
     import numpy as np
 
     from data import dataset, source, tokenize
@@ -88,7 +103,7 @@ def samples(tokenizer, path, max_length=96, **options):
     encoder = tokenize.Encoder(tokenizer, options.pop("last_turn_only", False))
     (one,) = source.resolve([str(path)])
     file = tokenize.tokenized(one, encoder)
-    return dataset.cut([file], [(0, np.arange(len(file)))], max_length, **options)
+    return dataset.cut([file], np.ones(len(file), bool), max_length, **options)
 
 
 class Run:
@@ -137,19 +152,14 @@ def train(
     script="launch/train.py",
     **popen,
 ):
-    """`deepspeed launch/train.py …` from the repository root; the run directory is `directory`."""
-    own = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a box without an environment has it elsewhere
-    binary = (
-        [
-            shutil.which("deepspeed", path=own),
-            "--num_gpus",
-            str(ranks),
-            "--master_port",
-            str(29600 + os.getpid() % 300),
-        ]
-        if launcher
-        else [sys.executable]
-    )
+    """Run `deepspeed launch/train.py …` in the repository root. `directory`: the run's."""
+    binary = [sys.executable]
+    if launcher:
+        # On a machine without a virtual environment it is elsewhere on the PATH.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        port = 29600 + os.getpid() % 300
+        deepspeed = shutil.which("deepspeed", path=path)
+        binary = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)]
     command = [*binary, script, "--output_dir", str(directory), *map(str, flags)]
     done = subprocess.run(
         command,
@@ -166,7 +176,7 @@ def train(
 
 
 def command(*flags, env=None, timeout=600, **options):
-    """launch/train.py without a launcher: the finished process."""
+    """Run launch/train.py without a launcher. Return the finished process."""
     return subprocess.run(
         [sys.executable, "launch/train.py", *map(str, flags)],
         text=True,
@@ -179,6 +189,17 @@ def command(*flags, env=None, timeout=600, **options):
     )
 
 
+def inputs(model, rows_file, folder):
+    """The flags for a model, its rows and the swap directory."""
+    train_rows, validation_rows = rows_file
+    return flags_of(
+        model_name_or_path=model,
+        dataset=train_rows,
+        validation_split=validation_rows,
+        nvme_path=folder / "swap",
+    )
+
+
 @pytest.fixture
 def trains(tiny_model, rows_file, tmp_path):
     """trains(name, *flags) → Run of the tiny model in fp32 that must have succeeded."""
@@ -186,20 +207,8 @@ def trains(tiny_model, rows_file, tmp_path):
     def go(name, *flags, code=0, **options):
         run = train(
             tmp_path / name,
-            "--model_name_or_path",
-            tiny_model,
-            "--dataset",
-            rows_file[0],
-            "--validation_split",
-            rows_file[1],
-            "--precision",
-            "fp32",
-            "--max_length",
-            96,
-            "--learning_rate",
-            1e-3,
-            "--nvme_path",
-            tmp_path / "swap",
+            *inputs(tiny_model, rows_file, tmp_path),
+            *"--precision fp32 --max_length 96 --learning_rate 1e-3".split(),
             *flags,
             **options,
         )
@@ -209,24 +218,13 @@ def trains(tiny_model, rows_file, tmp_path):
     return go
 
 
-# -- faults -------------------------------------------------------------------------------------------------------------
+# -- faults ------------------------------------------------------------------------------------
 RESULTS = []
-FLAGS = [
-    "--precision",
-    "fp32",
-    "--max_length",
-    96,
-    "--learning_rate",
-    1e-3,
-    "--per_device_train_batch_size",
-    2,
-    "--eval_strategy",
-    "no",
-    "--eval_on_start",
-    "false",
-    "--export",
-    "false",
-]
+FLAGS = (
+    "--precision fp32 --max_length 96 --learning_rate 1e-3 "
+    "--per_device_train_batch_size 2 --eval_strategy no --eval_on_start false "
+    "--export false"
+).split()
 
 
 class Running:
@@ -261,7 +259,7 @@ class Running:
         )
 
     def has_ranks(self, count):
-        """Wait for so many ranks; their processes."""
+        """Wait until there are so many ranks. Return their processes."""
         return self.until(lambda r: len(r.ranks()) == count, 60, f"{count} ranks").ranks()
 
     def until(self, true, seconds=120, what="it"):
@@ -301,20 +299,8 @@ def calm(tiny_model, rows_file, tmp_path_factory):
 
     def go(*flags, ranks=1):
         folder = tmp_path_factory.mktemp("calm")
-        run = train(
-            folder / "run",
-            "--model_name_or_path",
-            tiny_model,
-            "--dataset",
-            rows_file[0],
-            "--validation_split",
-            rows_file[1],
-            *FLAGS,
-            "--nvme_path",
-            folder / "swap",
-            *flags,
-            ranks=ranks,
-        )
+        own = [*inputs(tiny_model, rows_file, folder), *FLAGS, *flags]
+        run = train(folder / "run", *own, ranks=ranks)
         assert run.code == 0, run.output[-3000:]
         return run
 
@@ -334,20 +320,8 @@ def starts(tiny_model, rows_file, tmp_path):
         if script:
             entry = [*entry, "--script", script] if supervised else [script]
         entry += ["--output_dir", directory] if named else []
-        command = [
-            sys.executable,
-            *entry,
-            "--model_name_or_path",
-            tiny_model,
-            "--dataset",
-            rows_file[0],
-            "--validation_split",
-            rows_file[1],
-            *FLAGS,
-            "--nvme_path",
-            tmp_path / "swap",
-            *flags,
-        ]
+        own = [*inputs(tiny_model, rows_file, tmp_path), *FLAGS, *flags]
+        command = [sys.executable, *entry, *own]
         log = tmp_path / f"{name}-{len(started)}.log"
         with open(log, "w") as out:
             process = subprocess.Popen(
@@ -370,7 +344,10 @@ def starts(tiny_model, rows_file, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """disk(megabytes, *mkfs options) → a small ext4 of its own, mounted; needs root and loop devices."""
+    """disk(megabytes, *options of mkfs) → the directory of a small ext4 that is mounted.
+
+    Needs root and loop devices.
+    """
     mounted = []
     if os.getuid() or not shutil.which("mkfs.ext4"):
         pytest.skip("needs root and mkfs.ext4")
@@ -396,7 +373,10 @@ def disk(tmp_path):
 
 @pytest.fixture
 def row(request):
-    """row(fault, what happens, seconds to recover or None): a line of the matrix, once the test has passed."""
+    """row(fault, what happens, seconds to recover or None) adds a line to the faults' table.
+
+    A test calls it at its end, so a line stands for a passed test.
+    """
 
     def add(fault, happens, seconds=None):
         RESULTS.append(

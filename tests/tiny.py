@@ -1,8 +1,16 @@
-"""A tokenizer for models with random weights."""
+"""What tests and benchmarks share: a tokenizer for models with random weights, and flags."""
+
+
+def flags(**values):
+    """["--name", value, …] of the keyword arguments."""
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def make_tokenizer(folder, text):
-    """A byte-level BPE of 512 entries with a ChatML template, trained on `text` (lines), saved beside a model's configuration."""
+    """Train a byte-level BPE of 512 entries on `text` (lines), and save it in `folder`.
+
+    It has a ChatML template. `folder` holds a model's configuration.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +35,8 @@ def make_tokenizer(folder, text):
         pad_token="<|im_end|>",
     )
     tokenizer.chat_template = (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer.save_pretrained(folder)

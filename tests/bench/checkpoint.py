@@ -1,10 +1,13 @@
 """Time and memory of saving and resuming, beside the disk's own speed in the same run.
 
-    python tests/bench/checkpoint.py [--config ds_z3_offload] [--ranks 1] [--saves 6] [--folder DIR] [--gpu]   (make bench-checkpoint)
+    make bench-checkpoint, or
+    python tests/bench/checkpoint.py [--config ds_z3_offload] [--ranks 1] [--saves 6]
+                                     [--folder DIR] [--gpu]
 
-A random Llama of 114 million parameters (1.4 GB of fp32 weights and moments);
---gpu: of 540 million (6.5 GB), in bf16 on CUDA. For every save: seconds, the seconds that writing and
-fsyncing as many bytes takes after it, and the peak of this process's memory over what it held. The same for the resumption.
+The model is a random Llama of 114 million parameters (1.4 GB of fp32 weights and moments); with
+--gpu of 540 million (6.5 GB), in bf16 on CUDA. For every save it prints the seconds, the seconds
+that as many bytes take to be written and fsynced after it, and the peak of this process's memory
+above what it used before. The same for the resumption.
 """
 
 import argparse
@@ -19,6 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 GIB = 2**30
+FLAGS = (
+    "--max_restarts 0 --validation_split 0 --max_length 64 --per_device_train_batch_size 1 "
+    "--save_steps 1 --export false --report_to none"
+).split()
 
 
 def status(key):
@@ -29,7 +36,7 @@ def status(key):
 
 
 def plain_write(folder, size):
-    """Seconds that `size` bytes take to the disk."""
+    """Return the seconds that `size` bytes take to the disk."""
     block, path = os.urandom(2**24), Path(folder) / f".plain-{os.getpid()}"
     began = time.perf_counter()
     with open(path, "wb", buffering=0) as file:
@@ -42,19 +49,19 @@ def plain_write(folder, size):
 
 
 def measured(what, function, folder):
-    """`function` with its peak of memory and time printed."""
+    """Return the function, which then prints its time and its peak of memory."""
 
     def wrapped(*args, **kwargs):
         import torch
 
-        held = status("VmRSS")
+        before = status("VmRSS")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             on_gpu = torch.cuda.memory_allocated()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         began = time.perf_counter()
         result = function(*args, **kwargs)
-        seconds, extra = time.perf_counter() - began, status("VmHWM") - held
+        seconds, extra = time.perf_counter() - began, status("VmHWM") - before
         text = f"{what}: {seconds:.2f} s, peak memory {extra / GIB:+.2f} GiB"
         if torch.cuda.is_available():
             text += f", of the GPU {(torch.cuda.max_memory_allocated() - on_gpu) / GIB:+.2f} GiB"
@@ -66,8 +73,8 @@ def measured(what, function, folder):
             torch.distributed.barrier()
             alone = ", ".join(f"{d:.2f}" for d in disk)
             text += (
-                f"; {size / 1e9:.2f} GB, {size / seconds / 1e9:.2f} GB/s; the disk alone {alone} s: "
-                f"{seconds / statistics.median(disk):.2f} of their median"
+                f"; {size / 1e9:.2f} GB, {size / seconds / 1e9:.2f} GB/s; "
+                f"the disk alone {alone} s: {seconds / statistics.median(disk):.2f} of their median"
             )
         print(f"BENCH rank {torch.distributed.get_rank()} {text}", flush=True)
         return result
@@ -80,11 +87,12 @@ def inside():
     from trainer import run
 
     def install():
-        from trainer.checkpoint import checkpoints
+        from trainer.checkpoint import load
+        from trainer.checkpoint.save import Checkpointer
 
         folder = os.environ["BENCH_FOLDER"]
-        checkpoints.Checkpointer.save = measured("save", checkpoints.Checkpointer.save, folder)
-        checkpoints.restore = measured("resume", checkpoints.restore, folder)
+        Checkpointer.save = measured("save", Checkpointer.save, folder)
+        load.restore = measured("resume", load.restore, folder)
 
     install()
     run.leave(run.main())
@@ -101,6 +109,7 @@ def main():
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     from conftest import make_model, make_tokenizer
+    from tiny import flags
 
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as name:
         folder = Path(name)
@@ -120,40 +129,17 @@ def main():
         }
         make_model(folder / "model", **(large if options.gpu else small))
         make_tokenizer(folder / "model")
-        command = [
-            sys.executable,
-            "launch/supervise.py",
-            "--num_gpus",
-            options.ranks,
-            "--script",
-            __file__,
-            "--deepspeed",
-            f"{options.config}.json",
-            "--output_dir",
-            folder / "run",
-            "--model_name_or_path",
-            folder / "model",
-            "--dataset",
-            ROOT / "data/samples/train.jsonl",
-            "--validation_split",
-            "0",
-            "--max_length",
-            64,
-            "--precision",
-            "bf16" if options.gpu else "fp32",
-            "--per_device_train_batch_size",
-            1,
-            "--save_steps",
-            1,
-            "--export",
-            "false",
-            "--report_to",
-            "none",
-            "--nvme_path",
-            folder / "swap",
-            "--max_restarts",
-            0,
-        ]
+        own = flags(
+            num_gpus=options.ranks,
+            script=__file__,
+            deepspeed=f"{options.config}.json",
+            precision="bf16" if options.gpu else "fp32",
+            output_dir=folder / "run",
+            model_name_or_path=folder / "model",
+            dataset=ROOT / "data/samples/train.jsonl",
+            nvme_path=folder / "swap",
+        )
+        command = [sys.executable, "launch/supervise.py", *own, *FLAGS]
         device = "cuda" if options.gpu else "cpu"
         environment = {**os.environ, "DS_ACCELERATOR": device, "BENCH_FOLDER": str(folder)}
         for more in (

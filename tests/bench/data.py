@@ -1,8 +1,9 @@
-"""Speed and memory of the data path on generated rows: checking, tokenising beside the bare tokenizer, packing.
+"""Speed and memory of the data path: checking rows, tokenizing beside the bare tokenizer, packing.
 
     python tests/bench/data.py [--rows 1000000] [--model DIR]        (make bench-data)
 
-Rows are alpaca rows of sentences from the bundled samples, about 300 tokens each. The cache is a temporary one. Prints a table.
+Rows are alpaca rows of sentences from the bundled samples, about 300 tokens each. The cache is a
+temporary one. Prints a table.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def peak():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--model", help="directory with a tokenizer (default: the embedded model)")
+    parser.add_argument("--model", help="directory with a tokenizer (default: the default model)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as work:
         os.environ["ZERO_OFFLOAD_CACHE"] = f"{work}/cache"
@@ -65,22 +66,24 @@ def run(work, args):
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
-    from data import dataset, pack, source, template, tokenize
+    from data import bad_rows, dataset, pack, source, template, tokenize
+    from data.encoder import Encoder
     from trainer.system import default_model
 
     generate(work / "rows.jsonl", args.rows)
     (one,) = source.resolve([str(work / "rows.jsonl")])
     began = time.perf_counter()
-    checked = source.check(one, lambda rows: tqdm(rows, unit=" rows", mininterval=5))
+    checked = bad_rows.check(one, lambda rows: tqdm(rows, unit=" rows", mininterval=5))
     seconds = time.perf_counter() - began
     print(
-        f"check      {checked.rows / seconds:12,.0f} rows/s   {seconds:7.1f} s   peak RSS {peak():.2f} GiB",
+        f"check      {checked.accepted / seconds:12,.0f} rows/s   {seconds:7.1f} s   "
+        f"peak RSS {peak():.2f} GiB",
         flush=True,
     )
 
     tokenizer = AutoTokenizer.from_pretrained(args.model or default_model.ensure())
     template.prepare_tokenizer(tokenizer)
-    encoder = tokenize.Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
 
     def bare():
         """Tokens/s of encode_batch on the texts of 40,000 rows, rendering not counted."""
@@ -89,7 +92,7 @@ def run(work, args):
             rows.append(row)
             if len(rows) == 40_000:
                 break
-        texts = [text for text, _, _ in encoder.render(rows)]
+        texts = [encoder.render(row).text for row in rows]
         begin, tokens = time.perf_counter(), 0
         for at in range(0, len(texts), tokenize.CHUNK):
             tokens += sum(
@@ -107,29 +110,31 @@ def run(work, args):
     tokens, ours = int(file.lengths.sum()), int(file.lengths.sum()) / seconds
     after = bare()
     print(
-        f"tokenise   {ours:12,.0f} tokens/s {seconds:7.1f} s   peak RSS {peak():.2f} GiB   {len(file):,} rows of "
-        f"{tokens / len(file):.0f} tokens\nbare encode_batch, before and after: {before:,.0f} and {after:,.0f} tokens/s: ours is "
-        f"{ours / ((before + after) / 2):.2f} of it",
+        f"tokenize   {ours:12,.0f} tokens/s {seconds:7.1f} s   peak RSS {peak():.2f} GiB   "
+        f"{len(file):,} rows of {tokens / len(file):.0f} tokens\n"
+        f"bare encode_batch, before and after: {before:,.0f} and {after:,.0f} tokens/s: "
+        f"ours is {ours / ((before + after) / 2):.2f} of it",
         flush=True,
     )
-    samples, _ = dataset.cut([file], [(0, np.arange(len(file)))], 2048)
+    samples, _ = dataset.cut([file], np.ones(len(file), bool), 2048)
     began = time.perf_counter()
-    bins = pack.best_fit(samples.lengths, 2048)
+    packs = pack.best_fit(samples.lengths, 2048)
     seconds = time.perf_counter() - began
     print(
-        f"pack       {len(samples) / seconds:12,.0f} rows/s   {seconds:7.1f} s   fill {pack.fill(samples.lengths, 2048):.4f} "
-        f"({int(bins.max()) + 1:,} bins)",
+        f"pack       {len(samples) / seconds:12,.0f} rows/s   {seconds:7.1f} s   "
+        f"fill {pack.fill(samples.lengths, 2048):.4f} ({int(packs.max()) + 1:,} packs)",
         flush=True,
     )
     began = time.perf_counter()
-    order = dataset.Order(samples.lengths, 8, 1, 0, 1, 1, capacity=2048)
+    sampler = dataset.BatchSampler(samples.lengths, 8, 1, 0, 1, 1, pack_length=2048)
     print(f"an epoch's order {time.perf_counter() - began:.1f} s", flush=True)
-    batches = iter(order)
+    batches = iter(sampler)
     began = time.perf_counter()
     for _ in range(50):
-        dataset.collate([samples[list(unit)] for unit in next(batches)], 0, 2048)
+        dataset.collate([samples[numbers] for numbers in next(batches)], 0, 2048)
     print(
-        f"a batch of 8 x 2,048 tokens {(time.perf_counter() - began) / 50 * 1e3:.1f} ms   peak RSS {peak():.2f} GiB",
+        f"a batch of 8 x 2,048 tokens {(time.perf_counter() - began) / 50 * 1e3:.1f} ms   "
+        f"peak RSS {peak():.2f} GiB",
         flush=True,
     )
 

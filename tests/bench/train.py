@@ -1,8 +1,10 @@
-"""Speed and memory of training, ours and the stock engine's in one run. Random weights in the shapes of real models.
+"""Speed and memory of training, ours and the stock engine's in one run.
 
-`python tests/bench/train.py train CASE …` starts launch/train.py as a user would and the baseline (tests/bench/baseline.py, the plain
-DeepSpeed engine) after it, on the same machine; prints a table, and writes OUT/bench.jsonl, a log for each run and, where asked,
-a section of docs/benchmarks.md. `plot` draws tokens/s against the micro-batch with the roofline.
+`python tests/bench/train.py train CASE …` starts launch/train.py as a user would. After it, on the
+same machine, it starts the baseline (tests/bench/baseline.py, the plain DeepSpeed engine). Both
+train random weights in the shapes of real models. It prints a table, and writes OUT/bench.jsonl, a
+log for each run and, with --append, a section of docs/benchmarks.md. `plot` draws tokens/s against
+the micro-batch with the roofline.
 """
 
 import argparse
@@ -15,29 +17,36 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from tests.tiny import make_tokenizer
+from tests.tiny import flags, make_tokenizer
 from trainer import ROOT
-from trainer.errors import BAD_INPUT, DONE, FAILED, RunError, did_you_mean, report, table
-from trainer.run import _versions
+from trainer.console import report, table
+from trainer.errors import BAD_INPUT, DOES_NOT_FIT, DONE, FAILED, RunError, did_you_mean
+from trainer.plan.model_shapes import PASSES, ModelSpec, built_in
+from trainer.plan.report import SETTLED_STEPS
+from trainer.run_dir import versions
 
-SETTLED = 7  # updates before the counted ones: compilation, ZeRO's trace, the layers that keep their activations
-SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary: Llama's
-    "tiny": (256, 1024, 4, 4, 2, 512),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "3b": (3072, 8192, 28, 24, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-    "70b": (8192, 28672, 80, 64, 8, 128256),
+# Steps before the counted ones: one more than in a run's report, as all published figures have.
+UNCOUNTED = SETTLED_STEPS + 1
+SHAPES = {
+    "tiny": ModelSpec("tiny", 256, 1024, 4, 4, 2, 64, 512, tied=False, small=512),
+    "1b": built_in("llama-3.2-1b"),
+    "3b": built_in("llama-3.2-3b"),
+    "8b": built_in("llama-3-8b"),
+    "70b": built_in("llama-3-70b"),
 }
 
 
 @dataclass
 class Case:
-    """One training job: what is measured, at which micro-batch (rows of max_length tokens), on how many GPUs."""
+    """What is measured: a model's shape, its training, and the number of GPUs.
+
+    The micro-batch is in rows of max_length tokens.
+    """
 
     shape: str
     method: str
@@ -47,24 +56,24 @@ class Case:
     gpus: int = 1
     layers: int | None = None
     flags: list = field(default_factory=list)
-    stock: int | None = None  # the baseline's best micro-batch, where it is another
-    mixed: bool = (
-        False  # rows of all lengths, most of them short, instead of rows that fill max_length
-    )
-    settled: int = (
-        SETTLED  # a disk's time outweighs what settles: fewer where an update takes a minute
-    )
+    # The baseline's best micro-batch, where it is another.
+    stock: int | None = None
+    # Rows of all lengths, most of them short, instead of rows that fill max_length.
+    mixed: bool = False
+    # The first steps, which are not counted. Fewer with NVMe, where a step takes a minute: the
+    # disk's time outweighs what changes in the first steps.
+    uncounted: int = UNCOUNTED
 
 
 CASES = {
     "tiny": Case("tiny", "full", 4, max_length=64, flags=["--learning_rate", "1e-3"]),
     "1b-full": Case("1b", "full", 16),
     "3b-full": Case("3b", "full", 16),
-    "3b-full-nvme": Case("3b", "full", 16, "ds_z3_nvme_optimizer.json", settled=2),
+    "3b-full-nvme": Case("3b", "full", 16, "ds_z3_nvme_optimizer.json", uncounted=2),
     "3b-full-gpu": Case("3b", "full", 8, "ds_z3.json"),
     "8b-lora": Case("8b", "lora", 6, stock=16),
     "8b-lora-gpu": Case("8b", "lora", 6, "ds_z3.json"),
-    "8b-lora-nvme": Case("8b", "lora", 16, "ds_z3_nvme.json", settled=2),
+    "8b-lora-nvme": Case("8b", "lora", 16, "ds_z3_nvme.json", uncounted=2),
     "8b-lora-padded": Case("8b", "lora", 32, mixed=True),
     "8b-lora-packed": Case("8b", "lora", 16, mixed=True, flags=["--packing"]),
     "8b-lora-8k": Case("8b", "lora", 4, max_length=8192),
@@ -73,7 +82,7 @@ CASES = {
     "70b-lora": Case("70b", "lora", 4, gpus=2, stock=16),
     "70b-layers-full": Case("70b", "full", 16, layers=4),
     "70b-layers-full-nvme": Case(
-        "70b", "full", 16, "ds_z3_nvme_optimizer.json", layers=4, settled=2
+        "70b", "full", 16, "ds_z3_nvme_optimizer.json", layers=4, uncounted=2
     ),
 }
 DEVICES = {
@@ -85,22 +94,23 @@ DEVICES = {
 BASELINE = {"peer": ["--zero", "peer"], "tuned": ["--zero", "tuned", "--leaf", "--liger"]}
 
 
-def _inputs(work, case, updates):
-    """A model directory without weights, and rows that each fill max_length: (directory, file)."""
+def _inputs(work, case, steps):
+    """Write a model directory without weights, and rows for so many steps: (directory, file)."""
     from transformers import LlamaConfig
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[case.shape]
-    folder = work / f"{case.shape}-{case.layers or layers}"
+    shape = SHAPES[case.shape]
+    layers = case.layers or shape.layers
+    folder = work / f"{case.shape}-{layers}"
     rows = work / f"{'mixed' if case.mixed else 'rows'}-{case.max_length}.jsonl"
     text = (ROOT / "data" / "samples" / "train.jsonl").read_text()
     if not folder.exists():
         LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_attention_heads=heads,
-            num_hidden_layers=case.layers or layers,
-            num_key_value_heads=kv_heads,
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_hidden_layers=layers,
+            num_key_value_heads=shape.kv_heads,
             max_position_embeddings=131072,
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
             tie_word_embeddings=False,
@@ -111,7 +121,7 @@ def _inputs(work, case, updates):
         make_tokenizer(folder, text.splitlines()[:2000])
     length = 6 * case.max_length
     text *= -(-2 * length // len(text))
-    count, lengths = case.micro_batch * case.gpus * (updates + 1), random.Random(0)
+    count, lengths = case.micro_batch * case.gpus * (steps + 1), random.Random(0)
     sizes = [length] * count
     if case.mixed:
         sizes = [min(length, int(lengths.lognormvariate(6.3, 0.9))) for _ in range(9 * count)]
@@ -128,7 +138,7 @@ def _inputs(work, case, updates):
 
 
 def _run(label, command, log, seconds, gpu):
-    """Run with a time limit of its own: (exit code, output)."""
+    """Run a command with a time limit. Return (exit code, output)."""
     print(f"{label} …", end=" ", flush=True)
     began = time.monotonic()
     environment = os.environ if gpu else {**os.environ, "DS_ACCELERATOR": "cpu"}
@@ -153,57 +163,45 @@ def _run(label, command, log, seconds, gpu):
     return code, text
 
 
-def ours(name, case, out, work, updates, seconds, gpu, flags=()):
-    """launch/train.py with all its telemetry: medians over the updates after the case's first `settled`."""
+# Of metrics.jsonl: the medians of these are in the result.
+MEASURES = (
+    "tokens_per_s_per_gpu model_tflops_per_gpu step_s data_wait_s forward_s backward_s optimizer_s "
+    "gpu_util gpu_mem_gib host_rss_gib pinned_gib nvme_read_gbps nvme_write_gbps h2d_gbps d2h_gbps"
+).split()
+TRAINING = (
+    "--random_weights --validation_split 0 --learning_rate 1e-5 --lr_scheduler_type constant "
+    "--export false --save_strategy no"
+).split()
+
+
+def ours(name, case, out, work, steps, seconds, gpu, extra=()):
+    """Run launch/train.py with all its telemetry. Return medians over the counted steps.
+
+    seconds: the time limit. extra: more flags.
+    """
     label = f"{name}-m{case.micro_batch}"
-    folder, rows = _inputs(work, case, updates)
+    folder, rows = _inputs(work, case, steps)
     directory = work / "runs" / f"{label}-{time.time():.0f}"
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [
-        launcher if launcher.exists() else "deepspeed",
-        "--num_gpus",
-        case.gpus,
-        os.environ.get("BENCH_SCRIPT", "launch/train.py"),
-        "--deepspeed",
-        case.config,
-        "--model_name_or_path",
-        folder,
-        "--random_weights",
-        "--dataset",
-        rows,
-        "--validation_split",
-        "0",
-        "--max_length",
-        case.max_length,
-        "--per_device_train_batch_size",
-        case.micro_batch,
-        "--max_steps",
-        updates,
-        "--method",
-        case.method,
-        "--learning_rate",
-        "1e-5",
-        "--lr_scheduler_type",
-        "constant",
-        "--export",
-        "false",
-        "--save_strategy",
-        "no",
-        "--output_dir",
-        directory,
-        "--nvme_path",
-        work / "swap",
-        *case.flags,
-        *flags,
-    ]
+    own = flags(
+        deepspeed=case.config,
+        method=case.method,
+        max_length=case.max_length,
+        per_device_train_batch_size=case.micro_batch,
+        max_steps=steps,
+        model_name_or_path=folder,
+        dataset=rows,
+        output_dir=directory,
+        nvme_path=work / "swap",
+    )
+    script = os.environ.get("BENCH_SCRIPT", "launch/train.py")
+    start = [launcher if launcher.exists() else "deepspeed", "--num_gpus", case.gpus, script]
+    command = [*start, *TRAINING, *own, *case.flags, *extra]
     code, text = _run(label, command, out / f"{label}.log", seconds, gpu)
     path = directory / "metrics.jsonl"
-    records = (
-        [r for r in map(json.loads, path.read_text().splitlines()) if "loss" in r]
-        if path.is_file()
-        else []
-    )
-    steady = records[case.settled :]
+    lines = path.read_text().splitlines() if path.is_file() else []
+    records = [r for r in map(json.loads, lines) if "loss" in r]
+    steady = records[case.uncounted :]
     result = {
         "case": name,
         "what": "ours",
@@ -212,43 +210,31 @@ def ours(name, case, out, work, updates, seconds, gpu, flags=()):
         "max_length": case.max_length,
         "gpus": case.gpus,
         "method": case.method,
-        "updates": len(steady),
+        "steps": len(steady),
         "losses": [r["loss"] for r in records],
         "all_step_s": [round(r["step_s"], 3) for r in records],
-        "flags": list(flags),
+        "flags": list(extra),
     }
-    for key in (
-        "tokens_per_s_per_gpu",
-        "model_tflops_per_gpu",
-        "step_s",
-        "data_wait_s",
-        "forward_s",
-        "backward_s",
-        "optimizer_s",
-        "gpu_util",
-        "gpu_mem_gib",
-        "host_rss_gib",
-        "pinned_gib",
-        "nvme_read_gbps",
-        "nvme_write_gbps",
-        "h2d_gbps",
-        "d2h_gbps",
-    ):
+    for key in MEASURES:
         values = [r[key] for r in steady if r.get(key) is not None]
         if values:
             result[key] = round(statistics.median(values), 3)
+    return {**result, **_read_log(text, case.gpus)}
+
+
+def _read_log(text, gpus):
+    """The sizes that a run prints: parameters, peak of the host's memory, layers kept."""
+    result = {}
     parameters = re.search(r"model: .*?, ([0-9,]+) parameters, ([0-9,]+) trained", text)
-    peak, kept = (
-        re.search(r"peak RAM ([0-9.]+) GiB", text),
-        re.search(r"activations: ([0-9]+) of ([0-9]+)", text),
-    )
+    peak = re.search(r"peak RAM ([0-9.]+) GiB", text)
+    kept = re.search(r"activations: ([0-9]+) of ([0-9]+)", text)
     if parameters:
         result["parameters"], result["trained"] = (
             int(n.replace(",", "")) for n in parameters.groups()
         )
     if peak:
         result["host_peak_gib"] = float(peak[1])
-        if parameters and case.gpus == 1:
+        if parameters and gpus == 1:
             result["host_bytes_per_parameter"] = round(
                 float(peak[1]) * 2**30 / result["parameters"], 1
             )
@@ -257,42 +243,31 @@ def ours(name, case, out, work, updates, seconds, gpu, flags=()):
     return result
 
 
-def baseline(name, case, kind, out, work, updates, seconds):
-    """The stock engine with the configuration `kind`; peer: at its documented micro-batch of 1, four accumulated."""
+def baseline(name, case, kind, out, work, steps, seconds):
+    """Run the stock engine with the configuration `kind`.
+
+    peer: with its documented micro-batch of 1, four accumulated. seconds: the time limit.
+    """
     micro, accumulate = (1, 4) if kind == "peer" else (case.stock or case.micro_batch, 1)
     label = f"{name}-{kind}-m{micro}"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        case.gpus,
-        "tests/bench/baseline.py",
-        "--size",
-        case.shape,
-        "--method",
-        case.method,
-        *BASELINE[kind],
-        "--micro-batch",
-        micro,
-        "--accumulate",
-        accumulate,
-        "--steps",
-        updates - case.settled,
-        "--seq",
-        case.max_length,
-        *(["--layers", case.layers] if case.layers else []),
-        "--warmup",
-        2,
-        *(
-            word
-            for tier, device in zip(("param", "optimizer"), DEVICES[case.config])
-            for word in (f"--{tier}-device", device)
-        ),
-        "--nvme-path",
-        work / "swap",
-    ]
+    parameters, optimizer = DEVICES[case.config]
+    options = {
+        "size": case.shape,
+        "method": case.method,
+        "micro-batch": micro,
+        "accumulate": accumulate,
+        "steps": steps - case.uncounted,
+        "seq": case.max_length,
+        "warmup": 2,
+        "param-device": parameters,
+        "optimizer-device": optimizer,
+        "nvme-path": work / "swap",
+    }
+    if case.layers:
+        options["layers"] = case.layers
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    script = [*launcher, case.gpus, "tests/bench/baseline.py"]
+    command = [*script, *flags(**options), *BASELINE[kind]]
     code, text = _run(label, command, out / f"{label}.log", seconds, True)
     found = re.search(r"^RES (\{.*\})$", text, re.MULTILINE)
     got = json.loads(found[1]) if found else {}
@@ -304,7 +279,7 @@ def baseline(name, case, kind, out, work, updates, seconds):
         "max_length": case.max_length,
         "gpus": case.gpus,
         "method": case.method,
-        "updates": updates - case.settled,
+        "steps": steps - case.uncounted,
         "tokens_per_s_per_gpu": got.get("tokens_per_s_per_gpu"),
         "model_tflops_per_gpu": got.get("model_tflops"),
         "step_s": got.get("step_s"),
@@ -314,17 +289,8 @@ def baseline(name, case, kind, out, work, updates, seconds):
     }
 
 
-HEAD = (
-    "case",
-    "",
-    "micro-batch",
-    "tok/s",
-    "TFLOP/s",
-    "s a step",
-    "GPU GiB",
-    "host GiB",
-    "layers kept",
-)
+HEAD = ["case", "", "micro-batch", "tok/s", "TFLOP/s", "s a step"]
+HEAD += ["GPU GiB", "host GiB", "layers kept"]
 
 
 def _row(r):
@@ -349,21 +315,16 @@ def _row(r):
 
 def append(path, results, machine, command):
     """A section of a document: date, device, versions, command, table."""
-    versions = ", ".join(
-        f"{k} {v}"
-        for k, v in _versions().items()
-        if v and k in ("torch", "deepspeed", "transformers")
-    )
+    packages = ("torch", "deepspeed", "transformers")
+    known = ", ".join(f"{k} {v}" for k, v in versions().items() if v and k in packages)
+    device = machine.get("device", "CPU")
+    if "matmul_tflops" in machine:
+        device += f", {machine['matmul_tflops']} TFLOP/s bf16 8192³"
+        device += f", {machine['h2d_gbps']} GB/s to the GPU"
     lines = [
         f"\n## `{command}`, {datetime.date.today()}",
         "",
-        f"{machine.get('device', 'CPU')}"
-        + (
-            f", {machine['matmul_tflops']} TFLOP/s bf16 8192³, {machine['h2d_gbps']} GB/s to the GPU"
-            if "matmul_tflops" in machine
-            else ""
-        )
-        + f"; {versions}. Medians; tok/s and TFLOP/s are per GPU.",
+        f"{device}; {known}. Medians; tok/s and TFLOP/s are per GPU.",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + "---|" * len(HEAD),
@@ -375,7 +336,10 @@ def append(path, results, machine, command):
 
 
 def plot(results, machine, path):
-    """tokens/s per GPU against tokens a micro-batch, with the two roofs: the GPU's arithmetic and PCIe. LoRA or full, one shape."""
+    """Draw tokens/s per GPU against the tokens of a micro-batch, for one shape and method.
+
+    The two roofs are the GPU's arithmetic and PCIe.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -397,7 +361,7 @@ def plot(results, machine, path):
         )
     first = next((r for r in mine if r.get("parameters")), mine[0])
     if "matmul_tflops" in machine and first.get("parameters"):
-        count, passes = first["parameters"], 3 if first["method"] == "full" else 2
+        count, passes = first["parameters"], PASSES[first["method"]]
         tokens = [2 ** (i / 8) for i in range(80, 145)]
         for label, more in (
             ("arithmetic, everything recomputed", 1),
@@ -459,10 +423,11 @@ def _parser():
     )
     train.add_argument("--only", choices=("ours", "baseline"), help="one of the two")
     train.add_argument(
+        "--steps",
         "--updates",
         type=int,
-        default=SETTLED + 6,
-        help=f"the first {SETTLED} are not counted, of NVMe the first 2",
+        default=UNCOUNTED + 6,
+        help=f"the first {UNCOUNTED} are not counted, with NVMe the first 2",
     )
     train.add_argument("--timeout", type=int, default=600, help="seconds a run")
     train.add_argument("--out", type=Path, default=Path("bench"), help="bench.jsonl and logs")
@@ -501,11 +466,8 @@ def main(argv=None):
         return error.code
 
 
-def _train(options, command):
-    from trainer.system.hardware import gpu_count
-
-    gpu = gpu_count() > 0
-    names = options.cases or (["8b-lora", "3b-full"] if gpu else ["tiny"])
+def _check(options, names, gpus):
+    """Raise RunError where a case cannot be measured here."""
     for name in names:
         if name not in CASES:
             raise RunError(
@@ -513,83 +475,75 @@ def _train(options, command):
                 needed=", ".join(CASES),
                 code=BAD_INPUT,
             )
-        if CASES[name].gpus > max(gpu_count(), 1) or (not gpu and name != "tiny"):
+        if CASES[name].gpus > max(gpus, 1) or (not gpus and name != "tiny"):
             raise RunError(
                 f"the case {name} needs {CASES[name].gpus} GPU(s)",
-                found=gpu_count(),
+                found=gpus,
                 fix="python tests/bench/train.py train tiny",
-                code=3,
+                code=DOES_NOT_FIT,
             )
-    least = max(CASES[name].settled for name in names)
-    if options.updates <= least:
+    least = max(CASES[name].uncounted for name in names)
+    if options.steps <= least:
         raise RunError(
-            "--updates is too small",
-            found=options.updates,
+            "--steps is too small",
+            found=options.steps,
             needed=f"more than {least}, which are not counted",
         )
-    out = options.out.absolute()
-    work = (options.work or out / "work").absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _measure_machine():
+    """The speed of the GPU and of its link. {} where there is none."""
     # In a process of its own, or its memory on the GPU and of the host would stay taken.
-    found = subprocess.run(
-        [sys.executable, "launch/bench.py", "box", "--no_links"],
+    probe = subprocess.run(
+        [sys.executable, "launch/bench.py", "machine", "--no_links"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    machine, results = json.loads(found.stdout.splitlines()[-1]) if not found.returncode else {}, []
+    return {} if probe.returncode else json.loads(probe.stdout.splitlines()[-1])
+
+
+def _measure(options, names, gpu, out, work):
+    """Yield the results of all cases: ours, then the baseline's."""
+    run, limit = (out, work, options.steps), options.timeout
+    for name in names:
+        base, peer_is_measured = CASES[name], False
+        with_baseline = gpu and base.shape != "tiny" and options.only != "ours"
+        for micro in options.micro_batches or [base.micro_batch]:
+            case = replace(
+                base, micro_batch=micro, stock=None if options.micro_batches else base.stock
+            )
+            if options.only != "baseline":
+                yield ours(name, case, *run, limit, gpu, options.flags.split())
+            for kind in options.baseline if with_baseline else ():
+                if kind == "peer" and peer_is_measured:
+                    continue  # its micro-batch is always the same
+                peer_is_measured |= kind == "peer"
+                yield baseline(name, case, kind, *run, limit)
+
+
+def _train(options, command):
+    from trainer.system.hardware import gpu_count
+
+    gpus = gpu_count()
+    names = options.cases or (["8b-lora", "3b-full"] if gpus else ["tiny"])
+    _check(options, names, gpus)
+    out = options.out.absolute()
+    work = (options.work or out / "work").absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    machine, results = _measure_machine(), []
+    date = str(datetime.date.today())
     with open(out / "bench.jsonl", "a") as file:
 
-        def keep(result):
-            file.write(json.dumps(result) + "\n")
+        def keep(record):
+            file.write(json.dumps(record) + "\n")
             file.flush()
 
-        keep(
-            {
-                **machine,
-                "command": command,
-                "date": str(datetime.date.today()),
-                "versions": _versions(),
-            }
-        )
-        for name in names:
-            base = CASES[name]
-            for micro in options.micro_batches or [base.micro_batch]:
-                case = Case(
-                    **{
-                        **vars(base),
-                        "micro_batch": micro,
-                        "stock": None if options.micro_batches else base.stock,
-                    }
-                )
-                if options.only != "baseline":
-                    results.append(
-                        ours(
-                            name,
-                            case,
-                            out,
-                            work,
-                            options.updates,
-                            options.timeout,
-                            gpu,
-                            options.flags.split(),
-                        )
-                    )
-                    keep(results[-1])
-                for kind in (
-                    options.baseline
-                    if gpu and base.shape != "tiny" and options.only != "ours"
-                    else ()
-                ):
-                    if kind == "peer" and any(
-                        r["case"] == name and r["what"] == "peer" for r in results
-                    ):
-                        continue  # its micro-batch is always the same
-                    results.append(
-                        baseline(name, case, kind, out, work, options.updates, options.timeout)
-                    )
-                    keep(results[-1])
+        keep({**machine, "command": command, "date": date, "versions": versions()})
+        for result in _measure(options, names, gpus > 0, out, work):
+            results.append(result)
+            keep(result)
     print("\n" + table([HEAD, *map(_row, results)]) + f"\n\n{out / 'bench.jsonl'}")
     if options.append:
         append(options.append, results, machine, command)

@@ -1,5 +1,8 @@
-"""launch/train.py with a fault: FAULT_STEP=n multiplies the loss of the n-th micro-batch on FAULT_RANK by FAULT_VALUE; or, where that
-is `hang` or `crash`, does so."""
+"""launch/train.py with a fault in the n-th micro-batch of a rank.
+
+FAULT_STEP is n, FAULT_RANK the rank (default 0). FAULT_VALUE is `hang`, `crash`, or a number by
+which the loss is multiplied.
+"""
 
 import os
 import sys
@@ -14,10 +17,10 @@ from trainer.run import leave, main  # noqa: E402
 def install():
     from trainer.trainer import OffloadTrainer
 
-    plain, count = OffloadTrainer._loss_and_hits, [0]
+    plain, count = OffloadTrainer._loss_and_correct, [0]
 
     def faulty(self, model, inputs):
-        loss, hits = plain(self, model, inputs)
+        loss, correct = plain(self, model, inputs)
         if getattr(model, "module", model).training:
             count[0] += 1
             if count[0] == int(os.environ["FAULT_STEP"]) and os.environ["RANK"] == os.environ.get(
@@ -29,9 +32,9 @@ def install():
                 if fault == "crash":
                     raise ZeroDivisionError("injected")
                 loss = loss * float(fault)
-        return loss, hits
+        return loss, correct
 
-    OffloadTrainer._loss_and_hits = faulty
+    OffloadTrainer._loss_and_correct = faulty
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Bad input: exit 2, a message that says what, found, needed; and no torch where none is needed to see it."""
+"""Bad input ends with exit code 2 and a message that says what is wrong, found and needed.
+
+It ends before torch is imported, where torch is not needed to see the mistake.
+"""
 
 import ctypes
 import json
@@ -20,7 +23,7 @@ JSON = {
 
 
 def quick(*flags, env=None):
-    """(exit code, output, whether torch was imported) of launch/train.py."""
+    """Run launch/train.py. Return (exit code, output, whether torch was imported)."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "launch/train.py", *map(str, flags)],
         cwd=ROOT,
@@ -113,30 +116,14 @@ def test_help_is_quick():
 
 def test_every_label_masked(tiny_model, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "word " * 200, "output": "b"}] * 3)
-    run = train(
-        tmp_path / "run",
-        "--model_name_or_path",
-        tiny_model,
-        "--dataset",
-        path,
-        "--max_length",
-        64,
-        launcher=False,
-    )
+    flags = ["--model_name_or_path", tiny_model, "--dataset", path, "--max_length", 64]
+    run = train(tmp_path / "run", *flags, launcher=False)
     assert run.code == 2 and "0 trainable tokens in 3 rows" in run.output, run.output
 
 
 def test_unknown_target_module(tiny_model, tmp_path):
-    run = train(
-        tmp_path / "run",
-        "--model_name_or_path",
-        tiny_model,
-        "--method",
-        "lora",
-        "--lora_target_modules",
-        "q_prj",
-        launcher=False,
-    )
+    lora = ["--method", "lora", "--lora_target_modules", "q_prj"]
+    run = train(tmp_path / "run", "--model_name_or_path", tiny_model, *lora, launcher=False)
     assert run.code == 2 and "did you mean q_proj" in run.output, run.output
 
 
@@ -147,23 +134,13 @@ def test_launcher_keeps_the_exit_code(tmp_path):
 
 def test_locked_memory(tiny_model, tmp_path):
     def little():
-        ctypes.CDLL(None).prctl(
-            24, 14, 0, 0, 0
-        )  # PR_CAPBSET_DROP CAP_IPC_LOCK, so that root too has a limit
+        # PR_CAPBSET_DROP CAP_IPC_LOCK, so that root too has a limit
+        ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (2**20, 2**20))
 
-    run = train(
-        tmp_path / "run",
-        "--model_name_or_path",
-        tiny_model,
-        "--deepspeed",
-        "ds_z3_nvme.json",
-        "--nvme_path",
-        tmp_path / "swap",
-        launcher=False,
-        preexec_fn=little,
-    )
-    assert (
-        run.code == 3 and "locked memory is too small" in run.output and "ulimit -l" in run.output
-    ), run.output
+    nvme = ["--deepspeed", "ds_z3_nvme.json", "--nvme_path", tmp_path / "swap"]
+    flags = ["--model_name_or_path", tiny_model, *nvme]
+    run = train(tmp_path / "run", *flags, launcher=False, preexec_fn=little)
+    assert run.code == 3, run.output
+    assert "locked memory is too small" in run.output and "ulimit -l" in run.output, run.output
     assert not list((tmp_path / "swap").iterdir())

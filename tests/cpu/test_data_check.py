@@ -1,4 +1,4 @@
-"""`python launch/data.py check`: what it prints, its JSON, its exit codes; and training with the same flags."""
+"""`launch/data.py check`: output, JSON, exit codes; and training with the same flags."""
 
 import json
 import subprocess
@@ -220,7 +220,7 @@ def test_training_skips_and_says_so(trains, tmp_path):
         "group_by_length",
     )
     assert (
-        "alpaca, 36 rows, 4 refused rows skipped" in run.output
+        "alpaca, 36 rows, 4 rejected rows skipped" in run.output
         and "mixture: an epoch takes" in run.output
     )
     kept = [

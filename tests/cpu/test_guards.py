@@ -2,16 +2,10 @@
 
 import pytest
 
-FLAGS = [
-    "--per_device_train_batch_size",
-    2,
-    "--lr_scheduler_type",
-    "constant",
-    "--eval_strategy",
-    "no",
-    "--eval_on_start",
-    "false",
-]
+FLAGS = (
+    "--per_device_train_batch_size 2 --lr_scheduler_type constant --eval_strategy no "
+    "--eval_on_start false"
+).split()
 
 
 def weights(run):
@@ -22,27 +16,16 @@ def weights(run):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("config", ["ds_z3_offload", "ds_z3_nvme"])
-def test_no_update_and_null(trains, value, config):
+def test_no_step_and_null(trains, value, config):
     import torch
 
     fault = {"FAULT_STEP": "2", "FAULT_VALUE": value}
     flags = [*FLAGS, "--deepspeed", f"{config}.json"]
     clean = trains("clean", *flags, "--max_steps", 1)
-    skipped = trains(
-        "skipped",
-        *flags,
-        "--max_steps",
-        2,
-        "--max_nonfinite_steps",
-        2,
-        env=fault,
-        script="tests/cpu/inject.py",
-    )
-    assert (
-        skipped.losses[0] == clean.losses[0]
-        and skipped.losses[1] is None
-        and skipped.steps[1]["grad_norm"] is None
-    )
+    flags += ["--max_steps", 2, "--max_nonfinite_steps", 2]
+    skipped = trains("skipped", *flags, env=fault, script="tests/cpu/inject.py")
+    assert skipped.losses[0] == clean.losses[0]
+    assert skipped.losses[1] is None and skipped.steps[1]["grad_norm"] is None
     for name, tensor in weights(clean).items():
         assert torch.equal(tensor, weights(skipped)[name]), name
 
@@ -51,10 +34,7 @@ def test_goes_on_after_one(trains):
     run = trains(
         "on",
         *FLAGS,
-        "--max_steps",
-        4,
-        "--max_nonfinite_steps",
-        2,
+        *"--max_steps 4 --max_nonfinite_steps 2".split(),
         env={"FAULT_STEP": "2", "FAULT_VALUE": "nan"},
         script="tests/cpu/inject.py",
     )
@@ -80,16 +60,11 @@ def test_stop(trains, ranks):
     assert not (run.directory / "export").exists()
 
 
-def test_accumulation_skips_the_whole_update(trains):
+def test_accumulation_skips_the_whole_step(trains):
     run = trains(
         "accumulate",
         *FLAGS,
-        "--gradient_accumulation_steps",
-        3,
-        "--max_steps",
-        2,
-        "--max_nonfinite_steps",
-        2,
+        *"--gradient_accumulation_steps 3 --max_steps 2 --max_nonfinite_steps 2".split(),
         env={"FAULT_STEP": "2", "FAULT_VALUE": "nan"},
         script="tests/cpu/inject.py",
     )

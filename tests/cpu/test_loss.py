@@ -12,30 +12,26 @@ from trainer.modeling import loss as losses
 def test_values_and_gradients(monkeypatch, bias, chunk_rows):
     monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_rows * 4 * 50)
     torch.manual_seed(0)
-    hidden, weight = (
-        torch.randn(3, 20, 8, requires_grad=True),
-        torch.randn(50, 8, requires_grad=True),
-    )
+    hidden = torch.randn(3, 20, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
     offset = torch.randn(50, requires_grad=True) if bias else None
     labels = torch.randint(0, 50, (3, 20))
     labels[:, :9] = -100
     leaves = [t for t in (hidden, weight, offset) if t is not None]
-    total, correct = losses.cross_entropy_sum(hidden, weight, offset, labels)
-    mine = torch.autograd.grad(total * 0.37, leaves)
+    total, correct_tokens = losses.cross_entropy_sum(hidden, weight, offset, labels)
+    ours = torch.autograd.grad(total * 0.37, leaves)
     logits = torch.nn.functional.linear(hidden, weight, offset)[:, :-1].reshape(-1, 50)
     plain = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
     theirs = torch.autograd.grad(plain * 0.37, leaves)
     assert total.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert int(correct) == int((logits.argmax(-1) == labels[:, 1:].reshape(-1)).sum())
-    for a, b in zip(mine, theirs):
+    assert int(correct_tokens) == int((logits.argmax(-1) == labels[:, 1:].reshape(-1)).sum())
+    for a, b in zip(ours, theirs):
         assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_nothing_to_predict_keeps_the_graph():
-    hidden, weight = (
-        torch.randn(1, 4, 8, requires_grad=True),
-        torch.randn(50, 8, requires_grad=True),
-    )
+    hidden = torch.randn(1, 4, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
     total, _ = losses.cross_entropy_sum(hidden, weight, None, torch.full((1, 4), -100))
     total.backward()
     assert total.item() == 0 and hidden.grad.abs().sum() == 0

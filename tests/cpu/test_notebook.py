@@ -1,4 +1,7 @@
-"""launch/notebooks/quickstart.ipynb: every cell runs, a failing step stops it with the program's message, no output is committed."""
+"""launch/notebooks/quickstart.ipynb: every cell runs, and no output is committed.
+
+A step that fails stops it with the program's message.
+"""
 
 import json
 
@@ -11,7 +14,10 @@ STEPS = 2
 
 @pytest.fixture
 def executed(tmp_path, monkeypatch):
-    """executed(model) → the notebook after a run in its own folder; the training run goes below tmp_path / "runs"."""
+    """executed(model) → the notebook after a run in its own folder.
+
+    Its training run is below tmp_path / "runs".
+    """
     import nbformat
     from nbclient import NotebookClient
 
@@ -63,18 +69,16 @@ def test_every_cell(executed, tiny_model, tmp_path):
     outputs = [output for cell in cells.values() for output in cell.outputs]
     assert all(cell.execution_count for cell in cells.values())
     assert not [output for output in outputs if output.output_type == "error"]
-    assert (
-        sum("image/png" in output.get("data", {}) for output in outputs) == 4
-    )  # lengths, memory, curves, the plan held
+    # Lengths, memory, curves, and the plan beside the run.
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     (run,) = (tmp_path / "runs").iterdir()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert (
         len([r for r in records if "loss" in r]) == STEPS
         and len([r for r in records if "eval_loss" in r]) >= 2
     )
-    assert "2,400 rows" in printed(cells["check"]) and f"done: {STEPS} updates" in printed(
-        cells["train-run"]
-    )
+    assert "2,400 rows" in printed(cells["check"])
+    assert f"done: {STEPS} optimizer steps" in printed(cells["train-run"])
     assert all(word in printed(cells["answer"]) for word in ("question: ", "before: ", "after: "))
 
 

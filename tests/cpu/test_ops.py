@@ -5,20 +5,10 @@ from pathlib import Path
 
 from trainer.system import ops
 
-FLAGS = [
-    "--max_steps",
-    1,
-    "--eval_strategy",
-    "no",
-    "--eval_on_start",
-    "false",
-    "--export",
-    "false",
-    "--save_strategy",
-    "no",
-    "--per_device_train_batch_size",
-    2,
-]
+FLAGS = (
+    "--max_steps 1 --eval_strategy no --eval_on_start false --export false "
+    "--save_strategy no --per_device_train_batch_size 2"
+).split()
 
 
 def test_held_or_left_behind(tmp_path):
@@ -44,15 +34,7 @@ def test_a_run_goes_on(trains, tmp_path):
 
 
 def test_needed():
-    def config(optimizer, parameters):
-        return {
-            "zero_optimization": {
-                "offload_optimizer": {"device": optimizer},
-                "offload_param": {"device": parameters},
-            }
-        }
-
-    assert ops.needed(config("none", "none"), 1, True) == []
-    assert ops.needed(config("cpu", "cpu"), 2, True) == ["cpu_adam"]
-    assert ops.needed(config("nvme", "cpu"), 2, False) == ["cpu_adam", "async_io", "shm_comm"]
-    assert ops.needed(config("none", "nvme"), 1, False) == ["async_io"]
+    assert ops.needed("none", "none", 1, True) == []
+    assert ops.needed("cpu", "cpu", 2, True) == ["cpu_adam"]
+    assert ops.needed("nvme", "cpu", 2, False) == ["cpu_adam", "async_io", "shm_comm"]
+    assert ops.needed("none", "nvme", 1, False) == ["async_io"]

@@ -1,4 +1,7 @@
-"""What a run leaves: metrics, evaluation that does not depend on the batch, an export that plain transformers loads."""
+"""What a run leaves: its metrics, its evaluations and its export.
+
+An evaluation does not depend on the batch. Plain transformers loads the export.
+"""
 
 import json
 import math
@@ -13,22 +16,22 @@ QUICK = ["--max_steps", 2, "--per_device_train_batch_size", 2]
 
 
 def plain_evaluation(model_folder, data, max_length=96):
-    """(mean loss, token accuracy) over the answer tokens, row by row with plain transformers."""
+    """Return (mean loss, token accuracy) of the answers, row by row with plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     rows, _ = samples(tokenizer, data, max_length)
-    loss = hits = count = 0
+    loss = correct_tokens = count = 0
     with torch.no_grad():
         for ids, labels in (rows[i] for i in range(len(rows))):
             labels = torch.tensor(labels[1:])
             logits = model(torch.tensor([ids.tolist()])).logits[0, :-1]
             loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            hits += int((logits.argmax(-1) == labels).sum())
+            correct_tokens += int((logits.argmax(-1) == labels).sum())
             count += int((labels != -100).sum())
-    return loss / count, hits / count
+    return loss / count, correct_tokens / count
 
 
 def test_full_run(trains, rows_file, tiny_model):
@@ -38,10 +41,7 @@ def test_full_run(trains, rows_file, tiny_model):
     run = trains(
         "full",
         *QUICK,
-        "--per_device_eval_batch_size",
-        3,
-        "--max_shard_size",
-        "3MB",
+        *"--per_device_eval_batch_size 3 --max_shard_size 3MB".split(),
         env={"WANDB_MODE": "offline"},
     )
     first, *_, last = run.evaluations
@@ -52,21 +52,9 @@ def test_full_run(trains, rows_file, tiny_model):
         assert record["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert record["eval_token_accuracy"] == pytest.approx(accuracy, abs=1e-5)
     for key in (
-        "step",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens",
-        "tokens_per_s_per_gpu",
-        "model_tflops_per_gpu",
-        "step_s",
-        "data_wait_s",
-        "forward_s",
-        "backward_s",
-        "optimizer_s",
-        "host_rss_gib",
-        "pinned_gib",
-    ):
+        "step loss learning_rate grad_norm tokens tokens_per_s_per_gpu model_tflops_per_gpu step_s "
+        "data_wait_s forward_s backward_s optimizer_s host_rss_gib pinned_gib"
+    ).split():
         assert all(key in s for s in run.steps), key
     assert all(
         s["forward_s"] > 0 and s["backward_s"] > 0 and s["optimizer_s"] > 0 for s in run.steps
@@ -108,7 +96,7 @@ def test_full_run(trains, rows_file, tiny_model):
 def test_evaluation_does_not_depend_on_the_batch(trains):
     runs = [
         trains(f"b{size}", "--max_steps", 1, "--per_device_eval_batch_size", size, *extra)
-        for size, extra in ((1, []), (16, []), (4, ["--fused_loss", "false"]))
+        for size, extra in ((1, []), (16, []), (4, ["--disable_optimizations", "fused_loss"]))
     ]
     for run in runs[1:]:
         for a, b in zip(runs[0].evaluations, run.evaluations):
@@ -169,12 +157,7 @@ def test_wandb_never_asks_and_never_fails(trains, tmp_path):
     }
     run = trains(
         "wandb",
-        "--max_steps",
-        1,
-        "--per_device_train_batch_size",
-        2,
-        "--eval_strategy",
-        "no",
+        *"--max_steps 1 --per_device_train_batch_size 2 --eval_strategy no".split(),
         env=blackhole,
     )
-    assert "done: 1 updates" in run.output
+    assert "done: 1 optimizer steps" in run.output

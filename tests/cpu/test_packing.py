@@ -1,4 +1,7 @@
-"""A packed sample gives the same as the sample alone: logits, losses, whole runs. What cannot be exact is refused."""
+"""A packed sample gives the same as the sample alone: logits, losses, whole runs.
+
+What cannot be exact is refused.
+"""
 
 import copy
 
@@ -9,7 +12,7 @@ import transformers
 from conftest import samples
 
 from data.dataset import collate
-from trainer.config.flags import resolve
+from trainer.config.settings import resolve
 from trainer.errors import RunError
 from trainer.modeling import attention
 
@@ -44,24 +47,24 @@ def make(kind, backend="sdpa", **changes):
     ).eval()
 
 
-def bins(seed=0):
-    """Two units of samples of different lengths."""
+def make_packs(seed=0):
+    """Two packs of samples of different lengths."""
     rng = np.random.default_rng(seed)
     ids = [rng.integers(3, 512, n).astype(np.int32) for n in (40, 3, 31, 1, 77, 12)]
     rows = [(i, i.astype(np.int64)) for i in ids]
     return [rows[:3], rows[3:]]
 
 
-def logits_apart(model, batch, units):
+def logits_apart(model, batch, packs):
     """Largest difference between packed logits and those of each sample alone."""
     with torch.no_grad():
         packed = model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits
         worst = 0.0
-        for row, unit in enumerate(units):
+        for row, samples_of_pack in enumerate(packs):
             at = 0
-            for ids, _ in unit:
+            for ids, _ in samples_of_pack:
                 alone = model(
                     input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False
                 ).logits[0]
@@ -75,19 +78,19 @@ def logits_apart(model, batch, units):
     [(k, "eager" if k == "Gemma2" else "sdpa") for k in FAMILIES] + [("Llama", "eager")],
 )
 def test_logits(kind, backend):
-    units = bins()
-    batch = collate(units, 0, 100)
+    packs = make_packs()
+    batch = collate(packs, 0, 100)
     model = make(kind, backend)
-    assert logits_apart(model, batch, units) < 1e-4
+    assert logits_apart(model, batch, packs) < 1e-4
     # The test can fail: one row of positions lets samples see each other.
     batch["position_ids"] = torch.arange(100)[None].expand(2, -1)
-    assert logits_apart(model, batch, units) > 1e-3
+    assert logits_apart(model, batch, packs) > 1e-3
 
 
 def test_gradients():
-    units = bins()
+    packs = make_packs()
     model = make("Llama")
-    batch = collate(units, 0, 100)
+    batch = collate(packs, 0, 100)
 
     def gradients(batches):
         model.zero_grad()
@@ -100,10 +103,8 @@ def test_gradients():
             ).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    packed, alone = (
-        gradients([batch]),
-        gradients([collate([[s]], 0) for unit in units for s in unit if len(s[0]) > 1]),
-    )
+    samples_alone = [[s] for samples_of_pack in packs for s in samples_of_pack if len(s[0]) > 1]
+    packed, alone = gradients([batch]), gradients([collate([s], 0) for s in samples_alone])
     assert torch.allclose(packed, alone, atol=1e-4) and packed.abs().max() > 1e-2
 
 
@@ -142,19 +143,12 @@ def test_models_that_mix_samples_are_refused():
 
 
 def test_a_packed_run_is_the_unpacked_run(trains, rows_file, tiny_model):
-    # All 60 rows in one update: packed or not, the same tokens, so the same loss, gradient and next loss.
+    # All 60 rows in one optimizer step: packed or not, the same tokens, so the same loss, gradient
+    # and next loss.
     from transformers import AutoTokenizer
 
     rows, _ = samples(AutoTokenizer.from_pretrained(tiny_model), rows_file[0], 256)
-    flags = [
-        "--max_steps",
-        3,
-        "--lr_scheduler_type",
-        "constant",
-        "--max_length",
-        256,
-        "--deepspeed",
-    ]
+    flags = "--max_steps 3 --lr_scheduler_type constant --max_length 256 --deepspeed".split()
     plain = trains("plain", *flags, "ds_z3_offload.json", "--per_device_train_batch_size", 60)
     from data import pack
 
@@ -178,10 +172,7 @@ def test_packed_ranks(trains):
     two = trains(
         "two",
         *flags,
-        "--per_device_train_batch_size",
-        1,
-        "--gradient_accumulation_steps",
-        2,
+        *"--per_device_train_batch_size 1 --gradient_accumulation_steps 2".split(),
         ranks=2,
     )
     assert two.losses == pytest.approx(one.losses, abs=1e-3)

@@ -1,4 +1,7 @@
-"""The same losses whatever the offload, the ranks and the micro-batches, and as a plain PyTorch loop."""
+"""The losses are the same with every offload, number of ranks and micro-batch size.
+
+They are those of a plain PyTorch loop.
+"""
 
 import json
 
@@ -15,28 +18,29 @@ def close(a, b, tolerance=1e-3):
 
 
 def plain_torch(model_folder, data, steps, batch, learning_rate, seed=42):
-    """AdamW, clip 1.0, token-mean loss over the answers, in the trainer's row order: no DeepSpeed, no Trainer."""
+    """Train without DeepSpeed and Trainer, with the rows in the trainer's order.
+
+    AdamW, gradients clipped at 1.0, the mean loss of the answers' tokens. Return (losses, norms).
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from data.dataset import Order, collate
+    from data.dataset import BatchSampler, collate
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows, _ = samples(tokenizer, data)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    batches = iter(Order(rows.lengths, batch, 1, 0, 1, seed))
+    batches = iter(BatchSampler(rows.lengths, batch, 1, 0, 1, seed))
     losses, norms = [], []
     for _ in range(steps):
-        units = [rows[unit] for unit in next(batches)]
-        inputs = collate(units, tokenizer.pad_token_id)
-        # The usual padded call: the trainer leaves the mask out, as no token sees the padding to its right.
-        mask = torch.tensor(
-            [
-                [1] * len(unit[0][0]) + [0] * (inputs["input_ids"].shape[1] - len(unit[0][0]))
-                for unit in units
-            ]
-        )
+        packs = [rows[pack] for pack in next(batches)]
+        inputs = collate(packs, tokenizer.pad_token_id)
+        # The usual padded call. The trainer leaves the mask out: no token sees the padding to its
+        # right.
+        width = inputs["input_ids"].shape[1]
+        lengths = [len(pack[0][0]) for pack in packs]
+        mask = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
         logits = model(input_ids=inputs["input_ids"], attention_mask=mask).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
@@ -68,7 +72,8 @@ def test_lora(trains):
     for run in runs.values():
         close(run.losses, runs["ds_z3"].losses)
         assert json.loads((run.directory / "export" / "adapter_config.json").read_text())["r"] == 8
-    leaf = trains("leaf", *lora, "--leaf_modules", "true", "--gradient_checkpointing", "false")
+    off = ["--disable_optimizations", "none,overlap_step,fetch_ahead"]
+    leaf = trains("leaf", *lora, *off, "--gradient_checkpointing", "false")
     close(leaf.losses, runs["ds_z3"].losses)
 
 
@@ -76,16 +81,14 @@ def test_lora(trains):
     "method, checkpointing", [("full", "false"), ("full", "true"), ("lora", "true")]
 )
 def test_nvme_look_ahead(trains, tmp_path, method, checkpointing):
-    # Many small layers and a large tied embedding: the look-ahead passes the turn from forward to backward, and the buffers are few.
+    # Many small layers and a large tied embedding: the look-ahead passes the turn from forward to
+    # backward, and the buffers are few.
     make_model(tmp_path / "deep", num_hidden_layers=12, tie_word_embeddings=True, vocab_size=8192)
     make_tokenizer(tmp_path / "deep")
     flags = [
         "--model_name_or_path",
         tmp_path / "deep",
-        "--max_steps",
-        5,
-        "--per_device_train_batch_size",
-        2,
+        *"--max_steps 5 --per_device_train_batch_size 2".split(),
         "--method",
         method,
         "--gradient_checkpointing",
@@ -101,14 +104,10 @@ def test_accumulation(trains):
     whole = trains("whole", *TEN)
     parts = trains(
         "parts",
-        "--max_steps",
-        10,
-        "--per_device_train_batch_size",
-        1,
-        "--gradient_accumulation_steps",
-        4,
-        "--lr_scheduler_type",
-        "constant",
+        *(
+            "--max_steps 10 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 "
+            "--lr_scheduler_type constant"
+        ).split(),
     )
     close(whole.losses, parts.losses)
     close([s["grad_norm"] for s in whole.steps], [s["grad_norm"] for s in parts.steps])
@@ -116,22 +115,16 @@ def test_accumulation(trains):
 
 @pytest.mark.parametrize("config", ["ds_z3_offload", "ds_z3_nvme"])
 def test_two_ranks(trains, config):
-    # 20 updates are more than one epoch of 60 rows, so the end of an epoch is covered too.
+    # 20 steps are more than one epoch of 60 rows, so the end of an epoch is covered too.
     one = trains(
         "one",
-        "--max_steps",
-        20,
-        "--per_device_train_batch_size",
-        4,
+        *"--max_steps 20 --per_device_train_batch_size 4".split(),
         "--deepspeed",
         f"{config}.json",
     )
     two = trains(
         "two",
-        "--max_steps",
-        20,
-        "--per_device_train_batch_size",
-        2,
+        *"--max_steps 20 --per_device_train_batch_size 2".split(),
         "--deepspeed",
         f"{config}.json",
         ranks=2,

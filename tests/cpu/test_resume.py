@@ -5,26 +5,9 @@ import shutil
 import pytest
 
 STEPS, CUT = 6, 3
-FLAGS = [
-    "--per_device_train_batch_size",
-    2,
-    "--gradient_accumulation_steps",
-    2,
-    "--max_steps",
-    STEPS,
-    "--save_steps",
-    CUT,
-    "--eval_strategy",
-    "no",
-    "--eval_on_start",
-    "false",
-    "--export",
-    "false",
-    "--max_grad_norm",
-    0.5,
-    "--save_total_limit",
-    5,
-]
+BATCH = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()
+OTHERS = "--eval_strategy no --eval_on_start false --export false --max_grad_norm 0.5".split()
+FLAGS = f"--max_steps {STEPS} --save_steps {CUT} --save_total_limit 5".split() + BATCH + OTHERS
 LORA = ["--method", "lora", "--lora_r", 8, "--lora_dropout", 0.1]
 CONFIGS = ["ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme"]
 
@@ -85,17 +68,8 @@ def test_bit_equal(trains, config, method, ranks):
     ],
 )
 def test_another_world_size(trains, config, before, after):
-    flags = [
-        "--deepspeed",
-        f"{config}.json",
-        *FLAGS[4:],
-        "--max_steps",
-        12,
-        "--save_steps",
-        2,
-        "--save_total_limit",
-        9,
-    ]
+    saves = "--max_steps 12 --save_steps 2 --save_total_limit 9".split()
+    flags = ["--deepspeed", f"{config}.json", *OTHERS, *saves]
     own = ["--per_device_train_batch_size", 4 // before, "--gradient_accumulation_steps", 1]
     whole = trains("whole", *flags, *own, ranks=before)
     again = trains(
@@ -106,13 +80,13 @@ def test_another_world_size(trains, config, before, after):
         whole.directory / "checkpoint-2",
         ranks=after,
     )
-    assert "rows of an update" in again.output and len(again.losses) == 10
+    assert "rows of an optimizer step" in again.output and len(again.losses) == 10
     assert again.losses == pytest.approx(whole.losses[2:], abs=1e-4)
     assert again.manifest(12)["update_rows"] == 4
 
 
 def test_across_configurations(trains):
-    """Saved with everything in RAM, resumed from NVMe: the parts are the same."""
+    """Saved with everything in RAM, resumed from NVMe: the shards are the same."""
     whole = trains("whole", "--deepspeed", "ds_z3_offload.json", *FLAGS)
     again = trains(
         "again",
@@ -126,27 +100,24 @@ def test_across_configurations(trains):
 
 
 def test_the_oracle(trains, tiny_model):
-    """What a checkpoint holds is what DeepSpeed's own accessors give, and the export has the same weights."""
+    """What a checkpoint holds is what DeepSpeed's own accessors give.
+
+    The export has the same weights.
+    """
     import torch
     from safetensors.torch import load_file
 
     run = trains(
         "run", "--deepspeed", "ds_z3_nvme_optimizer.json", *FLAGS, "--export", "true", ranks=2
     )
-    pieces = {}
+    slices = {}
     for path in sorted((run.directory / f"checkpoint-{STEPS}").glob("rank-*")):
-        pieces.update(
-            {(k, path.name[5:10]): v for k, v in load_file(path).items() if k.startswith("weight/")}
-        )
+        rank, tensors = path.name[5:10], load_file(path)
+        slices.update({(k, rank): v for k, v in tensors.items() if k.startswith("weight/")})
     exported = load_file(run.directory / "export" / "model.safetensors")
     for name, value in exported.items():
-        flat = torch.cat(
-            [
-                v
-                for (k, _), v in sorted(pieces.items(), key=lambda p: p[0][1])
-                if k == f"weight/{name}"
-            ]
-        )
+        by_rank = sorted(slices.items(), key=lambda item: item[0][1])
+        flat = torch.cat([v for (k, _), v in by_rank if k == f"weight/{name}"])
         assert torch.equal(flat.reshape(value.shape), value.float()), name
 
 
@@ -161,26 +132,17 @@ def test_changed_settings(trains, tmp_path):
         "auto",
         "--max_steps",
         STEPS + 2,
-        "--learning_rate",
-        5e-4,
-        "--seed",
-        7,
-        "--per_device_train_batch_size",
-        1,
+        *"--learning_rate 5e-4 --seed 7 --per_device_train_batch_size 1".split(),
     )
     lines = {
         line.split(" | ")[0].strip(): [c.strip() for c in line.split(" | ")[1:]]
         for line in again.output.splitlines()
         if line.count(" | ") == 3
     }
-    assert lines["learning_rate"] == ["0.001", "0.0005", "0.0005"] and lines["seed"] == [
-        "42",
-        "7",
-        "42",
-    ]
-    assert lines["gradient_accumulation_steps"] == ["2", "2", "4"] and lines[
-        "per_device_train_batch_size"
-    ] == ["2", "1", "1"]
+    assert lines["learning_rate"] == ["0.001", "0.0005", "0.0005"]
+    assert lines["seed"] == ["42", "7", "42"]
+    assert lines["gradient_accumulation_steps"] == ["2", "2", "4"]
+    assert lines["per_device_train_batch_size"] == ["2", "1", "1"]
     assert [s["step"] for s in again.steps] == list(range(1, STEPS + 3))
     assert again.losses[:STEPS] == losses  # what was logged before stays
     wrong = trains("other", *FLAGS, *LORA, "--resume_from_checkpoint", "auto", code=2)

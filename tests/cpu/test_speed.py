@@ -4,40 +4,16 @@ import json
 
 import hjson
 import pytest
-from conftest import ROOT
+from conftest import ROOT, only
 from test_parity import close
 
-FLAGS = [
-    "--max_steps",
-    12,
-    "--per_device_train_batch_size",
-    2,
-    "--gradient_accumulation_steps",
-    2,
-    "--max_grad_norm",
-    0.5,
-    "--eval_strategy",
-    "no",
-    "--eval_on_start",
-    "false",
-    "--export",
-    "false",
-    "--save_strategy",
-    "no",
-]
+STEPS = "--max_steps 12 --max_grad_norm 0.5".split()
+BATCH = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()
+QUIET = "--eval_strategy no --eval_on_start false --export false --save_strategy no".split()
+FLAGS = [*STEPS, *BATCH, *QUIET]
 LORA = ["--method", "lora", "--lora_r", 8]
-STOCK = [
-    "--fused_linear",
-    "false",
-    "--fused_step",
-    "false",
-    "--fused_loss",
-    "false",
-    "--leaf_modules",
-    "false",
-    "--kept_layers",
-    "0",
-]
+STOCK = ["--disable_optimizations", "all", "--kept_layers", "0"]
+OURS = only("fused_loss", "fused_linear", "fused_step", "leaf_modules")  # beside the two of a GPU
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -46,22 +22,11 @@ def test_each_alone(trains, method):
     stock = trains("stock", *flags, *STOCK, launcher=False)
     norms = [s["grad_norm"] for s in stock.steps]
     cases = {
-        "step": ["--fused_step", "true"],
-        "leaf": ["--leaf_modules", "true"],
-        "kept": ["--kept_layers", "2"],
-        "linear": ["--fused_linear", "true", "--leaf_modules", "true"],
-        "all": [
-            "--fused_step",
-            "true",
-            "--leaf_modules",
-            "true",
-            "--kept_layers",
-            "1",
-            "--fused_linear",
-            "true",
-            "--fused_loss",
-            "true",
-        ],
+        "step": only("fused_step"),
+        "leaf": only("leaf_modules"),
+        "kept": [*only(), "--kept_layers", "2"],
+        "linear": only("fused_linear", "leaf_modules"),
+        "all": [*OURS, "--kept_layers", "1"],
     }
     for name, own in cases.items():
         run = trains(name, *flags, *STOCK, *own, launcher=False)
@@ -70,8 +35,8 @@ def test_each_alone(trains, method):
 
 
 def test_where_the_step_is_not_ours(trains):
-    """An optimizer on the GPU keeps its own step; the rest is as everywhere."""
-    own = ["--leaf_modules", "true", "--kept_layers", "1", "--deepspeed", "ds_z3.json"]
+    """An optimizer on the GPU keeps its own step. The other features are on."""
+    own = [*OURS, "--kept_layers", "1", "--deepspeed", "ds_z3.json"]
     close(
         trains("own", *FLAGS, *own, launcher=False).losses,
         trains("stock", *FLAGS, *STOCK, launcher=False).losses,
@@ -79,38 +44,47 @@ def test_where_the_step_is_not_ours(trains):
     )
 
 
-HELD = """
-import sys
-sys.path[0] = {root!r}
+# launch/train.py, which prints after each step how many elements of the moments are in RAM, for
+# each parameter. A read from the disk points the state into a buffer: those do not count.
+PRINT_MOMENTS = """
+import os, sys
+sys.path[0] = os.getcwd()
 from trainer import run
-plain = run._start_processes
+plain_join = run.join
 
-def start(*args):
-    ranks = plain(*args)
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
-    step = Zero.step
+def join(*args):
+    ranks = plain_join(*args)
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    plain_step = DeepSpeedZeroOptimizer_Stage3.step
 
-    def stepped(self, closure=None):
-        step(self, closure)
+    def step(self, closure=None):
+        plain_step(self, closure)
         buffers = self.optimizer_swapper.swap_buffer_manager.all_buffers
-        places = [range(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]  # to which a read points the state
-        held = sum(t.numel() for state in self.optimizer.state.values() for t in state.values()
-                   if hasattr(t, "numel") and not any(t.data_ptr() in place for place in places))
-        print("moments in RAM:", held / sum(self.fp16_partitioned_groups_flat_numel), flush=True)
+        spans = [range(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]
+        values = [v for state in self.optimizer.state.values() for v in state.values()]
+        tensors = [v for v in values if hasattr(v, "numel")]
+        in_ram = sum(
+            t.numel() for t in tensors if not any(t.data_ptr() in span for span in spans)
+        )
+        parameters = sum(self.fp16_partitioned_groups_flat_numel)
+        print("moments in RAM:", in_ram / parameters, flush=True)
 
-    Zero.step = stepped
+    DeepSpeedZeroOptimizer_Stage3.step = step
     return ranks
 
-run._start_processes = start
+run.join = join
 run.leave(run.main())
 """
 
 
 @pytest.mark.parametrize("config, weights", [("ds_z3_nvme_optimizer", 0), ("ds_z3_nvme", 4)])
 def test_step_on_nvme(trains, tmp_path, config, weights):
-    """The numbers of the step in RAM; gradients do not travel, and no moment stays in RAM, not even the first ones."""
-    script = tmp_path / "held.py"
-    script.write_text(HELD.format(root=str(ROOT)))
+    """The numbers are those of the step in RAM.
+
+    Gradients do not travel. No moment stays in RAM, not even the first ones.
+    """
+    script = tmp_path / "print_moments.py"
+    script.write_text(PRINT_MOMENTS)
     expected = trains("stock", *FLAGS, *STOCK, launcher=False)
     written = {}
     for fused in ("true", "false"):
@@ -119,8 +93,8 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
             *FLAGS,
             "--deepspeed",
             f"{config}.json",
-            "--fused_step",
-            fused,
+            "--disable_optimizations",
+            "auto" if fused == "true" else "fused_step",
             launcher=False,
             script=script,
         )
@@ -129,17 +103,12 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
             [s["grad_norm"] for s in expected.steps], rel=1e-4
         )
         assert ("in one pass" in run.output) == (fused == "true")
-        held = [
-            float(line.split()[-1])
-            for line in run.output.splitlines()
-            if line.startswith("moments in RAM: ")
-        ]
-        assert len(held) == 12 and max(held) < 0.1, (
-            held
-        )  # of two; what is under 1 MiB stays, here one sub-group
-        written[fused] = (
-            run.steps[-1]["nvme_written_bytes"] - run.steps[0]["nvme_written_bytes"]
-        ) / 11
+        lines = [line for line in run.output.splitlines() if line.startswith("moments in RAM: ")]
+        in_ram = [float(line.split()[-1]) for line in lines]
+        # Of two for each parameter. What is under 1 MiB stays: here one sub-group.
+        assert len(in_ram) == 12 and max(in_ram) < 0.1, in_ram
+        first, *_, last = (s["nvme_written_bytes"] for s in run.steps)
+        written[fused] = (last - first) / 11
     # Weight and two moments; the gradients that are written otherwise are those of at least 1 MiB.
     assert written["true"] == pytest.approx(12 * 3_080_192 + weights * 9 * 2**18, rel=0.01)
     assert written["true"] < 0.85 * written["false"]
@@ -147,7 +116,10 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
 
 @pytest.mark.parametrize("method, in_ram", [("full", 1_500_000), ("lora", 20_000)])
 def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
-    """A configuration of the user's own: the last sub-group's values are out already, while earlier ones' updates still wait."""
+    """A configuration of the user's own.
+
+    The values of the last sub-group are written already, while the steps of earlier ones wait.
+    """
     config = hjson.loads((ROOT / "deepspeed_configs/ds_z3_nvme.json").read_text())
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     config["zero_optimization"]["offload_param"]["max_in_cpu"] = in_ram
@@ -161,8 +133,8 @@ def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
             *(LORA if method == "lora" else []),
             "--deepspeed",
             path,
-            "--fused_step",
-            fused,
+            "--disable_optimizations",
+            "auto" if fused == "true" else "fused_step",
             launcher=False,
         )
         for fused in ("true", "false")
@@ -174,66 +146,60 @@ def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
     )
 
 
-SLOW = """
-import ctypes, sys, time
-sys.path[0] = {root!r}
+# launch/train.py, in which the step of a sub-group takes longer than the forward pass needs to
+# reach its parameters. The gathering is that of GPUs.
+SLOW_STEP = """
+import ctypes, os, sys, time
+sys.path[0] = os.getcwd()
 from trainer import run
-plain = run._start_processes
+plain_join = run.join
 
-def start(*args):
-    ranks = plain(*args)
+def join(*args):
+    ranks = plain_join(*args)
+    from deepspeed.runtime.zero.partition_parameters import Init
     from trainer.engine import all_gather, cpu_step
-    all_gather.install()
-    handle = all_gather._Gathered
-    all_gather._Gathered = lambda params, work: print("gathered", len(params)) or handle(params, work)
-    run_plain = cpu_step.run
+    plain_handle, plain_run = all_gather.AllGatherHandle, cpu_step.run
 
-    def slowly(adam, updates, bits, threads):
+    def handle(params, work):
+        print("gathered", len(params))
+        return plain_handle(params, work)
+
+    def slow_run(adam, updates, bits, threads):
         for i in range(len(updates)):
             time.sleep(0.05)
-            run_plain(adam, (cpu_step.Update * 1).from_buffer(updates, i * ctypes.sizeof(cpu_step.Update)), bits, threads)
+            offset = i * ctypes.sizeof(cpu_step.Update)
+            one = (cpu_step.Update * 1).from_buffer(updates, offset)
+            plain_run(adam, one, bits, threads)
 
-    cpu_step.run = slowly
+    Init._convert_to_deepspeed_param = all_gather.convert_to_deepspeed_param
+    all_gather.AllGatherHandle, cpu_step.run = handle, slow_run
     return ranks
 
-run._start_processes = start
+run.join = join
 run.leave(run.main())
 """
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
-    """Bit-equal: every parameter waits for its own update, in training, evaluation, checkpoints and export; on two ranks also with
-    the gathering that GPUs have."""
+    """Bit-equal, for every parameter waits for its own step.
+
+    In training, evaluation, checkpoints and export. On two ranks also with the gathering of GPUs.
+    """
     from safetensors.torch import load_file
 
-    flags = [
-        *FLAGS[:8],
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        5,
-        "--save_steps",
-        6,
-        "--save_total_limit",
-        5,
-        "--leaf_modules",
-        "true",
-    ]
-    script = (
-        tmp_path / "slow.py"
-    )  # an update takes longer than the forward pass needs to reach its parameters
-    script.write_text(SLOW.format(root=str(ROOT)))
+    often = "--eval_strategy steps --eval_steps 5 --save_steps 6 --save_total_limit 5".split()
+    flags = [*STEPS, *BATCH, *often]
+    script = tmp_path / "slow_step.py"
+    script.write_text(SLOW_STEP)
+    options = {"ranks": ranks, "launcher": ranks > 1}
+    beside = ["--disable_optimizations", "none,fetch_ahead"]
     runs = [
-        trains("false", *flags, ranks=ranks, launcher=ranks > 1),
-        trains(
-            "true", *flags, "--overlap_step", "true", ranks=ranks, launcher=ranks > 1, script=script
-        ),
+        trains("false", *flags, *OURS, **options),
+        trains("true", *flags, *beside, **options, script=script),
     ]
-    assert (
-        "in one pass, beside the next forward pass" in runs[1].output
-        and "in one pass, beside" not in runs[0].output
-    )
+    assert "in one pass, beside the next forward pass" in runs[1].output
+    assert "in one pass, beside" not in runs[0].output
     assert ("gathered 9" in runs[1].output) == (ranks > 1)  # a decoder layer
     assert runs[0].losses == runs[1].losses and len(runs[0].losses) == 12
     assert [e["eval_loss"] for e in runs[0].evaluations] == [
@@ -249,25 +215,14 @@ def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_ranks(trains, method):
-    flags = [
-        *FLAGS[:2],
-        "--max_steps",
-        12,
-        *FLAGS[6:],
-        "--gradient_accumulation_steps",
-        1,
-        *(LORA if method == "lora" else []),
-    ]
-    own = ["--leaf_modules", "true", "--kept_layers", "1"]
-    two = trains(
-        "two", *flags, *own, "--per_device_train_batch_size", 2, "--bind_cores", "true", ranks=2
-    )
+    lora = LORA if method == "lora" else []
+    flags = [*STEPS, *QUIET, "--gradient_accumulation_steps", 1, *lora]
+    ours = [*OURS, "--kept_layers", "1", "--per_device_train_batch_size", 2, "--bind_cores", "true"]
+    stock = [*STOCK, "--per_device_train_batch_size", 4]
+    two = trains("two", *flags, *ours, ranks=2)
     assert "each rank has cores of its own" in two.output
-    close(
-        two.losses,
-        trains("stock", *flags, *STOCK, "--per_device_train_batch_size", 4, launcher=False).losses,
-        1e-4,
-    )
+    one = trains("stock", *flags, *stock, launcher=False)
+    close(two.losses, one.losses, 1e-4)
 
 
 @pytest.mark.parametrize(

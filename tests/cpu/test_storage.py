@@ -7,7 +7,8 @@ import urllib.parse
 
 import pytest
 
-from data import DataError, source, storage
+from data import source, storage
+from data.errors import RunError
 
 ROWS = b"".join(
     json.dumps({"instruction": f"q{i}", "output": "a"}).encode() + b"\n" for i in range(5)
@@ -24,7 +25,7 @@ def rows(spec):
     return [len([r for _, r, _ in source.read(s)]) for s in source.resolve([spec])]
 
 
-# -- S3 -----------------------------------------------------------------------------------------------------------------
+# -- S3 --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def bucket():
     """Endpoint of an S3 server that holds s3://data/train/{a,b}.jsonl."""
@@ -87,7 +88,7 @@ def test_s3_new_content_is_fetched(s3):
     "spec", ["s3://data/absent.jsonl", "s3://absent/a.jsonl", "s3://data/empty/"]
 )
 def test_s3_missing(s3, spec):
-    with pytest.raises(DataError, match="s3://"):
+    with pytest.raises(RunError, match="s3://"):
         rows(spec)
 
 
@@ -96,11 +97,11 @@ def test_s3_without_credentials(s3, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    with pytest.raises(DataError, match="AWS_ACCESS_KEY_ID"):
+    with pytest.raises(RunError, match="AWS_ACCESS_KEY_ID"):
         rows("s3://data/train/a.jsonl")
 
 
-# -- GCS ----------------------------------------------------------------------------------------------------------------
+# -- GCS -------------------------------------------------------------------------------------------
 class Gcs(http.server.BaseHTTPRequestHandler):
     """What gcsfs needs of Google's JSON API for gs://data/train/{a,b}.jsonl."""
 
@@ -152,14 +153,14 @@ def test_gcs(monkeypatch):
     assert rows("gs://data/train/a.jsonl") == [5] and rows("gs://data/train") == [5, 5] == rows(
         "gs://data/train/*.jsonl"
     )
-    with pytest.raises(DataError, match="gs://data/absent.jsonl cannot be read"):
+    with pytest.raises(RunError, match="gs://data/absent.jsonl cannot be read"):
         rows("gs://data/absent.jsonl")
     server.shutdown()
 
 
-# -- HTTP ---------------------------------------------------------------------------------------------------------------
+# -- HTTP ------------------------------------------------------------------------------------------
 class Server(http.server.BaseHTTPRequestHandler):
-    """/rows.jsonl is fine; /flaky fails as often as `failures` says; /forbidden, /gone, /short, /broken."""
+    """/rows.jsonl is fine; /flaky fails `failures` times; /forbidden, /gone, /short, /broken."""
 
     failures, seen = 0, []
 
@@ -216,7 +217,7 @@ def test_http_versions(web, monkeypatch):
 
 def test_malformed_addresses_are_not_tried_again(capfd):
     for url in ("https://", "http://[", "s3://"):
-        with pytest.raises(DataError):
+        with pytest.raises(RunError):
             rows(url)
     assert "attempt" not in capfd.readouterr().err
 
@@ -237,7 +238,7 @@ def test_http_retries_and_goes_on(web, capfd):
 )
 def test_http_failures(web, name, words, capfd):
     Server.seen.clear()
-    with pytest.raises(DataError, match=words) as error:
+    with pytest.raises(RunError, match=words) as error:
         rows(f"{web.replace('//', '//user:PASSWORD@')}/{name}.jsonl?token=SECRET")
     said = str(error.value) + "".join(capfd.readouterr())
     assert "SECRET" not in said and "PASSWORD" not in said and f"{name}.jsonl" in said
@@ -245,7 +246,7 @@ def test_http_failures(web, name, words, capfd):
 
 
 def test_unreachable():
-    with pytest.raises(DataError, match="after 4 attempts"):
+    with pytest.raises(RunError, match="after 4 attempts"):
         rows("http://127.0.0.1:9/rows.jsonl")
 
 
@@ -256,7 +257,7 @@ def test_file_address(tmp_path):
     )
 
 
-# -- the cache's place --------------------------------------------------------------------------------------------------
+# -- the cache's place -----------------------------------------------------------------------------
 def test_cache_leaves_a_network_disk(monkeypatch, tmp_path):
     monkeypatch.delenv("ZERO_OFFLOAD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -267,5 +268,5 @@ def test_cache_leaves_a_network_disk(monkeypatch, tmp_path):
 
 def test_cache_that_cannot_be_written(monkeypatch):
     monkeypatch.setenv("ZERO_OFFLOAD_CACHE", "/proc/cache")
-    with pytest.raises(DataError, match="ZERO_OFFLOAD_CACHE"):
+    with pytest.raises(RunError, match="ZERO_OFFLOAD_CACHE"):
         storage.cache_directory()

@@ -1,4 +1,4 @@
-"""What is trained on, exactly: templates, masks, cuts, the cache, the order of rows; and the model's structure."""
+"""What is trained on, exactly: templates, masks, cuts, the cache, the order of rows; layers."""
 
 import subprocess
 import sys
@@ -13,7 +13,9 @@ from conftest import ROOT, samples, write_rows
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from data import DataError, RowError, dataset, source, template, tokenize
+from data import dataset, source, template, tokenize
+from data.encoder import Encoder
+from data.errors import RowError, RunError
 from data.formats import Row
 
 CHAT = [
@@ -35,14 +37,12 @@ def tokenizer(tiny_model):
 
 def encoded(tokenizer, messages, tools=None, **options):
     """(ids, spans) of one conversation; RowError raised."""
-    encoder = tokenize.Encoder(tokenizer, **options)
-    (made,) = encoder.render([Row(messages, 1, tools)])
-    if isinstance(made, RowError):
-        raise made
-    fast = encoder.finish(*made, encoder.encode([made])()[0])
-    encoder.apart = False  # the way by character offsets, which tokenizers of other kinds take
-    assert encoder.finish(*made, encoder.encode([made])()[0]) == fast
-    return fast
+    encoder = Encoder(tokenizer, **options)
+    rendered = encoder.render(Row(messages, tools))
+    (by_parts,) = encoder.encode([rendered])
+    encoder.can_encode_parts = False  # by character offsets, as with other kinds of tokenizers
+    assert encoder.encode([rendered]) == [by_parts]
+    return by_parts
 
 
 def trained(tokenizer, messages, **options):
@@ -50,7 +50,7 @@ def trained(tokenizer, messages, **options):
     return [tokenizer.decode(ids[a:b]) for a, b in spans]
 
 
-# -- the model's own template -------------------------------------------------------------------------------------------
+# -- the model's own template ----------------------------------------------------------------------
 def test_every_answer_and_its_end_are_trained(tokenizer):
     assert trained(tokenizer, CHAT) == ["an animal<|im_end|>"]
     assert trained(tokenizer, LONG) == ["an animal<|im_end|>", "yes<|im_end|>"]
@@ -64,7 +64,8 @@ def test_every_answer_and_its_end_are_trained(tokenizer):
 
 
 SWITCH = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}%s"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}%s"
     "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -85,7 +86,7 @@ def test_weight_0_is_never_trained(tokenizer, tmp_path):
 
 
 def test_end_tokens_without_a_name(tokenizer):
-    """`<|eot|>` is a special token of the file that no special_tokens_map names; text that ends with another stays whole."""
+    """No special_tokens_map names the special token `<|eot|>`. Text without an end stays whole."""
     tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])
     tokenizer.chat_template = SWITCH.replace("%s", "{{ m['content'] + '<|eot|>' }}")
     assert trained(tokenizer, LONG) == ["an animal<|eot|>", "yes<|eot|>"]
@@ -117,10 +118,10 @@ def test_a_duplicate_group_larger_than_wanted_stays(tokenizer, tmp_path):
     rows = [{"text": "the same"}] * 40 + [{"text": f"row {i}"} for i in range(60)]
     file = tokenize.tokenized(
         source.resolve([str(write_rows(tmp_path / "d.jsonl", rows))])[0],
-        tokenize.Encoder(tokenizer),
+        Encoder(tokenizer),
     )
     for seed in range(8):
-        assert [len(r) for _, r in dataset.split([file], "10", seed)[1]] == [10]
+        assert dataset.split([file], "10", seed)[1].sum() == 10
 
 
 def test_the_ids_are_the_templates(tokenizer):
@@ -133,9 +134,10 @@ def test_the_ids_are_the_templates(tokenizer):
     )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_a_template_that_rewrites_earlier_turns_is_rejected(tokenizer):
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'assistant' and not loop.last %}(cut)"
+        "{% for m in messages %}{{ m['role'] + ':' }}"
+        "{% if m['role'] == 'assistant' and not loop.last %}(cut)"
         "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
@@ -151,7 +153,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     [
         ("{{ raise_exception('no system') }}", "no system"),
         (
-            "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
+            "{% endfor %}",
             "no trained token",
         ),
     ],
@@ -159,15 +162,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 def test_templates_that_refuse_or_train_nothing(tokenizer, tmp_path, written, words):
     tokenizer.chat_template = written
     path = write_rows(tmp_path / "d.jsonl", [{"messages": CHAT}] * 2)
-    encoder = tokenize.Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     file = tokenize.tokenized(source.resolve([str(path)])[0], encoder)
-    assert (
-        len(file) == 0 and file.manifest["refused"] == 2 and words in file.manifest["first"][0][1]
-    )
+    assert len(file) == 0 and file.counts.rejected == 2 and words in file.counts.first[0][1]
 
 
 def test_a_token_across_the_border_is_cut(tokenizer):
-    # Without a separator the last letter of the prompt and the first of the answer could become one token.
+    # Without a separator, letters of the prompt and of the answer could become one token.
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     whole = tokenizer("explanatory", add_special_tokens=False)["input_ids"]
     for cut in range(1, 10):
@@ -189,7 +190,7 @@ def test_characters_of_several_bytes(tokenizer, text):
     ]
 
 
-# -- our templates ------------------------------------------------------------------------------------------------------
+# -- our templates ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", template.NAMES)
 def test_our_templates(tokenizer, name):
     tokenizer.add_special_tokens(
@@ -246,7 +247,7 @@ def test_a_tokenizer_without_template_gets_the_one_it_was_made_for(tokenizer):
         "<|endoftext|> as the pad token",
     ]
     assert trained(tokenizer, CHAT) == ["an animal<|im_end|>"]
-    with pytest.raises(DataError, match="no chat template vicuna"):
+    with pytest.raises(RunError, match="no chat template vicuna"):
         template.prepare_tokenizer(tokenizer, "vicuna")
 
 
@@ -277,10 +278,10 @@ def test_a_tokenizer_that_cuts_by_itself_does_not(tokenizer):
     assert len(encoded(tokenizer, LONG)[0]) > 5
 
 
-# -- Meta's own tokenizer -----------------------------------------------------------------------------------------------
+# -- Meta's own tokenizer --------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def llama3():
-    """(our tokenizer made from Meta's tokenizer.model, Meta's encode function and special tokens), from the package llama-models."""
+    """(a tokenizer made from Meta's tokenizer.model, Meta's own), from the package llama-models."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [
@@ -311,7 +312,10 @@ def llama3():
         base64.b64decode(token): int(rank)
         for token, rank in (line.split() for line in model.splitlines() if line)
     }
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     letters = bytes_to_unicode()
 
     def name(token):
@@ -417,7 +421,7 @@ def test_llama3_token_by_token(llama3, talk):
     assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
 
 
-# -- cuts, split, cache -------------------------------------------------------------------------------------------------
+# -- cuts, split, cache ----------------------------------------------------------------------------
 def test_too_long(tokenizer, tmp_path):
     long = {"instruction": "What is a dog?", "output": "an animal " * 40}
     path = write_rows(
@@ -458,9 +462,7 @@ def make_files(tmp_path, tokenizer, contents):
         path = write_rows(
             tmp_path / f"{n}.jsonl", [{"instruction": t, "output": "a"} for t in texts]
         )
-        files.append(
-            tokenize.tokenized(source.resolve([str(path)])[0], tokenize.Encoder(tokenizer))
-        )
+        files.append(tokenize.tokenized(source.resolve([str(path)])[0], Encoder(tokenizer)))
     return files
 
 
@@ -472,30 +474,24 @@ def test_split_by_content(tokenizer, tmp_path, wanted, count):
         [[f"q{i // 2}" for i in range(60)], [f"q{i // 2}" for i in range(60, 100)]],
     )
     train, validation = dataset.split(files, wanted, 1)
-    sizes = sum(len(r) for _, r in validation), sum(len(r) for _, r in train)
-    assert count <= sizes[0] <= count + 1 and sum(sizes) == 100
-    seen = [
-        {tuple(files[n].contents[i]) for n, rows in part for i in rows}
-        for part in (train, validation)
-    ]
+    assert count <= validation.sum() <= count + 1 and (train ^ validation).all()
+    contents = np.concatenate([file.contents for file in files])
+    assert len(train) == len(contents) == 100
+    seen = [set(map(tuple, contents[rows])) for rows in (train, validation)]
     assert not seen[0] & seen[1]  # rows that are alike stay on one side
-    again = dataset.split(files, wanted, 1)[1]
-    assert [r.tolist() for _, r in again] == [r.tolist() for _, r in validation]
+    assert (dataset.split(files, wanted, 1)[1] == validation).all()
     if count:
-        assert [r.tolist() for _, r in dataset.split(files, wanted, 2)[1]] != [
-            r.tolist() for _, r in validation
-        ]
+        assert (dataset.split(files, wanted, 2)[1] != validation).any()
 
 
 def test_validation_without_what_is_trained(tokenizer, tmp_path):
     train, validation = make_files(tmp_path, tokenizer, [["q1", "q2", "q3"], ["q2", "q9", "q3"]])
-    rows, twice = dataset.without([validation], [train])
-    assert twice == 2 and [r.tolist() for _, r in rows] == [[1]]
+    assert dataset.without([validation], [train]).tolist() == [False, True, False]
 
 
 def test_a_damaged_cache_is_made_again(tokenizer, rows_file, capsys):
     (one,) = source.resolve([str(rows_file[1])])
-    encoder = tokenize.Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     file = tokenize.tokenized(one, encoder)
     before = file.tokens(0, 50).tolist()
     for damage in (
@@ -518,24 +514,22 @@ def test_a_full_disk_is_said(tokenizer, rows_file, tmp_path, monkeypatch):
     monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path))
     with (
         monkeypatch.context() as patch,
-        pytest.raises(DataError, match="No space left.*\n.*ZERO_OFFLOAD_CACHE"),
+        pytest.raises(RunError, match="No space left.*\n.*ZERO_OFFLOAD_CACHE"),
     ):
         patch.setattr(tokenize, "_make", full)
-        tokenize.tokenized(source.resolve([str(rows_file[1])])[0], tokenize.Encoder(tokenizer))
+        tokenize.tokenized(source.resolve([str(rows_file[1])])[0], Encoder(tokenizer))
     assert not list((tmp_path / "tokens").iterdir())
-    assert (
-        len(tokenize.tokenized(source.resolve([str(rows_file[1])])[0], tokenize.Encoder(tokenizer)))
-        == 11
-    )
+    assert len(tokenize.tokenized(source.resolve([str(rows_file[1])])[0], Encoder(tokenizer))) == 11
 
 
 def test_one_writer(tiny_model, rows_file, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from transformers import AutoTokenizer\nfrom data import source, tokenize\nmade = tokenize._make\n"
-        "def make(*a):\n    print('made', flush=True)\n    made(*a)\n"
-        "tokenize._make = make\n"
-        "f = tokenize.tokenized(source.resolve([sys.argv[3]])[0], tokenize.Encoder(AutoTokenizer.from_pretrained(sys.argv[2])))\n"
+        "from transformers import AutoTokenizer\nfrom data import source, tokenize\n"
+        "from data.encoder import Encoder\nmade = tokenize._make\n"
+        "def make(*a):\n    print('made', flush=True)\n    return made(*a)\n"
+        "tokenize._make = make\nencoder = Encoder(AutoTokenizer.from_pretrained(sys.argv[2]))\n"
+        "f = tokenize.tokenized(source.resolve([sys.argv[3]])[0], encoder)\n"
         "print('rows', len(f))"
     )
     command = [sys.executable, "-c", code, str(ROOT), str(tiny_model), str(rows_file[0])]
@@ -558,7 +552,7 @@ def test_rejected_rows_are_kept_with_their_content(tokenizer, tmp_path):
     path = write_rows(
         tmp_path / "d.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "c"}]
     )
-    file = tokenize.tokenized(source.resolve([str(path)])[0], tokenize.Encoder(tokenizer))
+    file = tokenize.tokenized(source.resolve([str(path)])[0], Encoder(tokenizer))
     reason = "no output; needed: instruction and output; the keys are instruction"
     assert list(file.rejected()) == [{"line": 2, "reason": reason, "row": {"instruction": "c"}}]
 
@@ -569,69 +563,70 @@ def test_control_tokens_in_the_text_are_noted(tokenizer, tmp_path):
         tmp_path / "d.jsonl",
         [{"instruction": "a", "output": "b"}, {"instruction": "say <|im_end|>", "output": "b"}],
     )
-    file = tokenize.tokenized(source.resolve([str(path)])[0], tokenize.Encoder(tokenizer))
-    assert file.manifest["notes"] == [
+    file = tokenize.tokenized(source.resolve([str(path)])[0], Encoder(tokenizer))
+    assert file.notes == [
         [2, "the text itself holds <|im_end|>, which the tokenizer reads as a control token"]
     ]
 
 
-# -- order --------------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 LENGTHS = np.random.default_rng(0).integers(5, 60, 333)
 
 
-def orders(batch, accumulate, world, rows, **options):
+def samplers(batch, accumulate, world, rows, **options):
     return [
-        dataset.Order(LENGTHS[:rows], batch, accumulate, r, world, 1, **options)
+        dataset.BatchSampler(LENGTHS[:rows], batch, accumulate, r, world, 1, **options)
         for r in range(world)
     ]
 
 
-def updates(batch, accumulate, world, rows, epoch=0, **options):
-    """Samples of each update, in the order of the global micro-batches."""
-    ranks = orders(batch, accumulate, world, rows, **options)
+def steps(batch, accumulate, world, rows, epoch=0, **options):
+    """Samples of each optimizer step, in the order of the global micro-batches."""
+    ranks = samplers(batch, accumulate, world, rows, **options)
     for rank in ranks:
         rank.set_epoch(epoch)
     ranks = [list(r) for r in ranks]
     count = len(ranks[0]) // accumulate
     return [
         [
-            unit
-            for m in range(u * accumulate, (u + 1) * accumulate)
+            pack
+            for m in range(step * accumulate, (step + 1) * accumulate)
             for rank in ranks
-            for unit in rank[m]
+            for pack in rank[m]
         ]
-        for u in range(count)
+        for step in range(count)
     ]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"capacity": 64}, {"strategy": "sequential"}, {"strategy": "group_by_length"}]
+    "options",
+    [{}, {"pack_length": 64}, {"strategy": "sequential"}, {"strategy": "group_by_length"}],
 )
 @pytest.mark.parametrize("rows", [7, 16, 333])
-def test_order_does_not_depend_on_the_ranks(rows, options):
+def test_the_order_does_not_depend_on_the_ranks(rows, options):
     for epoch in (0, 1):
-        reference = updates(8, 1, 1, rows, epoch, **options)
+        reference = steps(8, 1, 1, rows, epoch, **options)
         assert all(
-            updates(*shape, rows, epoch, **options) == reference
+            steps(*shape, rows, epoch, **options) == reference
             for shape in ((1, 8, 1), (2, 1, 4), (2, 2, 2), (4, 1, 2))
         )
-        assert {i for update in reference for unit in update for i in unit} == set(range(rows))
+        assert {i for step in reference for pack in step for i in pack} == set(range(rows))
     if options.get("strategy") != "sequential" and rows == 333:
-        assert updates(8, 1, 1, rows, 1, **options) != updates(8, 1, 1, rows, 0, **options)
+        assert steps(8, 1, 1, rows, 1, **options) != steps(8, 1, 1, rows, 0, **options)
 
 
 def test_length_groups_have_less_padding():
     def padding(strategy, accumulate=1):
         longest = [
             max(LENGTHS[i] for (i,) in batch)
-            for batch in orders(8, accumulate, 1, 320, strategy=strategy)[0]
+            for batch in samplers(8, accumulate, 1, 320, strategy=strategy)[0]
         ]
         return sum(longest) * 8 / LENGTHS[:320].sum()
 
     assert padding("group_by_length") < 1.06 < 1.3 < padding("random")
     assert (
         padding("random", 8) < 1.15 < 1.3 < padding("sequential", 8)
-    )  # micro-batches of one update, whose rows stay the same
+    )  # micro-batches of one step, whose rows stay the same
 
 
 def test_skipping_reads_nothing():
@@ -643,13 +638,13 @@ def test_skipping_reads_nothing():
         def __len__(self):
             return 333
 
-        def __getitem__(self, unit):
+        def __getitem__(self, pack):
             Counting.read += 1
-            return unit
+            return pack
 
-    order = orders(4, 2, 1, 333, capacity=64)[0]
-    everything = list(order)
-    loader = dataset.TrainLoader(Counting(), batch_sampler=order, collate_fn=list)
+    sampler = samplers(4, 2, 1, 333, pack_length=64)[0]
+    everything = list(sampler)
+    loader = torch.utils.data.DataLoader(Counting(), batch_sampler=sampler, collate_fn=list)
     rest = list(skip_first_batches(loader, 20))
     assert rest == everything[20:] and Counting.read == 4 * len(rest)
 
@@ -665,9 +660,9 @@ def test_mixture():
     )  # in time, all are seen
     uneven = dataset.Mixture(np.array([0] * 60 + [1] * 41), {0: 1, 1: 1}, 7)
     assert all(len(set(uneven.rows(e).tolist())) == 82 for e in range(5))
-    reference = updates(6, 1, 1, 333, 2, mixture=mixture)
-    assert updates(3, 1, 2, 333, 2, mixture=mixture) == reference
-    with pytest.raises(DataError, match="source 2 of the mixture"):
+    reference = steps(6, 1, 1, 333, 2, mixture=mixture)
+    assert steps(3, 1, 2, 333, 2, mixture=mixture) == reference
+    with pytest.raises(RunError, match="source 2 of the mixture"):
         dataset.Mixture(groups[:300], {0: 1, 1: 1}, 1)
 
 

@@ -1,4 +1,7 @@
-"""Write one small file of every format and every fault beside this script. Run as: python tests/data/make_data.py"""
+"""Write one small file of every format and every fault beside this script.
+
+Run as: python tests/data/make_data.py
+"""
 
 import gzip
 import json
@@ -106,7 +109,8 @@ def chat(*turns):
 
 
 GOOD = lines(ALPACA[:1])
-FAULTS = {  # name → content; every one has a refused row, but for those that are only noted
+# name → content; each of them has a rejected row. Those of NOTED are only reported.
+FAULTS = {
     "broken_json": GOOD + b'{"instruction": "a", "output": \n' + GOOD,
     "nul": GOOD + b'{"instruction": "a\0", "output": "b"}\n',
     "invalid_utf8": GOOD + b'{"instruction": "caf\xe9", "output": "b"}\n',

@@ -1,4 +1,7 @@
-"""The embedded default through every configuration, full and LoRA, as a user types it: time, memory, and what it has learnt."""
+"""The default model with every configuration, full and LoRA, by the commands that a user types.
+
+Measured are the time, the memory, and what the model has learnt.
+"""
 
 import json
 import os
@@ -63,12 +66,8 @@ def test_default(target, method):
     shutil.rmtree(run, ignore_errors=True)
     subprocess.run(["make", "setup-aio"], cwd=ROOT, check=True)
     began = time.time()
-    with open(
-        ROOT / "runs" / f"{name}.log"
-        if (ROOT / "runs").mkdir(exist_ok=True) is None
-        else os.devnull,
-        "w",
-    ) as log:
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with open(ROOT / "runs" / f"{name}.log", "w") as log:
         process = subprocess.Popen(
             ["make", target, f"METHOD={method}", f"RUN={name}"],
             cwd=ROOT,
@@ -83,7 +82,8 @@ def test_default(target, method):
     before, *_, after = [r["eval_perplexity"] for r in records if "eval_perplexity" in r]
     said = answer(run / "export", "Define the noun 'garden'.")
     print(
-        f"\n{target} {method}: {minutes:.1f} min, {peak:.2f} GiB, perplexity {before:.2f} -> {after:.2f}, answer {said!r}"
+        f"\n{target} {method}: {minutes:.1f} min, {peak:.2f} GiB, "
+        f"perplexity {before:.2f} -> {after:.2f}, answer {said!r}"
     )
     assert after <= RATIO[method] * before
     assert len(said.split()) >= 3
@@ -92,7 +92,8 @@ def test_default(target, method):
         for key in ("nvme_read_bytes", "nvme_written_bytes"):
             values = [r[key] for r in records if key in r]
             grow = [b > a for a, b in zip(values, values[1:])]
-            # With LoRA nothing large is trained: the frozen weights are read, and written only once.
+            # With LoRA nothing large is trained. The frozen weights are read, and written only
+            # once.
             assert (
                 all(grow)
                 or (method == "lora" and target.endswith("optimizer"))

@@ -1,6 +1,7 @@
-"""The CPU's image, built for real and used as its users do: as another user, without a network, with mounts that are wrong.
+"""The CPU's image, built for real and used as its users do.
 
-buildah with chroot isolation needs neither a daemon nor a registry; the base is made by debootstrap. A machine's own packages and
+As another user, without a network, with mounts that are wrong. buildah with chroot isolation needs
+neither a daemon nor a registry. The base is made by debootstrap. A machine's own packages and
 certificates, PIP_FIND_LINKS and PIP_CERT, are passed on. Needs root, and about 20 GB of disk.
 """
 
@@ -22,18 +23,9 @@ pytestmark = pytest.mark.skipif(
     reason="needs root, buildah and debootstrap",
 )
 BASE = "localhost/debian-for-tests:bookworm"
-STEPS = [
-    "--max_steps",
-    "3",
-    "--eval_strategy",
-    "no",
-    "--eval_on_start",
-    "false",
-    "--export",
-    "false",
-    "--save_strategy",
-    "no",
-]
+STEPS = (
+    "--max_steps 3 --eval_strategy no --eval_on_start false --export false --save_strategy no"
+).split()
 TRAIN = ["deepspeed", "launch/train.py", "--config", "tiny_cpu", *STEPS, "--deepspeed"]
 
 
@@ -60,7 +52,7 @@ def base(tmp_path_factory):
 
 
 def build(checkout, base):
-    """(the image's name, seconds, the output)."""
+    """Return (the image's name, seconds, the output)."""
     flags = ["--isolation", "chroot", "--network", "host", "--pull-never"]
     environment = {**os.environ, "ENGINE": "buildah", "BASE": base, "DEBIAN_SNAPSHOT": ""}
     links, certificates = os.environ.get("PIP_FIND_LINKS", ""), os.environ.get("PIP_CERT", "")
@@ -85,7 +77,7 @@ def build(checkout, base):
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """This checkout, without what git ignores: a build and a change of it leave no traces."""
+    """A copy of this checkout, without what git ignores. A build and a change leave no traces."""
     folder = tmp_path_factory.mktemp("checkout") / "repository"
     files = sh(
         "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
@@ -109,25 +101,24 @@ def folders(tmp_path):
     for folder in made.values():
         folder.mkdir()
         os.chown(folder, 1000, 1000)
-    for parent in [
-        tmp_path,
-        *list(tmp_path.parents)[:-2],
-    ]:  # pytest's own are closed to other users
+    # pytest's own are closed to other users.
+    for parent in [tmp_path, *list(tmp_path.parents)[:-2]]:
         parent.chmod(parent.stat().st_mode | 0o011)
     return made
 
 
+def mounts(folders):
+    """The environment of docker/image.sh."""
+    places = {name.upper(): str(folder) for name, folder in folders.items()}
+    return {**os.environ, **places, "ENGINE": "buildah", "ENV_FILE": ""}
+
+
 def start(checkout, folders, *command, before="true", flags=""):
-    """In a working container with a network of its own, of which only the loopback is up. `before`: shell, in the same namespaces."""
-    environment = {
-        **os.environ,
-        "ENGINE": "buildah",
-        "RUNS": str(folders["runs"]),
-        "NVME": str(folders["nvme"]),
-        "CACHE": str(folders["cache"]),
-        "RUN_FLAGS": flags,
-        "ENV_FILE": "",
-    }
+    """Start a command in a working container whose network has only the loopback.
+
+    before: shell commands, in the same namespaces.
+    """
+    environment = {**mounts(folders), "RUN_FLAGS": flags}
     script = f'ip link set lo up; {before}; exec docker/image.sh run cpu "$@"'
     return subprocess.Popen(
         ["unshare", "--net", "--mount", "bash", "-c", script, "run", *map(str, command)],
@@ -232,7 +223,7 @@ def test_doctor_says_what_is_wrong(image, checkout, folders, before, flags, brok
 
 
 def test_trains_without_a_network(image, checkout, folders):
-    """The embedded default, as user 1000, with every configuration; nothing is compiled, nothing fetched."""
+    """The default model, as user 1000. Nothing is compiled, and nothing is fetched."""
     for config in ("ds_z3_offload", "ds_z3_nvme"):
         done = run(checkout, folders, *TRAIN, f"{config}.json", "--run_name", config)
         assert done.returncode == 0, done.stdout[-4000:]
@@ -248,21 +239,14 @@ def test_trains_without_a_network(image, checkout, folders):
 
 
 def test_a_stop_saves(image, checkout, folders):
-    """As `docker stop` does: SIGTERM to the first process. The run ends after its update, with a checkpoint that it goes on from."""
-    flags = [
-        "--config",
-        "tiny_cpu",
-        "--deepspeed",
-        "ds_z3_offload.json",
-        "--eval_strategy",
-        "no",
-        "--eval_on_start",
-        "false",
-        "--export",
-        "false",
-        "--run_name",
-        "stopped",
-    ]
+    """As `docker stop` does: SIGTERM to the first process.
+
+    The run ends after its optimizer step, with a checkpoint from which it goes on.
+    """
+    flags = (
+        "--config tiny_cpu --deepspeed ds_z3_offload.json --eval_strategy no "
+        "--eval_on_start false --export false --run_name stopped"
+    ).split()
     with start(
         checkout, folders, "python", "launch/supervise.py", *flags, "--max_steps", "500"
     ) as process:
@@ -298,15 +282,28 @@ def test_a_stop_saves(image, checkout, folders):
     assert done.returncode == 0 and f"step {at + 1}/{at + 1}" in done.stdout, done.stdout[-4000:]
 
 
+# A run that lives was last seen 10 seconds ago, then 4,000 seconds ago.
+HEALTH = """
+import fcntl, json, os, subprocess, sys, time
+os.makedirs("runs/x")
+lock = open("runs/x/.running", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+codes = []
+for ago in (10, 4000):
+    heartbeat = {"step": 1, "phase": "train", "time": time.time() - ago}
+    with open("runs/x/heartbeat.json", "w") as file:
+        json.dump(heartbeat, file)
+    codes.append(subprocess.call([sys.executable, "docker/health.py"]))
+print(codes)
+"""
+
+
 def test_health(image, checkout, folders):
-    """Healthy while a run lives and shows itself; not where a living one is silent for longer than the supervisor would wait."""
-    script = (
-        "import fcntl, json, os, subprocess, sys, time; os.makedirs('runs/x'); f = open('runs/x/.running', 'w'); "
-        "fcntl.flock(f, fcntl.LOCK_EX); codes = []\nfor ago in (10, 4000):\n"
-        " open('runs/x/heartbeat.json', 'w').write(json.dumps({'step': 1, 'phase': 'train', 'time': time.time() - ago}))\n"
-        " codes.append(subprocess.call([sys.executable, 'docker/health.py']))\nprint(codes)"
-    )
-    done = run(checkout, folders, "python", "-c", script)
+    """Healthy while a run lives and shows it.
+
+    Not where a living run is silent for longer than the supervisor would wait.
+    """
+    done = run(checkout, folders, "python", "-c", HEALTH)
     assert "[0, 1]" in done.stdout and "x: train, last seen 4,000 s ago" in done.stdout, done.stdout
 
 
@@ -322,11 +319,8 @@ def test_the_notebook(image, checkout, folders):
 
 
 def test_a_change_of_the_code_builds_fast(image, checkout, base, capsys):
-    for name in (
-        "__init__.py",
-        "trainer.py",
-        "system/ops.py",
-    ):  # ops.py: our own step is compiled again, the model's package not fetched
+    # ops.py: our own step is compiled again, and the model's package is not fetched.
+    for name in ("__init__.py", "trainer.py", "system/ops.py"):
         with open(checkout / "trainer" / name, "a") as file:
             file.write(f"# {time.time()}\n")
     _, seconds, output = build(checkout, base)
@@ -336,7 +330,10 @@ def test_a_change_of_the_code_builds_fast(image, checkout, base, capsys):
 
 
 def test_starts_as_fast_as_outside(image, checkout, folders, capsys):
-    """From the command to the first update, in turn, three times; the container as it starts, working container included."""
+    """Compare the seconds from the command to the first optimizer step, three times in turn.
+
+    The container's include the start of the working container.
+    """
 
     def seconds(command, **options):
         began = time.monotonic()
@@ -350,18 +347,10 @@ def test_starts_as_fast_as_outside(image, checkout, folders, capsys):
         )
         for line in process.stdout:
             if line.startswith("step 1/"):
-                found = time.monotonic() - began
+                first_step = time.monotonic() - began
         assert process.wait() == 0
-        return found
+        return first_step
 
-    environment = {
-        **os.environ,
-        "ENGINE": "buildah",
-        "RUNS": str(folders["runs"]),
-        "NVME": str(folders["nvme"]),
-        "CACHE": str(folders["cache"]),
-        "ENV_FILE": "",
-    }
     outside = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -372,11 +361,12 @@ def test_starts_as_fast_as_outside(image, checkout, folders, capsys):
         command = [*TRAIN, "ds_z3_offload.json", "--run_name"]
         times["outside"].append(seconds([*command, f"out{i}"], env=outside))
         times["inside"].append(
-            seconds(["docker/image.sh", "run", "cpu", *command, f"in{i}"], env=environment)
+            seconds(["docker/image.sh", "run", "cpu", *command, f"in{i}"], env=mounts(folders))
         )
-    inside, out = (
-        sorted(times[k][1:])[1] for k in ("inside", "outside")
-    )  # the first of each fills caches
+    # The median of three. The first run of each fills caches.
+    inside, out = (sorted(times[k][1:])[1] for k in ("inside", "outside"))
     with capsys.disabled():
-        print(f"\nto the first update: {inside:.1f} s in the container, {out:.1f} s outside")
+        print(
+            f"\nto the first optimizer step: {inside:.1f} s in the container, {out:.1f} s outside"
+        )
     assert inside <= 1.1 * out

@@ -1,8 +1,9 @@
-"""Resume with the optimizer on NVMe: stock DeepSpeed's checkpoint beside ours, on the same tiny model.
+"""Resume with the optimizer on NVMe: stock DeepSpeed's checkpoint beside ours, on one tiny model.
 
     python tests/faults/compare_nvme_resume.py
 
-Prints the losses of six updates, and of the last three of them after a resumption from a checkpoint of the third, for both.
+Prints for both the losses of six optimizer steps, and of the last three of them after a resumption
+from a checkpoint of the third.
 """
 
 import json
@@ -14,11 +15,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny import flags  # noqa: E402
+
 STEPS, CUT = 6, 3
+FLAGS = (
+    f"--deepspeed ds_z3_nvme_optimizer.json --max_steps {STEPS} --save_steps {CUT} "
+    "--validation_split 0 --max_length 96 --precision fp32 --learning_rate 1e-3 "
+    "--per_device_train_batch_size 2 --export false --report_to none"
+).split()
 
 
 def stock(folder, name, resume):
-    """Six updates of plain DeepSpeed, saved by save_checkpoint at the third; or the last three of them, after load_checkpoint."""
+    """Make six steps with plain DeepSpeed and call save_checkpoint at the third.
+
+    resume: make the last three of them after load_checkpoint.
+    """
     import deepspeed
     import torch
     from transformers import AutoModelForCausalLM
@@ -54,41 +66,15 @@ def stock(folder, name, resume):
 
 
 def ours(folder, name, resume):
-    command = [
-        sys.executable,
-        "launch/train.py",
-        "--deepspeed",
-        "ds_z3_nvme_optimizer.json",
-        "--output_dir",
-        folder / f"ours-{name}",
-        "--model_name_or_path",
-        folder / "model",
-        "--dataset",
-        ROOT / "data/samples/train.jsonl",
-        "--validation_split",
-        "0",
-        "--max_length",
-        96,
-        "--precision",
-        "fp32",
-        "--learning_rate",
-        1e-3,
-        "--per_device_train_batch_size",
-        2,
-        "--max_steps",
-        STEPS,
-        "--save_steps",
-        CUT,
-        "--export",
-        "false",
-        "--report_to",
-        "none",
-        "--nvme_path",
-        folder / "swap",
-    ]
-    command += (
-        ["--resume_from_checkpoint", folder / f"ours-whole/checkpoint-{CUT}"] if resume else []
+    command = [sys.executable, "launch/train.py", *FLAGS]
+    command += flags(
+        output_dir=folder / f"ours-{name}",
+        model_name_or_path=folder / "model",
+        dataset=ROOT / "data/samples/train.jsonl",
+        nvme_path=folder / "swap",
     )
+    if resume:
+        command += ["--resume_from_checkpoint", folder / f"ours-whole/checkpoint-{CUT}"]
     subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
@@ -125,10 +111,10 @@ def main():
         make_model(folder / "model")
         make_tokenizer(folder / "model")
         for label in ("stock", "ours"):
-            found = {}
+            losses = {}
             for port, part in ((29371, "whole"), (29372, "resumed")):
                 if label == "ours":
-                    found[part] = ours(folder, part, part == "resumed")
+                    losses[part] = ours(folder, part, part == "resumed")
                     continue
                 done = subprocess.run(
                     [sys.executable, __file__, str(folder), part, str(port)],
@@ -137,14 +123,13 @@ def main():
                 )
                 if done.returncode:
                     raise SystemExit(done.stderr[-3000:])
-                found[part] = [
+                losses[part] = [
                     line.split()[1] for line in done.stdout.splitlines() if line.startswith("LOSS")
                 ]
-            same = "equal" if found["whole"][CUT:] == found["resumed"] else "DIFFERENT"
-            print(
-                f"{label}: {' '.join(found['whole'])}\n  resumed after {CUT}: {' '.join(found['resumed'])}   {same}",
-                flush=True,
-            )
+            same = "equal" if losses["whole"][CUT:] == losses["resumed"] else "DIFFERENT"
+            print(f"{label}: {' '.join(losses['whole'])}", flush=True)
+            resumed = " ".join(losses["resumed"])
+            print(f"  resumed after {CUT}: {resumed}   {same}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Sixty random kills in one run: its last checkpoint must be that of a run that nothing happened to, to the bit.
+"""Sixty random kills in one run: its last checkpoint must be bit-equal to an undisturbed run's.
 
-python tests/faults/soak.py [--kills 60] [--steps 600] [--ranks 2] [--config ds_z3_nvme] [--seed 0]        (make test-soak)
+python tests/faults/soak.py [--kills 60] [--steps 600] [--ranks 2] [--config ds_z3_nvme] [--seed 0]
+(make test-soak)
 """
 
 import argparse
@@ -20,47 +21,26 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import make_model, make_tokenizer, write_rows  # noqa: E402
+from tiny import flags  # noqa: E402
+
+FLAGS = (
+    "--max_restarts 30 --validation_split 0 --precision fp32 --max_length 96 --learning_rate 1e-3 "
+    "--per_device_train_batch_size 2 --save_steps 5 --export false --lr_scheduler_type cosine "
+    "--report_to none"
+).split()
 
 
 def start(folder, name, options):
-    command = [
-        sys.executable,
-        "launch/supervise.py",
-        "--num_gpus",
-        options.ranks,
-        "--max_restarts",
-        30,
-        "--deepspeed",
-        f"{options.config}.json",
-        "--output_dir",
-        folder / name,
-        "--model_name_or_path",
-        folder / "model",
-        "--dataset",
-        folder / "rows.jsonl",
-        "--validation_split",
-        "0",
-        "--precision",
-        "fp32",
-        "--max_length",
-        96,
-        "--learning_rate",
-        1e-3,
-        "--per_device_train_batch_size",
-        2,
-        "--max_steps",
-        options.steps,
-        "--save_steps",
-        5,
-        "--export",
-        "false",
-        "--lr_scheduler_type",
-        "cosine",
-        "--nvme_path",
-        folder / "swap",
-        "--report_to",
-        "none",
-    ]
+    own = flags(
+        num_gpus=options.ranks,
+        deepspeed=f"{options.config}.json",
+        max_steps=options.steps,
+        output_dir=folder / name,
+        model_name_or_path=folder / "model",
+        dataset=folder / "rows.jsonl",
+        nvme_path=folder / "swap",
+    )
+    command = [sys.executable, "launch/supervise.py", *own, *FLAGS]
     log = open(folder / f"{name}.log", "w")  # noqa: SIM115 the process writes to it
     return subprocess.Popen(
         list(map(str, command)),
@@ -78,7 +58,7 @@ def beat(directory):
         return {"phase": "start", "step": 0}
 
 
-def parts(directory, step):
+def shards(directory, step):
     files = json.loads((directory / f"checkpoint-{step}" / "manifest.json").read_text())["files"]
     return {n: f["xxh3_128"] for n, f in files.items() if n.endswith(".safetensors")}
 
@@ -141,19 +121,16 @@ def main():
         seconds = time.monotonic() - began
         if code:
             raise SystemExit(f"exit {code}\n" + (folder / "killed.log").read_text()[-3000:])
-        same = parts(folder / "calm", options.steps) == parts(directory, options.steps)
+        same = shards(folder / "calm", options.steps) == shards(directory, options.steps)
+        same_losses = losses(folder / "calm") == losses(directory)
+        kills = sum(killed.values())
         print(
-            f"{sum(killed.values())} kills ({', '.join(f'{n} in {p}' for p, n in killed.items())}) over {options.steps} steps, "
-            f"{options.ranks} ranks, {options.config}: {seconds:.0f} s against {calm_seconds:.0f} s undisturbed"
+            f"{kills} kills ({', '.join(f'{n} in {p}' for p, n in killed.items())}) "
+            f"over {options.steps} steps, {options.ranks} ranks, {options.config}: "
+            f"{seconds:.0f} s against {calm_seconds:.0f} s undisturbed"
         )
-        print(
-            f"last checkpoint bit-equal: {same}; all {options.steps} losses equal: {losses(folder / 'calm') == losses(directory)}"
-        )
-        if (
-            not same
-            or losses(folder / "calm") != losses(directory)
-            or sum(killed.values()) < options.kills
-        ):
+        print(f"last checkpoint bit-equal: {same}; all {options.steps} losses equal: {same_losses}")
+        if not same or not same_losses or kills < options.kills:
             raise SystemExit(1)
 
 

@@ -19,7 +19,7 @@ def solo(calm):
     return calm(*NVME, *SAVES).losses
 
 
-# -- swap ----------------------------------------------------------------------------------------------------------------
+# -- swap --------------------------------------------------------------------------------------
 @pytest.mark.quick
 def test_swap_disk_too_small(starts, disk, row):
     run = starts("run", *NVME, *SAVES, "--nvme_path", disk(40)).ends(3)
@@ -76,9 +76,8 @@ def test_damaged_swap_file(starts, row, damage):
         next((run.directory.parent / "swap").glob("run-*")).rglob("*exp_avg*.swp"),
         key=lambda p: p.stat().st_size,
     )
-    for _ in range(
-        20
-    ):  # between its reading and its writing in an update, damage is written over, and does none
+    # Between its reading and its writing in an optimizer step, damage is written over without harm.
+    for _ in range(20):
         if damage == "hole":
             subprocess.run(["fallocate", "--punch-hole", "-o", "4096", "-l", "65536", str(victim)])
         elif damage == "short":
@@ -94,7 +93,7 @@ def test_damaged_swap_file(starts, row, damage):
     assert f"a swap file is {'gone' if damage == 'gone' else 'damaged'}: {victim}" in run.output
     row(
         f"a swap file is damaged ({damage})",
-        "found before it is read: no update is made of it, exit 1",
+        "found before it is read: no optimizer step is made with it, exit 1",
     )
 
 
@@ -150,7 +149,7 @@ def test_swap_place_refused(starts, disk, tmp_path, row, kind):
     row(f"swap directory on {kind}", "refused before the model is loaded, exit 2")
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------
 @pytest.mark.quick
 def test_checkpoint_disk_full(starts, disk, row):
     place = disk(70)
@@ -219,11 +218,11 @@ def damage(path, kind):
         path.write_bytes(content)
 
 
-def test_every_file_damaged(saved, tmp_path, row):
-    """Each file of the newest checkpoint, cut, changed by a bit, and gone: named, and the older one is taken."""
+def test_every_file_damaged(saved, tmp_path, capsys, row):
+    """Cut, change and remove each file of the newest checkpoint: named, and the older is taken."""
     import torch.distributed as dist
 
-    from trainer.checkpoint import checkpoints
+    from trainer.checkpoint import load
     from trainer.errors import RunError
 
     dist.init_process_group(
@@ -240,18 +239,16 @@ def test_every_file_damaged(saved, tmp_path, row):
                 shutil.rmtree(tmp_path / "run", ignore_errors=True)
                 shutil.copytree(saved, tmp_path / "run")
                 damage(tmp_path / "run" / "checkpoint-6" / name, kind)
-                said = []
-                folder, manifest = checkpoints.choose(tmp_path / "run", "auto", said.append)
-                assert folder.name == "checkpoint-4" and manifest["step"] == 4
-                assert "skipped checkpoint-6" in said[0] and name in said[0]
+                chosen = load.choose(tmp_path / "run", "auto")
+                assert chosen.folder.name == "checkpoint-4" and chosen.step == 4
+                first, *_ = capsys.readouterr().out.splitlines()
+                assert "skipped checkpoint-6" in first and name in first
                 with pytest.raises(RunError, match="cannot be used"):
-                    checkpoints.choose(
-                        tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"), said.append
-                    )
+                    load.choose(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"))
         for step in (2, 4, 6):
             (tmp_path / "run" / f"checkpoint-{step}" / "manifest.json").unlink(missing_ok=True)
         with pytest.raises(RunError, match="no checkpoint of .* is whole"):
-            checkpoints.choose(tmp_path / "run", "auto", said.append)
+            load.choose(tmp_path / "run", "auto")
     finally:
         dist.destroy_process_group()
     row(
@@ -278,9 +275,10 @@ def test_a_damaged_checkpoint_is_skipped(saved, tmp_path, starts, row):
         json.loads((d / "checkpoint-6" / "manifest.json").read_text())["files"]
         for d in (saved, run.directory)
     ]
+    # Written again, and the same.
     assert all(
         manifests[0][n] == manifests[1][n] for n in manifests[0] if n.endswith(".safetensors")
-    )  # written anew, the same
+    )
     row(
         "resume with a damaged newest checkpoint",
         "skipped by name, goes on from the older one, losses bit-equal",
@@ -288,28 +286,22 @@ def test_a_damaged_checkpoint_is_skipped(saved, tmp_path, starts, row):
 
 
 def test_going_back(starts, row):
-    """Resumed by path, under the supervisor, without naming the run: the same directory, and the abandoned line is out of the way."""
+    """Resume by path, under the supervisor, without naming the run.
+
+    It goes on in the same directory, and the later checkpoints are out of the way.
+    """
     first = starts("run", *SAVES, "--save_total_limit", 5).ends(0)
     again = starts(
         "run",
         *SAVES,
-        "--save_total_limit",
-        5,
-        "--learning_rate",
-        5e-4,
+        *"--save_total_limit 5 --learning_rate 5e-4".split(),
         "--resume_from_checkpoint",
         first.directory / "checkpoint-2",
         named=False,
     ).ends(0)
     assert "superseded-checkpoint-4" in again.output and "learning_rate" in again.output
     names = sorted(p.name.rsplit("-", 1)[0] for p in first.directory.glob("*checkpoint-*"))
-    assert names == [
-        "checkpoint",
-        "checkpoint",
-        "checkpoint",
-        "superseded-checkpoint-4",
-        "superseded-checkpoint-6",
-    ]
+    assert names == [*["checkpoint"] * 3, "superseded-checkpoint-4", "superseded-checkpoint-6"]
     assert len(again.records) == 6
     row(
         "resume from an older checkpoint by its path",
@@ -320,20 +312,10 @@ def test_going_back(starts, row):
 def test_the_best_is_kept(trains, row):
     run = trains(
         "run",
-        "--max_steps",
-        8,
-        "--save_steps",
-        1,
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        1,
-        "--learning_rate",
-        0.2,
-        "--export",
-        "false",
-        "--lr_scheduler_type",
-        "constant",
+        *(
+            "--max_steps 8 --save_steps 1 --eval_strategy steps --eval_steps 1 "
+            "--learning_rate 0.2 --export false --lr_scheduler_type constant"
+        ).split(),
     )
     best = min((e for e in run.evaluations if e["step"]), key=lambda e: e["eval_loss"])["step"]
     kept = {int(p.name[11:]) for p in run.directory.glob("checkpoint-*")}
@@ -341,7 +323,7 @@ def test_the_best_is_kept(trains, row):
     row("rotation", "the newest two and the best by evaluation loss are kept")
 
 
-# -- guards --------------------------------------------------------------------------------------------------------------
+# -- guards ------------------------------------------------------------------------------------
 @pytest.mark.quick
 def test_not_finite_on_one_rank(starts, row):
     run = starts(
@@ -374,19 +356,14 @@ def test_not_finite_on_one_rank(starts, row):
         )
     row(
         "NaN in the loss of one rank",
-        "no update on any rank, its rows and batches written down, exit 1",
+        "no optimizer step on any rank, its rows and batches written down, exit 1",
     )
 
 
 def test_loss_spike(starts, row):
     run = starts(
         "run",
-        "--max_steps",
-        28,
-        "--learning_rate",
-        1e-5,
-        "--max_grad_norm",
-        0.01,
+        *"--max_steps 28 --learning_rate 1e-5 --max_grad_norm 0.01".split(),
         env={"FAULT_STEP": "26", "FAULT_VALUE": "50"},
         script="tests/cpu/inject.py",
     ).ends(0)
@@ -397,10 +374,7 @@ def test_loss_spike(starts, row):
 def test_wandb_unreachable(starts, row):
     run = starts(
         "run",
-        "--max_steps",
-        3,
-        "--report_to",
-        "wandb",
+        *"--max_steps 3 --report_to wandb".split(),
         env={
             "WANDB_MODE": "online",
             "WANDB_API_KEY": "0" * 40,

@@ -1,4 +1,4 @@
-"""Processes that die, stop, hang or are told to stop."""
+"""Processes that die, stop, hang or get a signal to stop."""
 
 import functools
 import json
@@ -7,28 +7,30 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import FLAGS, ROOT
 
-from trainer import supervise
+from trainer import run_dir
 
 SAVES = ["--max_steps", 12, "--save_steps", 3]
-POINTS = [
-    "before-parts",
-    "after-a-part",
-    "before-manifest",
-    "before-rename",
-    "after-rename",
-    "during-rotation",
-]
+POINTS = (
+    "before-parts after-a-part before-manifest before-rename after-rename during-rotation"
+).split()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(calm):
     """undisturbed(ranks) → losses of the run that nothing happens to."""
     return functools.cache(lambda ranks: calm(*SAVES, ranks=ranks).losses)
+
+
+def plain_inputs(model, rows_file):
+    """The flags for a run without validation rows."""
+    rows = ["--model_name_or_path", model, "--dataset", rows_file[0], "--validation_split", "0"]
+    return [*rows, *FLAGS]
 
 
 def timed(run, code=0):
@@ -81,7 +83,10 @@ def test_killed_while_saving(starts, undisturbed, row, point):
 
 @pytest.mark.quick
 def test_one_rank_killed_while_saving(starts, undisturbed, row):
-    """The other rank waits in a collective; the supervisor ends it. The point is met again at each restart: the budget ends it."""
+    """The other rank waits in a collective; the supervisor ends it.
+
+    Each restart meets the same point: max_restarts ends it.
+    """
     run = starts(
         "run", *SAVES, "--max_restarts", 2, ranks=2, env={"ZERO_OFFLOAD_KILL_AT": "after-a-part:1"}
     ).ends(1)
@@ -122,7 +127,7 @@ def test_signals(starts, undisturbed, row, number, code):
         assert again.losses == undisturbed(2)
     row(
         signal.Signals(number).name,
-        "all ranks stop after the same update, with a checkpoint; exit 75",
+        "all ranks stop after the same optimizer step, with a checkpoint; exit 75",
         seconds,
     )
 
@@ -141,20 +146,17 @@ def test_no_time_to_save(starts, row):
         6,
         9,
     )
-    row("SIGTERM with less grace than a save takes", "stops on the last checkpoint; exit 75")
+    row("SIGTERM with a grace period shorter than a save", "stops on the last checkpoint; exit 75")
 
 
 def test_twice(starts, row):
     run = starts(
         "run",
-        "--max_steps",
-        50,
-        "--save_steps",
-        50,
+        *"--max_steps 50 --save_steps 50".split(),
         env={"FAULT_STEP": "3", "FAULT_VALUE": "hang"},
         script="tests/cpu/inject.py",
     ).until_step(2)
-    time.sleep(1)  # it is in the third update, which never ends
+    time.sleep(1)  # it is in the third step, which never ends
     run.signal(signal.SIGINT)
     time.sleep(1.5)
     assert run.process.poll() is None and "once more to stop at once" in run.output
@@ -221,23 +223,20 @@ def test_a_stopped_rank(starts, undisturbed, row):
 
 
 def test_a_hanging_rank(starts, row):
-    """It does not come back from an update: no progress, though every process lives."""
+    """It does not come back from a step: no progress, though every process lives."""
     run = starts(
         "run",
         *SAVES,
-        "--hang_timeout",
-        8,
-        "--max_restarts",
-        0,
+        *"--hang_timeout 8 --max_restarts 0".split(),
         env={"FAULT_STEP": "4", "FAULT_VALUE": "hang"},
         script="tests/cpu/inject.py",
     )
     run.ends(1, 200)
     assert "no sign of life for" in run.output and "in train after step 3" in run.output
     assert "inject.py" in (run.directory / "stacks-0.txt").read_text()
-    assert (
-        8 <= float((run.directory / ".patience").read_text()) < supervise.LIMITS["train"]
-    )  # for the image's health check
+    # For the image's health check.
+    patience = float((run.directory / ".patience").read_text())
+    assert 8 <= patience < run_dir.SILENCE_LIMITS["train"]
     row("a rank hangs", "no sign of life: stacks written, ended, restarted within its budget")
 
 
@@ -258,7 +257,7 @@ def test_a_crash_is_tried_again(starts, undisturbed, row):
     )
     assert run.losses == undisturbed(1)
     row(
-        "an exception that nobody foresaw",
+        "an unforeseen exception",
         "traceback, restarted while there is progress, losses bit-equal",
     )
 
@@ -266,24 +265,9 @@ def test_a_crash_is_tried_again(starts, undisturbed, row):
 def test_detached(starts, row, tmp_path, tiny_model, rows_file):
     """The shell that started it is gone, as when an SSH session closes; the run goes on."""
     directory = tmp_path / "run"
-    command = [
-        sys.executable,
-        "launch/supervise.py",
-        "--detach",
-        "--output_dir",
-        directory,
-        "--model_name_or_path",
-        tiny_model,
-        "--dataset",
-        rows_file[0],
-        "--validation_split",
-        "0",
-        *FLAGS,
-        "--max_steps",
-        3,
-    ]
+    flags = ["--output_dir", directory, *plain_inputs(tiny_model, rows_file), "--max_steps", 3]
     shell = subprocess.run(
-        ["setsid", *map(str, command)],
+        ["setsid", sys.executable, "launch/supervise.py", "--detach", *map(str, flags)],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -292,34 +276,19 @@ def test_detached(starts, row, tmp_path, tiny_model, rows_file):
     )
     assert shell.returncode == 0 and "train.log" in shell.stdout, shell.stdout + shell.stderr
     end = time.monotonic() + 120
-    while "done: 3 updates" not in (directory / "train.log").read_text():
+    while "done: 3 optimizer steps" not in (directory / "train.log").read_text():
         assert time.monotonic() < end, (directory / "train.log").read_text()[-3000:]
         time.sleep(0.2)
     row("the SSH session closes (DETACH=1)", "the run goes on; train.log has its output")
 
 
 def test_bare_launcher(starts, row, tiny_model, rows_file, tmp_path):
-    """`deepspeed launch/train.py` without the supervisor: SIGTERM to its ranks still stops both together."""
-    from pathlib import Path
-
+    """`deepspeed launch/train.py` without the supervisor: SIGTERM still stops both ranks."""
     directory = tmp_path / "run"
     command = [
         Path(sys.executable).with_name("deepspeed"),
-        "--num_gpus",
-        2,
-        "--master_port",
-        29390,
-        "launch/train.py",
-        "--output_dir",
-        directory,
-        "--model_name_or_path",
-        tiny_model,
-        "--dataset",
-        rows_file[0],
-        "--validation_split",
-        "0",
-        *FLAGS,
-        *SAVES,
+        *"--num_gpus 2 --master_port 29390 launch/train.py --output_dir".split(),
+        *[directory, *plain_inputs(tiny_model, rows_file), *SAVES],
     ]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
@@ -330,25 +299,20 @@ def test_bare_launcher(starts, row, tiny_model, rows_file, tmp_path):
             env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )
     end = time.monotonic() + 120
-    while (
-        not (directory / "metrics.jsonl").exists()
-        or len((directory / "metrics.jsonl").read_text().splitlines()) < 4
-    ):
-        assert time.monotonic() < end and process.poll() is None, (tmp_path / "log").read_text()[
-            -3000:
-        ]
+    metrics, log = directory / "metrics.jsonl", tmp_path / "log"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert time.monotonic() < end and process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.05)
     ranks = [
         p
         for p in psutil.Process(process.pid).children(recursive=True)
         if p.cmdline()[-1:] and "--local_rank=0" in p.cmdline()
     ]
-    ranks[-1].terminate()  # one rank only: the decision is everybody's
-    assert process.wait(60) == 75, (tmp_path / "log").read_text()[-3000:]
-    assert "stopped by SIGTERM" in (tmp_path / "log").read_text() and list(
-        directory.glob("checkpoint-*")
-    )
+    ranks[-1].terminate()  # One rank only: all ranks have to decide the same.
+    assert process.wait(60) == 75, log.read_text()[-3000:]
+    assert "stopped by SIGTERM" in log.read_text()
+    assert list(directory.glob("checkpoint-*"))
     row(
         "SIGTERM to one rank under the deepspeed launcher",
-        "all ranks stop after the same update, exit 75",
+        "all ranks stop after the same optimizer step, exit 75",
     )

@@ -4,32 +4,32 @@ set -uo pipefail
 out=$1; shift
 mkdir -p "$out/bench"
 bench() { python3 tests/bench/train.py train "$@" --work /tmp/bench-work --out "$out/bench"; }
-STOCK="--fused_linear false --fused_step false --fused_loss false --leaf_modules false --kept_layers 0 --use_liger_kernel false"
+STOCK="--disable_optimizations all --kept_layers 0 --use_liger_kernel false"
 part() {
   case $1 in
-    box) python3 launch/bench.py box ;;
-    8b) bench 8b-lora --updates 12 --timeout 150 ;;  # ours, the peer's, the best stock one
-    8b-tuned) bench 8b-lora --baseline tuned --updates 12 --timeout 120 ;;
+    machine) python3 launch/bench.py machine ;;
+    8b) bench 8b-lora --steps 12 --timeout 150 ;;  # ours, the peer's, the best stock one
+    8b-tuned) bench 8b-lora --baseline tuned --steps 12 --timeout 120 ;;
     8b-profile) PROFILE_AT=8 PROFILE_OUT=$out/8b-lora-after.json BENCH_SCRIPT=tests/gpu/profile_run.py \
-        bench 8b-lora --micro_batches 8 --only ours --updates 11 --timeout 130 ;;
+        bench 8b-lora --micro_batches 8 --only ours --steps 11 --timeout 130 ;;
     8b-profile-stock) PROFILE_AT=4 PROFILE_OUT=$out/8b-lora-before.json BENCH_SCRIPT=tests/gpu/profile_run.py \
-        bench 8b-lora --micro_batches 8 --only ours --updates 8 --timeout 150 --flags="$STOCK" ;;
-    8b-gpu) bench 8b-lora-gpu --only ours --updates 12 --timeout 100 ;;
-    8b-8k) bench 8b-lora-8k --only ours --updates 12 --timeout 150 ;;
-    8b-64k) bench 8b-lora-64k --only ours --updates 12 --timeout 260 --flags="--activation_offload true" ;;
-    3b) bench 3b-full --updates 12 --timeout 150 ;;
-    3b-tuned) bench 3b-full --baseline tuned --updates 12 --timeout 150 ;;
-    3b-plain) bench 3b-full --only ours --updates 12 --timeout 150 --flags="--overlap_step false" ;;
-    3b-gpu) bench 3b-full-gpu --only ours --updates 12 --timeout 120 ;;
+        bench 8b-lora --micro_batches 8 --only ours --steps 8 --timeout 150 --flags="$STOCK" ;;
+    8b-gpu) bench 8b-lora-gpu --only ours --steps 12 --timeout 100 ;;
+    8b-8k) bench 8b-lora-8k --only ours --steps 12 --timeout 150 ;;
+    8b-64k) bench 8b-lora-64k --only ours --steps 12 --timeout 260 --flags="--activation_offload true" ;;
+    3b) bench 3b-full --steps 12 --timeout 150 ;;
+    3b-tuned) bench 3b-full --baseline tuned --steps 12 --timeout 150 ;;
+    3b-plain) bench 3b-full --only ours --steps 12 --timeout 150 --flags="--disable_optimizations overlap_step" ;;
+    3b-gpu) bench 3b-full-gpu --only ours --steps 12 --timeout 120 ;;
     io) python3 -m trainer.system.ops async_io && python3 launch/bench.py io /tmp/bench-work --bytes 4GB --seconds 40 ;;
-    3b-nvme) bench 3b-full-nvme --only ours --updates 5 --timeout 380; rm -rf /tmp/bench-work/swap ;;
-    1b) bench 1b-full --only ours --updates 12 --timeout 120 ;;
-    70b) bench 70b-lora --only ours --micro_batches 4 16 --updates 11 --timeout 300 ;;
-    70b-tuned) bench 70b-lora --baseline tuned --only baseline --updates 10 --timeout 280 ;;
-    70b-layers) bench 70b-layers-full --only ours --updates 12 --timeout 200 ;;
-    70b-layers-nvme) bench 70b-layers-full-nvme --only ours --updates 5 --timeout 420; rm -rf /tmp/bench-work/swap ;;
-    checkpoint) timeout 200 python3 tests/bench_checkpoint.py --gpu --saves 3 --folder /tmp ;;
-    8b-full) bench 8b-full --only ours --updates 12 --timeout 240 ;;
+    3b-nvme) bench 3b-full-nvme --only ours --steps 5 --timeout 380; rm -rf /tmp/bench-work/swap ;;
+    1b) bench 1b-full --only ours --steps 12 --timeout 120 ;;
+    70b) bench 70b-lora --only ours --micro_batches 4 16 --steps 11 --timeout 300 ;;
+    70b-tuned) bench 70b-lora --baseline tuned --only baseline --steps 10 --timeout 280 ;;
+    70b-layers) bench 70b-layers-full --only ours --steps 12 --timeout 200 ;;
+    70b-layers-nvme) bench 70b-layers-full-nvme --only ours --steps 5 --timeout 420; rm -rf /tmp/bench-work/swap ;;
+    checkpoint) timeout 200 python3 tests/bench/checkpoint.py --gpu --saves 3 --folder /tmp ;;
+    8b-full) bench 8b-full --only ours --steps 12 --timeout 240 ;;
     auto) deepspeed --num_gpus 1 launch/train.py --deepspeed auto --model_name_or_path /tmp/bench-work/8b-32 --random_weights --method lora \
         --dataset /tmp/bench-work/rows-2048.jsonl --validation_split 0 --per_device_train_batch_size 12 --max_steps 10 --export false \
         --save_strategy no --output_dir "/tmp/bench-work/auto-$RANDOM" --report_to none ;;  # after a part that has made the inputs

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Prepare a GPU box without network that has torch and transformers, then run a command there.
+# Prepare a GPU machine without network that has torch and transformers, then run a command on it.
 #   tests/gpu/offline_box.sh WHEELS COMMAND [ARG ...]
-# WHEELS: a folder with what the box lacks, as .whl (deepspeed, hjson, pydantic, …) and libaio as .deb. Needs root for the .deb.
+# WHEELS: a folder with the packages that the machine lacks, as .whl (deepspeed, hjson, pydantic, …),
+# and libaio as .deb. Needs root for the .deb.
 set -euo pipefail
 wheels=$1; shift
 site=${SITE:-/tmp/zero-offload-site}

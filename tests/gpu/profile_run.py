@@ -1,6 +1,6 @@
-"""launch/train.py under torch's profiler for two updates: where a step's time goes, as JSON.
+"""launch/train.py under torch's profiler for two steps: where a step's time goes, as JSON.
 
-PROFILE_OUT=profile.json PROFILE_AT=6 python tests/gpu/profile_run.py --deepspeed ds_z3_offload.json …
+PROFILE_OUT=p.json PROFILE_AT=6 python tests/gpu/profile_run.py --deepspeed ds_z3_offload.json …
 python tests/gpu/profile_run.py --plot LABEL=profile.json LABEL=profile.json … OUT.png
 """
 
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-UPDATES = 2
+STEPS = 2
 KINDS = (
     ("copy to the GPU", r"HtoD"),
     ("copy to the host", r"DtoH"),
@@ -53,16 +53,16 @@ def summary(profiler, seconds):
     busy = union([s for kind, own in spans.items() if kind not in copies for s in own])
     host = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)[:25]
     return {
-        "step_s": seconds / UPDATES,
-        "computing_s": busy / UPDATES,
-        "idle_s": (seconds - busy) / UPDATES,
-        "kinds_s": {k: union(s) / UPDATES for k, s in spans.items()},
-        "launches": {k: len(s) / UPDATES for k, s in spans.items()},
+        "step_s": seconds / STEPS,
+        "computing_s": busy / STEPS,
+        "idle_s": (seconds - busy) / STEPS,
+        "kinds_s": {k: union(s) / STEPS for k, s in spans.items()},
+        "launches": {k: len(s) / STEPS for k, s in spans.items()},
         "kernels_s": {
-            n[:120]: s / UPDATES for n, s in sorted(names.items(), key=lambda p: -p[1])[:40]
+            n[:120]: s / STEPS for n, s in sorted(names.items(), key=lambda p: -p[1])[:40]
         },
         "host_self_s": {
-            e.key[:80]: [e.self_cpu_time_total / 1e6 / UPDATES, e.count / UPDATES] for e in host
+            e.key[:80]: [e.self_cpu_time_total / 1e6 / STEPS, e.count / STEPS] for e in host
         },
     }
 
@@ -72,18 +72,18 @@ def install():
 
     from trainer import trainer
 
-    plain, at = trainer.OffloadTrainer._update_ended, int(os.environ.get("PROFILE_AT", 6))
-    state = {"updates": 0}
+    plain, at = trainer.OffloadTrainer._step_ended, int(os.environ.get("PROFILE_AT", 6))
+    state = {"steps": 0}
 
     def ended(self):
         plain(self)
-        state["updates"] += 1
-        if state["updates"] == at:
+        state["steps"] += 1
+        if state["steps"] == at:
             torch.cuda.synchronize()
             state["profiler"] = torch.profiler.profile(acc_events=True)
             state["profiler"].start()
             state["began"] = time.perf_counter()
-        elif state["updates"] == at + UPDATES:
+        elif state["steps"] == at + STEPS:
             torch.cuda.synchronize()
             seconds = time.perf_counter() - state["began"]
             state["profiler"].stop()
@@ -91,11 +91,14 @@ def install():
                 json.dumps(summary(state["profiler"], seconds), indent=1)
             )
 
-    trainer.OffloadTrainer._update_ended = ended
+    trainer.OffloadTrainer._step_ended = ended
 
 
 def plot(arguments):
-    """A bar a profile, with what the GPU computes and when it waits; below it the copies, which go on at the same time."""
+    """A bar a profile: what the GPU computes and when it waits.
+
+    Below it are the copies, which go on at the same time.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,9 +115,8 @@ def plot(arguments):
     longest = max(p["step_s"] for _, p in profiles)
     for y, (_, p) in enumerate(profiles):
         parts = {k: p["kinds_s"].get(k, 0) for k in kinds}
-        shrink = min(
-            1, p["computing_s"] / sum(parts.values())
-        )  # kernels of two streams run at the same time now and then
+        # Kernels of two streams run at the same time now and then.
+        shrink = min(1, p["computing_s"] / sum(parts.values()))
         left = 0
         for name, seconds in {
             **{k: s * shrink for k, s in parts.items()},
@@ -156,12 +158,12 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     from trainer import run
 
-    plain_start = run._start_processes
+    plain_start = run.join
 
     def start(*args):
         ranks = plain_start(*args)
         install()
         return ranks
 
-    run._start_processes = start
+    run.join = start
     run.leave(run.main())

@@ -1,54 +1,30 @@
-"""Saving and resuming on a GPU, in bf16 and fp16: the same checks as on the CPU, as far as CUDA's kernels are the same twice."""
+"""Saving and resuming on a GPU, in bf16 and fp16.
+
+The checks are those on the CPU, as far as CUDA's kernels give the same result twice.
+"""
 
 import pytest
 import torch
+from conftest import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 STEPS, CUT = 6, 3
-FLAGS = [
-    "--per_device_train_batch_size",
-    2,
-    "--max_steps",
-    STEPS,
-    "--save_steps",
-    CUT,
-    "--eval_strategy",
-    "no",
-    "--eval_on_start",
-    "false",
-    "--export",
-    "false",
-    "--save_total_limit",
-    5,
-    "--max_length",
-    96,
-    "--learning_rate",
-    1e-3,
-    "--validation_split",
-    0,
-]
-# Losses of two runs that are the same but for the order of CUDA's atomic additions differ by less (bf16, loss about 6).
+FLAGS = (
+    f"--max_steps {STEPS} --save_steps {CUT} --save_total_limit 5 --per_device_train_batch_size 2 "
+    "--eval_strategy no --eval_on_start false --export false --max_length 96 --learning_rate 1e-3 "
+    "--validation_split 0"
+).split()
+# The losses of two runs that differ only in the order of CUDA's atomic additions differ by less
+# (bf16, a loss of about 6).
 NOISE = 5e-3
 
 
 @pytest.fixture
 def trains(tiny_model, rows_file, tmp_path):
-    from conftest import train
-
     def go(name, *flags):
-        run = train(
-            tmp_path / name,
-            "--model_name_or_path",
-            tiny_model,
-            "--dataset",
-            rows_file[0],
-            "--nvme_path",
-            tmp_path / "swap",
-            *FLAGS,
-            *flags,
-            launcher=False,
-            env={"DS_ACCELERATOR": "cuda"},
-        )
+        inputs = ["--model_name_or_path", tiny_model, "--dataset", rows_file[0]]
+        own = [*inputs, "--nvme_path", tmp_path / "swap", *FLAGS, *flags]
+        run = train(tmp_path / name, *own, launcher=False, env={"DS_ACCELERATOR": "cuda"})
         assert run.code == 0, run.output[-6000:]
         return run
 
@@ -71,9 +47,10 @@ def test_resume(trains, config, method, precision, capsys):
     )
     off = max(abs(a - b) for a, b in zip(again.losses, whole.losses[CUT:], strict=True))
     with capsys.disabled():
+        same = "bit-equal" if again.parts(STEPS) == whole.parts(STEPS) else "differ"
         print(
-            f"\n{config} {method} {precision}: largest difference of {STEPS - CUT} losses {off:.2e}; files of step {STEPS} "
-            f"{'bit-equal' if again.parts(STEPS) == whole.parts(STEPS) else 'differ'}",
+            f"\n{config} {method} {precision}: largest difference of {STEPS - CUT} losses "
+            f"{off:.2e}; files of step {STEPS} {same}",
             flush=True,
         )
     assert off < NOISE and whole.parts(STEPS) != whole.parts(CUT)

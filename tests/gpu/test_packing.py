@@ -1,5 +1,6 @@
-"""Packed rows on a GPU: a packed sample against the sample alone, in fp32 by a block mask and in bf16 by variable-length kernels.
+"""Packed rows on a GPU: a packed sample against the sample alone.
 
+In fp32 with a block mask, and in bf16 with variable-length kernels.
 Run as a script for the times of the backends: python tests/gpu/test_packing.py
 """
 
@@ -45,13 +46,13 @@ def make(kind, backend, dtype, layers=4, hidden=1024, heads=16, kv_heads=4):
     return model.to("cuda", dtype).eval()
 
 
-def units(capacity, count, seed=0):
-    """`count` bins of samples with long-tailed lengths."""
+def make_packs(pack_length, count, seed=0):
+    """`count` packs of samples with long-tailed lengths."""
     rng = np.random.default_rng(seed)
-    lengths = np.clip(rng.lognormal(5.3, 0.9, count * 40), 8, capacity).astype(int)
+    lengths = np.clip(rng.lognormal(5.3, 0.9, count * 40), 8, pack_length).astype(int)
     rows = [rng.integers(3, 1024, n).astype(np.int32) for n in lengths]
-    bins = pack.members(pack.best_fit(lengths, capacity))
-    return [[(rows[i], rows[i].astype(np.int64)) for i in b] for b in bins if len(b) > 1][:count]
+    packs = pack.members(pack.best_fit(lengths, pack_length))
+    return [[(rows[i], rows[i].astype(np.int64)) for i in p] for p in packs if len(p) > 1][:count]
 
 
 def inputs_of(batch, varlen):
@@ -65,24 +66,24 @@ def inputs_of(batch, varlen):
     return inputs
 
 
-def packed_logits(model, bins, capacity, varlen):
+def packed_logits(model, packs, pack_length, varlen):
     """Logits of every sample out of packed rows."""
     with torch.no_grad():
-        out = model(**inputs_of(collate(bins, 0, capacity), varlen), use_cache=False).logits
+        out = model(**inputs_of(collate(packs, 0, pack_length), varlen), use_cache=False).logits
     result = []
-    for row, unit in enumerate(bins):
-        ends = np.cumsum([len(ids) for ids, _ in unit])
-        result += [out[row, e - len(ids) : e].float() for e, (ids, _) in zip(ends, unit)]
+    for row, samples in enumerate(packs):
+        ends = np.cumsum([len(ids) for ids, _ in samples])
+        result += [out[row, e - len(ids) : e].float() for e, (ids, _) in zip(ends, samples)]
     return result
 
 
-def alone_logits(model, bins, varlen=False):
-    """Logits of every sample by itself."""
+def alone_logits(model, packs, varlen=False):
+    """Logits of every sample alone."""
     with torch.no_grad():
         return [
             model(**inputs_of(collate([[s]], 0), varlen), use_cache=False).logits[0].float()
-            for unit in bins
-            for s in unit
+            for samples in packs
+            for s in samples
         ]
 
 
@@ -97,18 +98,18 @@ def mean(a, b):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_fp32_block_mask(kind):
     torch.backends.cuda.matmul.allow_tf32 = False
-    bins = units(1024, 3)
+    packs = make_packs(1024, 3)
     model = make(kind, "sdpa", torch.float32)
-    assert worst(packed_logits(model, bins, 1024, False), alone_logits(model, bins)) < 1e-4
+    assert worst(packed_logits(model, packs, 1024, False), alone_logits(model, packs)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_bf16_varlen(kind):
     # Against fp32, packed bf16 is as good as unpacked bf16.
-    bins = units(1024, 3)
-    exact = alone_logits(make(kind, "sdpa", torch.float32), bins)
-    plain = alone_logits(make(kind, "sdpa", torch.bfloat16), bins)
-    varlen = packed_logits(make(kind, "varlen", torch.bfloat16), bins, 1024, True)
+    packs = make_packs(1024, 3)
+    exact = alone_logits(make(kind, "sdpa", torch.float32), packs)
+    plain = alone_logits(make(kind, "sdpa", torch.bfloat16), packs)
+    varlen = packed_logits(make(kind, "varlen", torch.bfloat16), packs, 1024, True)
     assert mean(varlen, exact) <= 1.02 * mean(plain, exact), (
         mean(varlen, exact),
         mean(plain, exact),
@@ -120,8 +121,8 @@ def test_bf16_varlen(kind):
 
 
 def test_bf16_varlen_gradients():
-    bins = units(1024, 2)
-    batch = collate(bins, 0, 1024)
+    packs = make_packs(1024, 2)
+    batch = collate(packs, 0, 1024)
 
     def gradients(model, varlen):
         logits = model(**inputs_of(batch, varlen), use_cache=False).logits
@@ -137,9 +138,12 @@ def test_bf16_varlen_gradients():
 
 
 def times():
-    """Milliseconds of forward and backward of two 8B layers over 8 packed rows of 2,048, by backend."""
-    bins = units(2048, 8)
-    batch = collate(bins, 0, 2048)
+    """Print the milliseconds of each backend: forward and backward of two 8B layers.
+
+    Over 8 packed rows of 2,048 tokens.
+    """
+    packs = make_packs(2048, 8)
+    batch = collate(packs, 0, 2048)
     for backend in ("varlen", "sdpa", "flex_attention"):
         model = make(
             "Llama", backend, torch.bfloat16, layers=2, hidden=4096, heads=32, kv_heads=8
@@ -152,16 +156,14 @@ def times():
                 for _ in range(timed):
                     model(**inputs, use_cache=False).logits.sum().backward()
             torch.cuda.synchronize()
-            milliseconds, peak = (
-                (time.perf_counter() - began) * 100,
-                torch.cuda.max_memory_allocated() / 2**30,
-            )
+            milliseconds = (time.perf_counter() - began) * 100
+            peak = torch.cuda.max_memory_allocated() / 2**30
             print(f"{backend:15} {milliseconds:7.1f} ms, {peak:.1f} GiB", flush=True)
         except Exception as error:
             print(f"{backend:15} {type(error).__name__}: {str(error)[:200]}", flush=True)
         if backend == "flex_attention":
             with torch.no_grad():
-                small = units(1024, 3)
+                small = make_packs(1024, 3)
                 model = make("Llama", backend, torch.bfloat16)
                 exact = alone_logits(make("Llama", "sdpa", torch.float32), small)
                 print(

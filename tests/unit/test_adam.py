@@ -1,4 +1,7 @@
-"""Our AdamW (trainer/engine/adam.c) against torch's in double precision, in every type, size and number of threads."""
+"""Our AdamW (trainer/engine/adam.c) against torch's in double precision.
+
+In every type, with several sizes and numbers of threads.
+"""
 
 import ctypes
 
@@ -16,12 +19,15 @@ GROUP = {
     "weight_decay": 0.1,
     "bias_correction": True,
 }
-PIECE = 2**16  # of adam.c
+PIECE = 2**16  # elements, of adam.c
 STEPS = 4
 
 
 def trained(sizes, dtype, threads=2, scale=0.5, low=True):
-    """[(weight, first, second, low-precision copy)] after STEPS updates, and the gradients of each step."""
+    """Make STEPS steps. Return the tensors after them, and the gradients of each step.
+
+    Of each tensor (weight, exp_avg, exp_avg_sq, copy in dtype or None).
+    """
     adam, generator = ops.adam(), torch.Generator().manual_seed(0)
     states = [{"step": 0, "exp_avg": torch.zeros(n), "exp_avg_sq": torch.zeros(n)} for n in sizes]
     weights = [torch.randn(n, generator=generator) for n in sizes]
@@ -49,7 +55,7 @@ def test_against_torch(dtype):
     if dtype == torch.float16 and not ops.adam().adam_knows_fp16():
         pytest.skip("this compiler knows no fp16")
     sizes = [1, 7, 1000, PIECE, 3 * PIECE + 5]
-    found, grads = trained(sizes, dtype)
+    results, grads = trained(sizes, dtype)
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(n, generator=generator).double().requires_grad_() for n in sizes]
     optimizer = torch.optim.AdamW(
@@ -63,19 +69,22 @@ def test_against_torch(dtype):
         for parameter, grad in zip(exact, step, strict=True):
             parameter.grad = grad.double() * 0.5
         optimizer.step()
-    for (weight, first, second, low), parameter in zip(found, exact, strict=True):
+    for (weight, exp_avg, exp_avg_sq, copy), parameter in zip(results, exact, strict=True):
         state = optimizer.state[parameter]
-        for own, right in (
+        for ours, theirs in (
             (weight, parameter.detach()),
-            (first, state["exp_avg"]),
-            (second, state["exp_avg_sq"]),
+            (exp_avg, state["exp_avg"]),
+            (exp_avg_sq, state["exp_avg_sq"]),
         ):
-            torch.testing.assert_close(own.double(), right, rtol=2e-6, atol=1e-6)
-        assert torch.equal(low, weight.to(dtype))
+            torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=1e-6)
+        assert torch.equal(copy, weight.to(dtype))
 
 
 def test_threads_and_neighbours_change_nothing():
-    """An element's new value depends on nothing but its own numbers: not on the threads, nor on where a piece or a vector ends."""
+    """An element's new value depends on its own numbers alone.
+
+    It does not depend on the threads, nor on where a piece or a vector ends.
+    """
     sizes = [5 * PIECE + 77]
     one, two = (trained(sizes, torch.bfloat16, threads)[0][0] for threads in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -103,7 +112,7 @@ def test_threads_and_neighbours_change_nothing():
 
 
 def test_the_copy():
-    """Rounded as torch does it, infinities and NaN too; and without a copy nothing else is written."""
+    """It is rounded as torch does it, also infinities and NaN. Without it nothing else changes."""
     adam = ops.adam()
     weight = torch.cat(
         [

@@ -3,15 +3,8 @@
 import pytest
 
 from trainer import ROOT
-from trainer.config.flags import (
-    LEARNING_RATE,
-    all_keys,
-    check_model,
-    help_text,
-    parse_size,
-    read_recipe,
-    resolve,
-)
+from trainer.config.flags import LEARNING_RATE, all_keys, help_text, parse_size
+from trainer.config.settings import check_model, read_recipe, resolve
 from trainer.errors import RunError
 from trainer.run_dir import run_directory
 
@@ -43,10 +36,10 @@ def test_defaults_without_a_recipe(tmp_path):
     for method, rate in LEARNING_RATE.items():
         settings = resolve(["--model_name_or_path", "x", "--method", method])
         assert settings.learning_rate == rate and settings.gradient_checkpointing is True
-        assert settings.training()["learning_rate"] == rate
+        assert settings.training_arguments()["learning_rate"] == rate
 
 
-def test_embedded_default_takes_its_recipe():
+def test_the_default_model_takes_its_recipe():
     settings = resolve([])
     assert (
         settings.max_steps == 40
@@ -106,6 +99,9 @@ def test_spellings(argv, key, value):
         (["stray"], ["stray"]),
         (["--config", "nowhere"], ["no recipe nowhere", "tiny_cpu.yaml"]),
         (["--max_steps", "1", "2"], ["unexpected argument '2'"]),
+        (["--fused_step", "false"], ["--disable_optimizations fused_step"]),
+        (["--calibrate", "true"], ["--deepspeed auto"]),
+        (["--disable_optimizations", "fused_stp"], ["did you mean fused_step", "fetch_ahead"]),
     ],
 )
 def test_refused(argv, words):
@@ -190,18 +186,50 @@ def test_what_does_not_belong_on_a_command_line(flags, words):
 
 
 def test_validation_takes_the_rows_that_training_does():
-    assert (
-        resolve(
-            [
-                "--per_device_train_batch_size",
-                "3",
-                "--config",
-                str(ROOT / "launch/recipes/llama3_8b_lora.yaml"),
-            ]
-        ).training()["per_device_eval_batch_size"]
-        == 3
-    )
-    assert resolve([]).training()["per_device_eval_batch_size"] == 16  # as tiny_cpu says
+    recipe = str(ROOT / "launch/recipes/llama3_8b_lora.yaml")
+    for argv, rows in (
+        (["--per_device_train_batch_size", "3", "--config", recipe], 3),
+        ([], 16),  # as tiny_cpu says
+    ):
+        settings = resolve(argv)
+        settings.freeze()
+        assert settings.training_arguments()["per_device_eval_batch_size"] == rows
+
+
+@pytest.mark.parametrize(
+    "name",
+    [key.name for key in all_keys().values() if key.ours and isinstance(key.default, bool)],
+)
+def test_a_switch_can_be_off(name):
+    for argv, value in (([f"--{name}"], True), ([f"--{name}", "false"], False)):
+        assert resolve(["--model_name_or_path", "x", *argv]).values[name] is value
+
+
+def test_a_prepared_run_changes_no_setting():
+    settings = resolve([])
+    settings.set("max_steps", 3, "plan")
+    assert settings.max_steps == 3 and settings.sources["max_steps"] == "plan"
+    settings.freeze()
+    with pytest.raises(RuntimeError):
+        settings.set("max_steps", 4, "plan")
+
+
+@pytest.mark.parametrize(
+    "value, on_cpu, on_gpu, step",
+    [
+        ("auto", False, True, True),
+        ("none", True, True, True),
+        ("all", False, False, False),
+        ("leaf_modules", False, False, True),
+        ("fused_step,fetch_ahead", False, True, False),
+        ("none,fused_step", True, True, False),
+    ],
+)
+def test_optimizations(value, on_cpu, on_gpu, step):
+    settings = resolve(["--disable_optimizations", value])
+    assert settings.optimizes("leaf_modules", gains=False) == on_cpu
+    assert settings.optimizes("leaf_modules", gains=True) == on_gpu
+    assert settings.optimizes("fused_step") == step
 
 
 def test_a_run_lies_on_a_disk():

@@ -1,28 +1,17 @@
 """The DeepSpeed JSON: what is refused, and what "auto" becomes."""
 
-import copy
 import dataclasses
 import json
 
 import pytest
 
-from trainer.config.ds_config import (
-    CONFIGS,
-    Shapes,
-    check_agreement,
-    check_buffers,
-    check_config,
-    find_config,
-    locked_bytes,
-    read_config,
-    resolve_auto,
-)
-from trainer.config.flags import resolve
+from trainer.config.device import choose_precision
+from trainer.config.ds_config import CONFIGS, DeepSpeedConfig, ZeroShapes, read
+from trainer.config.settings import resolve
 from trainer.errors import RunError
-from trainer.system.hardware import choose_precision
 
 SHIPPED = sorted(p.name for p in CONFIGS.glob("*.json"))
-LLAMA_8B = Shapes(
+LLAMA_8B = ZeroShapes(
     layer=218_112_000,
     layer_tensors=9,
     largest=525_336_576,
@@ -33,7 +22,7 @@ LLAMA_8B = Shapes(
 
 
 def shipped(name="ds_z3_nvme.json"):
-    return read_config(CONFIGS / name)
+    return read(CONFIGS / name)
 
 
 def test_shipped_are_four():
@@ -55,7 +44,10 @@ def test_every_key_has_a_comment(name):
 
 
 def test_adapters_stay_on_the_gpu(tmp_path):
-    """But not where parameters are on NVMe, nor where frozen matrices as small as they would stay with them."""
+    """But not where parameters are on NVMe.
+
+    Nor where frozen matrices that are as small as the adapters would stay with them.
+    """
     r64 = dataclasses.replace(
         LLAMA_8B, trainable=167_772_160, largest_trainable=917_504, itemsize=2
     )
@@ -65,24 +57,21 @@ def test_adapters_stay_on_the_gpu(tmp_path):
         ("ds_z3_offload.json", dataclasses.replace(r64, small_frozen=10**9), 100_000),
         ("ds_z3_offload.json", LLAMA_8B, 100_000),
     ):
-        zero = resolve_auto(check_config(shipped(name), name), shapes, 1, tmp_path)[
-            "zero_optimization"
-        ]
+        zero = DeepSpeedConfig.load(name).resolved(shapes, 1, tmp_path).zero
         assert zero["stage3_param_persistence_threshold"] == threshold, (name, shapes)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("world", [1, 8])
 def test_auto_leaves_nothing(name, world, tmp_path):
-    config = check_config(shipped(name), name)
-    check_agreement(config, resolve(["--model_name_or_path", "x"]), name)
-    choose_precision(
-        resolve(["--model_name_or_path", "x", "--precision", "fp32"]), config, False, name
-    )
-    done = resolve_auto(config, LLAMA_8B, world, tmp_path)
-    text = json.dumps(done["zero_optimization"])
+    config = DeepSpeedConfig.load(name)
+    settings = resolve(["--model_name_or_path", "x", "--precision", "fp32"])
+    config.agree_with(settings)
+    choose_precision(settings, config, False)
+    done = config.resolved(LLAMA_8B, world, tmp_path)
+    text = json.dumps(done.zero)
     assert '"auto"' not in text
-    zero = done["zero_optimization"]
+    zero = done.zero
     assert zero["stage3_prefetch_bucket_size"] == LLAMA_8B.layer
     layers = (
         2 * LLAMA_8B.layer if name == "ds_z3_nvme.json" else 3 * LLAMA_8B.layer + LLAMA_8B.largest
@@ -99,8 +88,26 @@ def test_auto_leaves_nothing(name, world, tmp_path):
             and zero["offload_param"]["max_in_cpu"] == 0
         )
         assert zero["offload_param"]["buffer_count"] >= 3 * LLAMA_8B.layer_tensors + 2
-    check_buffers(done, LLAMA_8B, world, name)
-    assert all(n >= 0 for n in locked_bytes(done, LLAMA_8B, world))
+    done.check_buffers(LLAMA_8B, world)
+    assert all(n >= 0 for n in done.locked_bytes(LLAMA_8B, world))
+
+
+@pytest.mark.parametrize(
+    "name, param, optimizer",
+    [
+        ("ds_z3.json", "none", "none"),
+        ("ds_z3_offload.json", "cpu", "cpu"),
+        ("ds_z3_nvme_optimizer.json", "cpu", "nvme"),
+        ("ds_z3_nvme.json", "nvme", "nvme"),
+    ],
+)
+def test_where_things_are(name, param, optimizer):
+    config = DeepSpeedConfig.load(name)
+    assert (config.device("param"), config.device("optimizer")) == (param, optimizer)
+    assert config.uses_nvme() == ("nvme" in (param, optimizer))
+    bytes_of_8b = config.swap_bytes(LLAMA_8B.trainable, LLAMA_8B, 1)
+    nvme = 2 * (param == "nvme") + 12 * (optimizer == "nvme")
+    assert bytes_of_8b == pytest.approx(nvme * LLAMA_8B.trainable, abs=2**20)
 
 
 def edit(path, value):
@@ -149,20 +156,17 @@ def edit(path, value):
 )
 def test_refused(path, value, words):
     with pytest.raises(RunError) as error:
-        check_config(edit(path, value), "my.json")
+        DeepSpeedConfig(edit(path, value), "my.json")
     for word in ["my.json", *words]:
         assert word in str(error.value)
     assert error.value.code == 2
 
 
 def test_contradiction_with_the_recipe():
-    config = edit("train_micro_batch_size_per_gpu", 4)
+    config = DeepSpeedConfig(edit("train_micro_batch_size_per_gpu", 4), "my.json")
+    settings = resolve(["--model_name_or_path", "x", "--per_device_train_batch_size", "2"])
     with pytest.raises(RunError, match="contradicts"):
-        check_agreement(
-            config,
-            resolve(["--model_name_or_path", "x", "--per_device_train_batch_size", "2"]),
-            "my.json",
-        )
+        config.agree_with(settings)
 
 
 def test_small_buffers_are_refused(tmp_path):
@@ -171,21 +175,23 @@ def test_small_buffers_are_refused(tmp_path):
         ("zero_optimization.offload_optimizer.buffer_count", 4, "buffer_count"),
     ):
         with pytest.raises(RunError, match=word):
-            check_buffers(
-                resolve_auto(edit(path, value), LLAMA_8B, 1, tmp_path), LLAMA_8B, 1, "my.json"
-            )
+            config = DeepSpeedConfig(edit(path, value), "my.json")
+            config.resolved(LLAMA_8B, 1, tmp_path).check_buffers(LLAMA_8B, 1)
+
+
+def found(name):
+    return DeepSpeedConfig.load(name).where
 
 
 def test_find_looks_here_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
-        find_config("ds_z3.json") == CONFIGS / "ds_z3.json"
-        and find_config("ds_z3") == CONFIGS / "ds_z3.json"
+        found("ds_z3.json") == CONFIGS / "ds_z3.json" and found("ds_z3") == CONFIGS / "ds_z3.json"
     )
-    (tmp_path / "ds_z3.json").write_text("{}")
-    assert str(find_config("ds_z3.json")) == "ds_z3.json"
+    (tmp_path / "ds_z3.json").write_text((CONFIGS / "ds_z3.json").read_text())
+    assert str(found("ds_z3.json")) == "ds_z3.json"
     with pytest.raises(RunError, match="did you mean ds_z3_nvme.json"):
-        find_config("ds_z3_nvm.json")
+        found("ds_z3_nvm.json")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def test_unreadable(tmp_path, text, word):
     path = tmp_path / "c.json"
     path.write_text(text)
     with pytest.raises(RunError, match=word):
-        read_config(path)
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -214,15 +220,11 @@ def test_unreadable(tmp_path, text, word):
 def test_precision(monkeypatch, flags, gpu, hardware_has, expected):
     monkeypatch.setattr("trainer.system.hardware.cpu_has_bf16", lambda: hardware_has)
     monkeypatch.setattr("trainer.system.hardware.gpu_has_bf16", lambda: hardware_has)
-    config = shipped()
-    chosen, _ = choose_precision(
-        resolve(["--model_name_or_path", "x", *flags]), config, gpu, "my.json"
-    )
+    config = DeepSpeedConfig.load("ds_z3_nvme.json")
+    chosen, _ = choose_precision(resolve(["--model_name_or_path", "x", *flags]), config, gpu)
     assert chosen == expected
-    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (
-        expected == "bf16",
-        expected == "fp16",
-    )
+    for name in ("bf16", "fp16"):
+        assert config.values[name]["enabled"] == (expected == name)
 
 
 @pytest.mark.parametrize(
@@ -233,5 +235,7 @@ def test_precision_refused(monkeypatch, flags, gpu):
     monkeypatch.setattr("trainer.system.hardware.gpu_has_bf16", lambda: False)
     with pytest.raises(RunError):
         choose_precision(
-            resolve(["--model_name_or_path", "x", *flags]), copy.deepcopy(shipped()), gpu, "my.json"
+            resolve(["--model_name_or_path", "x", *flags]),
+            DeepSpeedConfig.load("ds_z3_nvme.json"),
+            gpu,
         )

@@ -1,4 +1,4 @@
-"""Rows in: every format and every fault, sources and mixtures, packing, order, the split. No torch."""
+"""Rows in: every format and every fault, sources and mixtures, packing. No torch."""
 
 import json
 import random
@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataError, RowError, formats, pack, records, source
+from data import bad_rows, formats, pack, records, source
+from data.errors import RowError, RunError
 from trainer import ROOT
 
 DATA = ROOT / "tests" / "data"
@@ -18,7 +19,7 @@ SAMPLES = ROOT / "data" / "samples"
 
 
 def read(path, **options):
-    """(rows, refused as [(line, reason)], notes) of one file."""
+    """(rows, rejected as [(line, reason)], notes) of one file."""
     (one,) = source.resolve([str(path)], **options)
     notes = []
     found = list(source.read(one, lambda line, text: notes.append((line, text))))
@@ -33,10 +34,10 @@ def contents(row):
     return [(m["role"], m["content"]) for m in row.messages]
 
 
-# -- formats ------------------------------------------------------------------------------------------------------------
+# -- formats ---------------------------------------------------------------------------------------
 def test_alpaca():
-    rows, refused, _ = read(DATA / "formats" / "alpaca.jsonl")
-    assert not refused and len(rows) == 7
+    rows, rejected, _ = read(DATA / "formats" / "alpaca.jsonl")
+    assert not rejected and len(rows) == 7
     assert contents(rows[1]) == [
         ("user", "What is 2 plus 2?\n\nAnswer with a number."),
         ("assistant", "4"),
@@ -52,8 +53,8 @@ def test_alpaca():
 
 def test_sharegpt_and_messages_say_the_same():
     for name in ("sharegpt", "messages"):
-        (talk, tools), refused, _ = read(DATA / "formats" / f"{name}.jsonl")
-        assert not refused
+        (talk, tools), rejected, _ = read(DATA / "formats" / f"{name}.jsonl")
+        assert not rejected
         assert contents(talk) == [
             ("system", "Be brief."),
             ("user", "Who wrote Faust?"),
@@ -86,16 +87,16 @@ def test_raw_text():
 )
 def test_the_same_rows_in_every_container(name):
     plain, _, _ = read(DATA / "formats" / "alpaca.jsonl")
-    rows, refused, _ = read(DATA / "formats" / name)
-    assert not refused and [r.messages for r in rows] == [r.messages for r in plain[:6]]
+    rows, rejected, _ = read(DATA / "formats" / name)
+    assert not rejected and [r.messages for r in rows] == [r.messages for r in plain[:6]]
 
 
 def test_null_columns_do_not_decide_the_format(tmp_path):
     (tmp_path / "q?.jsonl").write_text(
         '{"instruction": "q", "output": "a", "messages": null, "text": null}\n'
     )  # an odd name, too
-    rows, refused, _ = read(tmp_path / "q?.jsonl")
-    assert not refused and contents(rows[0]) == [("user", "q"), ("assistant", "a")]
+    rows, rejected, _ = read(tmp_path / "q?.jsonl")
+    assert not rejected and contents(rows[0]) == [("user", "q"), ("assistant", "a")]
 
 
 ANSWER = {"role": "assistant", "content": "b"}
@@ -146,7 +147,7 @@ ANSWER = {"role": "assistant", "content": "b"}
     ],
 )
 def test_other_spellings(record, messages):
-    assert contents(formats.convert(record, formats.detect(record), 1)) == messages
+    assert contents(formats.convert(record, formats.detect(record), {})) == messages
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_tool_calls_in_every_spelling(turn):
         ],
         "functions": [{"name": "f", "parameters": {}}],
     }
-    row = formats.convert(record, "messages", 1)
+    row = formats.convert(record, "messages", {})
     assert row.messages[1]["tool_calls"] == [
         {"type": "function", "function": {"name": "f", "arguments": {}}}
     ]
@@ -206,8 +207,9 @@ def test_json_within_json(tmp_path, text, words):
         {"instruction": "a", "output": "b", "history": text},
     ):
         (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
-        rows, refused, _ = read(tmp_path / "d.jsonl")
-        assert not rows and len(refused) == 1 and words in refused[0][1], (record.keys(), refused)
+        rows, rejected, _ = read(tmp_path / "d.jsonl")
+        assert not rows and len(rejected) == 1, (record.keys(), rejected)
+        assert words in rejected[0][1], (record.keys(), rejected)
 
 
 @pytest.mark.parametrize(
@@ -217,18 +219,34 @@ def test_json_within_json(tmp_path, text, words):
         ('[{"text": "a"},]', 1, "broken JSON"),
         ('[{"text": "a"},\n{"text": "\0"}]', 2, "NUL byte"),
         ("[]", 1, "no rows"),
+        ('[{"text": {"a": 1, "a": 2}, "b"]', 1, "broken JSON"),
     ],
 )
 def test_json_lists_to_their_end(tmp_path, text, line, words):
     (tmp_path / "d.json").write_text(text)
-    _, refused, _ = read(tmp_path / "d.json")
-    assert len(refused) == 1 and refused[0][0] == line and words in refused[0][1], refused
+    _, rejected, _ = read(tmp_path / "d.json")
+    assert len(rejected) == 1 and rejected[0][0] == line and words in rejected[0][1], rejected
+
+
+def test_a_json_list_too_large_to_read_as_a_whole(tmp_path, monkeypatch):
+    (tmp_path / "d.json").write_text('[{"text": "a"}]')
+    monkeypatch.setattr(records, "MAX_LIST", 10)
+    with pytest.raises(RunError, match="jq -c"):
+        read(tmp_path / "d.json")
+    (tmp_path / "d.json").write_text('{"text": "a"}\n' * 3)  # lines are read one by one
+    assert len(read(tmp_path / "d.json")[0]) == 3
+
+
+def test_rows_before_the_damage_of_a_json_list_are_read(tmp_path):
+    (tmp_path / "d.json").write_bytes(b'[{"text": "a"},\n{"text": "b\xff"}]')
+    rows, rejected, _ = read(tmp_path / "d.json")
+    assert len(rows) == 1 and rejected[0][0] == 2 and "invalid UTF-8 at byte 28" in rejected[0][1]
 
 
 def test_lines_ended_by_cr_alone(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
-    _, refused, notes = read(tmp_path / "d.jsonl")
-    assert "tr '\\r' '\\n'" in refused[0][1] and not notes
+    _, rejected, notes = read(tmp_path / "d.jsonl")
+    assert "tr '\\r' '\\n'" in rejected[0][1] and not notes
 
 
 def test_parquet_with_what_it_adds(tmp_path):
@@ -253,22 +271,22 @@ def test_parquet_with_what_it_adds(tmp_path):
         }
     )
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
-    rows, refused, _ = read(tmp_path / "d.parquet")
-    assert not refused and [
+    rows, rejected, _ = read(tmp_path / "d.parquet")
+    assert not rejected and [
         r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in rows
     ] == [{"x": 1}, {"y": 2}]
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b\0"]}), tmp_path / "d.parquet")
-    rows, refused, _ = read(tmp_path / "d.parquet")
-    assert len(rows) == 1 and refused[0][0] == 2 and "NUL" in refused[0][1]
+    rows, rejected, _ = read(tmp_path / "d.parquet")
+    assert len(rows) == 1 and rejected[0][0] == 2 and "NUL" in rejected[0][1]
 
 
 def test_weights(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     with pytest.raises(RowError, match="every assistant turn has weight 0"):
-        formats.convert({"messages": turns}, "messages", 1)
+        formats.convert({"messages": turns}, "messages", {})
 
 
-# -- faults -------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name, line, words",
     [
@@ -297,12 +315,13 @@ def test_weights(tmp_path):
 )
 def test_faults_are_named(name, line, words):
     path = DATA / "faults" / (name if "." in name else f"{name}.jsonl")
-    _, refused, _ = read(path)
-    assert len(refused) == 1 and words in refused[0][1] and line in (None, refused[0][0]), refused
-    with pytest.raises(DataError) as error:
-        source.check_all(source.resolve([str(path)]), "stop")
+    _, rejected, _ = read(path)
+    assert len(rejected) == 1 and words in rejected[0][1], rejected
+    assert line in (None, rejected[0][0]), rejected
+    with pytest.raises(RunError) as error:
+        bad_rows.check_all(source.resolve([str(path)]), "stop")
     assert (
-        f"{path}:{refused[0][0]}: " in str(error.value)
+        f"{path}:{rejected[0][0]}: " in str(error.value)
         and words in str(error.value)
         and "--on_bad_row skip" in str(error.value)
     )
@@ -319,9 +338,9 @@ def test_faults_are_named(name, line, words):
 def test_odd_numbers_and_characters(tmp_path, line, reason):
     for name, text in (("d.jsonl", line + "\n"), ("d.json", f"[{line}]")):
         (tmp_path / name).write_text(text)
-        rows, refused, _ = read(tmp_path / name)
-        assert (len(rows), len(refused)) == ((1, 0) if reason is None else (0, 1)) and (
-            reason is None or reason in refused[0][1]
+        rows, rejected, _ = read(tmp_path / name)
+        assert (len(rows), len(rejected)) == ((1, 0) if reason is None else (0, 1)) and (
+            reason is None or reason in rejected[0][1]
         )
 
 
@@ -333,8 +352,8 @@ def test_json_that_is_one_object(tmp_path):
         ('{\n "instruction": "a"', "broken JSON"),
     ):
         (tmp_path / "d.json").write_text(text)
-        rows, refused, _ = read(tmp_path / "d.json")
-        assert (len(rows), len(refused)) == (1, 0) if reason is None else reason in refused[0][1]
+        rows, rejected, _ = read(tmp_path / "d.json")
+        assert (len(rows), len(rejected)) == (1, 0) if reason is None else reason in rejected[0][1]
 
 
 @pytest.mark.parametrize(
@@ -342,8 +361,8 @@ def test_json_that_is_one_object(tmp_path):
     [("bom", "byte order mark"), ("crlf", "CRLF"), ("blank_lines", "2 blank line(s)")],
 )
 def test_noted_and_accepted(name, words):
-    rows, refused, notes = read(DATA / "noted" / f"{name}.jsonl")
-    assert rows and not refused and words in notes[0][1]
+    rows, rejected, notes = read(DATA / "noted" / f"{name}.jsonl")
+    assert rows and not rejected and words in notes[0][1]
 
 
 def test_every_fault_file_is_tested():
@@ -374,21 +393,21 @@ def test_a_huge_line_costs_no_memory(tmp_path):
 
 
 def test_skipping_leaves_the_good_rows():
-    found = source.check_all(source.resolve([str(DATA / "faults")]), "skip")
+    found = bad_rows.check_all(source.resolve([str(DATA / "faults")]), "skip")
     assert found > 10
-    with pytest.raises(DataError, match="no row can be used"):
-        source.check_all(source.resolve([str(DATA / "faults" / "no_format.jsonl")]), "skip")
+    with pytest.raises(RunError, match="no row can be used"):
+        bad_rows.check_all(source.resolve([str(DATA / "faults" / "no_format.jsonl")]), "skip")
 
 
 def test_many_bad_rows_are_counted(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"instruction": "a"}\n' * 30)
-    with pytest.raises(DataError, match="30 of 30") as error:
-        source.check_all(source.resolve([str(path)]), "stop")
+    with pytest.raises(RunError, match="30 of 30") as error:
+        bad_rows.check_all(source.resolve([str(path)]), "stop")
     assert "20 more" in str(error.value)
 
 
-# -- sources ------------------------------------------------------------------------------------------------------------
+# -- sources ---------------------------------------------------------------------------------------
 def test_files_folders_globs_and_shares(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.txt", "rejected.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n')
@@ -416,7 +435,7 @@ def test_sources_refused(tmp_path, specs, words):
     (tmp_path / "none").mkdir()
     for name in ("a.jsonl", "b.jsonl", "c.txt"):
         (tmp_path / name).write_text('{"text": "x"}\n')
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(RunError, match=words):
         source.resolve([s.format(tmp_path) for s in specs])
 
 
@@ -435,7 +454,7 @@ def test_registry():
         ("user", "Hello?"),
         ("assistant", "Welcome."),
     ]
-    with pytest.raises(DataError, match="did you mean quiz"):
+    with pytest.raises(RunError, match="did you mean quiz"):
         source.resolve(["quizz"], str(DATA))
 
 
@@ -455,7 +474,7 @@ def test_registry():
 )
 def test_registry_refused(tmp_path, entry, words):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(RunError, match=words):
         source.resolve(["x"], str(tmp_path))
 
 
@@ -499,33 +518,33 @@ def test_another_librarys_dataset_info_is_passed_over(tmp_path, monkeypatch):
     (tmp_path / "dataset_info.json").write_text('{"features": [], "splits": 3}')
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
     assert len(source.resolve(["d.jsonl"])) == 1
-    with pytest.raises(DataError, match="not a registry"):
+    with pytest.raises(RunError, match="not a registry"):
         source.resolve(["d.jsonl"], str(tmp_path))
 
 
 def test_damaged_memory_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
-    first = source.check(source.resolve([str(tmp_path / "d.jsonl")])[0])
+    first = bad_rows.check(source.resolve([str(tmp_path / "d.jsonl")])[0])
     for memo in [
         *(tmp_path / "cache" / "hashes").iterdir(),
         *(tmp_path / "cache" / "checked").iterdir(),
     ]:
         for damage in (b"\xff\xfe", b"", memo.read_bytes().replace(b"1", b"7")):
             memo.write_bytes(damage)
-            assert source.check(source.resolve([str(tmp_path / "d.jsonl")])[0]) == first
+            assert bad_rows.check(source.resolve([str(tmp_path / "d.jsonl")])[0]) == first
 
 
 def test_a_check_is_remembered_until_the_content_changes(tmp_path, monkeypatch):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "x"}\n')
     (one,) = source.resolve([str(path)])
-    first = source.check(one)
+    first = bad_rows.check(one)
     with monkeypatch.context() as patch:
         patch.setattr(records, "read", lambda *a: pytest.fail("read again"))
-        assert source.check(source.resolve([str(path)])[0]) == first
+        assert bad_rows.check(source.resolve([str(path)])[0]) == first
     path.write_text('{"text": "x"}\n{"text": "y"}\n')
-    assert source.check(source.resolve([str(path)])[0]).rows == 2
+    assert bad_rows.check(source.resolve([str(path)])[0]).accepted == 2
 
 
 def test_samples_do_not_leak():
@@ -546,7 +565,7 @@ def test_samples_do_not_leak():
     assert len(questions) > 10
 
 
-# -- packing ------------------------------------------------------------------------------------------------------------
+# -- packing ---------------------------------------------------------------------------------------
 def long_tailed(count, seed=0):
     rng = np.random.default_rng(seed)
     return np.clip(rng.lognormal(5.3, 0.9, count), 8, 2048).astype(np.int64)

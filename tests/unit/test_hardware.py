@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainer.config.flags import resolve
+from trainer.config.device import uses_gpu
+from trainer.config.settings import resolve
 from trainer.errors import RunError
 from trainer.system import hardware
 from trainer.system.hardware import share_cores
@@ -39,13 +40,16 @@ def test_more_ranks_than_cores():
     "flags, words", [([], "no GPU was passed through"), (["--use_cpu", "true"], "--use_cpu")]
 )
 def test_the_image_for_gpus_without_one(monkeypatch, flags, words):
-    """Its ops are CUDA's: a run on the CPU would want a compiler. The mend is a flag of docker, or the other image."""
+    """Its ops are CUDA's: a run on the CPU would want a compiler.
+
+    The fix is a flag of docker, or the other image.
+    """
     monkeypatch.setenv("ZERO_OFFLOAD_IMAGE", "cuda")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(hardware, "gpu_count", lambda: 0)
     with pytest.raises(RunError, match=words) as error:
-        hardware.uses_gpu(resolve(flags))
+        uses_gpu(resolve(flags))
     assert "--gpus all" in str(error.value) and error.value.code == 3
     monkeypatch.setattr(hardware, "gpu_count", lambda: 1)
     if not flags:
-        assert hardware.uses_gpu(resolve(flags))
+        assert uses_gpu(resolve(flags))

@@ -31,7 +31,10 @@ TOOLS = (
 
 @pytest.fixture
 def image(tmp_path, monkeypatch):
-    """image(engines, *command, **environment) → the finished process, on a machine with these engines alone. Paths: tmp_path."""
+    """image(engines, *command, **environment) → the finished process.
+
+    The machine has these container engines alone. Its paths are below tmp_path.
+    """
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in TOOLS:
@@ -79,9 +82,8 @@ def test_the_tag(image):
     )
     assert image({}, "tag", "cuda", TORCH_INDEX="https://x/whl/cu126/").stdout.endswith("-cu126\n")
     assert image({}, "tag", "cpu").stdout.endswith("-cpu\n")
-    assert image({}, "tag", "cpu", IMAGE="ghcr.io/x/y:1").stdout.startswith(
-        "zero-offload-trainer:"
-    )  # that one is to be run
+    # IMAGE is for `run` alone.
+    assert image({}, "tag", "cpu", IMAGE="ghcr.io/x/y:1").stdout.startswith("zero-offload-trainer:")
     assert image({}, "run", "tpu").returncode == 2
 
 
@@ -119,7 +121,7 @@ def test_the_flags(image, tmp_path):
 
 
 def test_in_the_background(image):
-    """Nothing of it goes with its end: the log and the exit code are asked for afterwards."""
+    """The container stays after its end: its log and its exit code are read afterwards."""
     done = image({"docker": ""}, "make", "docker-run", "TARGET=cpu", "DETACH=1", "CMD=python x.py")
     assert (
         done.returncode == 0
@@ -134,10 +136,9 @@ def test_in_the_background(image):
     "engines, found",
     [
         ({"docker": "", "podman": ""}, "ran docker run"),
-        (
-            {"docker": '[ "$1" != info ] || exit 1', "podman": ""},
-            "ran podman run",
-        ),  # a client without its daemon
+        # A client without its daemon.
+        ({"docker": '[ "$1" != info ] || exit 1', "podman": ""}, "ran podman run"),
+        # podman-docker.
         (
             {
                 "docker": '[ "$1" != --version ] || { echo podman version 4.3.1; exit; }',
@@ -146,7 +147,7 @@ def test_in_the_background(image):
             "ran podman run",
         ),
     ],
-)  # podman-docker
+)
 def test_the_engine(image, engines, found):
     done = image(engines, "run", "cuda")
     assert found in done.stdout, done
@@ -154,7 +155,10 @@ def test_the_engine(image, engines, found):
 
 
 def test_the_filter_of_podman(image, tmp_path):
-    """Its own one, but for libaio's call, without which DeepSpeed waits for its requests for ever."""
+    """Podman's own filter and libaio's call.
+
+    Without that call DeepSpeed waits for its requests for ever.
+    """
     theirs = next(
         (
             p

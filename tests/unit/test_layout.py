@@ -11,9 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted(p for d in ("launch", "trainer", "data") for p in (ROOT / d).rglob("*.py"))
 # Inside trainer a module imports its own layer and those before it.
 LAYERS = [
-    ("errors", "console", "files", "distributed"),
+    ("errors",),
+    ("distributed",),
+    ("console",),
     ("system",),
-    ("config", "run_dir"),
+    ("config",),
+    ("run_dir",),
     ("plan",),
     ("doctor",),
     ("engine",),
@@ -22,23 +25,15 @@ LAYERS = [
     ("monitor",),
     ("export",),
     ("data_setup",),
-    ("trainer",),
+    ("prepare", "process_group", "trainer"),
+    ("stages",),
+    ("build", "finish"),
     ("run",),
     ("data_check", "measure", "supervise"),
 ]
 WITHOUT_TORCH = (
-    "config",
-    "system",
-    "plan",
-    "doctor",
-    "errors",
-    "console",
-    "files",
-    "distributed",
-    "run_dir",
-    "data_setup",
-    "run",
-    "supervise",
+    *("errors", "distributed", "console", "system", "config", "run_dir", "plan", "doctor"),
+    *("data_setup", "prepare", "process_group", "run", "data_check", "supervise"),
 )
 ENGINE_ONLY = ("deepspeed.runtime", "deepspeed.ops")
 
@@ -70,7 +65,7 @@ def test_launch_trainer_data(path):
     below = {
         "launch": {"trainer"},
         "trainer": {"trainer", "data"},
-        "data": set() if "samples" in path.parts else {"data"},
+        "data": {"data"},
     }
     for name in imports(path):
         top = name.split(".")[0]
@@ -96,21 +91,34 @@ def test_only_the_engine_touches_the_inside_of_deepspeed(path):
         assert not [name for name in imports(path) if name.startswith(ENGINE_ONLY)]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        name_of(p)
-        for p in FILES
-        if name_of(p).split(".")[0] == "data"
-        and "samples" not in p.parts
-        and name_of(p) != "data.dataset"
-        or name_of(p).split(".")[1:2] in [[m] for m in WITHOUT_TORCH]
-        and name_of(p).startswith("trainer.")
-    ],
-)
+def without_torch():
+    """Every module that may not import torch."""
+    for path in FILES:
+        top, *rest = name_of(path).split(".")
+        if top == "trainer" and rest and rest[0] in WITHOUT_TORCH:
+            yield name_of(path)
+        if top == "data" and rest != ["dataset"]:
+            yield name_of(path)
+
+
+@pytest.mark.parametrize("module", list(without_torch()))
 def test_without_torch(module):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; sys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_functions_are_short_and_typed(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            where = f"{path}:{node.lineno} {node.name}"
+            assert node.end_lineno - node.lineno < 80, f"{where} is too long"
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            named = [a for a in arguments if a.arg not in ("self", "cls")]
+            assert node.returns and all(a.annotation for a in named), f"{where} has no types"
 
 
 def test_launch_holds_no_logic():

@@ -1,7 +1,8 @@
-"""The supervisor's own flags, what a resumed run takes from where, and the swap directory's lock. No torch."""
+"""The supervisor's own flags and the swap directory's lock. No torch."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,24 +10,146 @@ from pathlib import Path
 
 import pytest
 
+from data.files import lock_or_refuse
 from trainer import supervise
-from trainer.checkpoint import resume
 from trainer.errors import RunError
 from trainer.system import swap_dir
 
 
-def test_split():
-    own, rest = supervise.split(
-        ["--num_gpus", "2", "--lora_r", "8", "--detach", "--hang-timeout=60", "x.yaml"]
+def test_options():
+    argv = ["--num_gpus", "2", "--lora_r", "8", "--detach", "--hang-timeout=60", "x.yaml"]
+    options, flags = supervise.parse_options(argv)
+    assert (options.num_gpus, options.detach, options.hang_timeout) == (2, True, 60)
+    assert flags == ["--lora_r", "8", "x.yaml"]
+    options, flags = supervise.parse_options([])
+    assert options == supervise.Options() and (options.max_restarts, flags) == (3, [])
+    assert not options.detach and options.script == "launch/train.py"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--num_gpus"], "--num_gpus needs a value"),
+        (["--max_restarts", "many"], "--max_restarts is not a whole number\n  found:  many"),
+        (["--hang_timeout=-1"], "--hang_timeout is not a whole number"),
+    ],
+)
+def test_wrong_options(argv, message):
+    with pytest.raises(RunError) as caught:
+        supervise.parse_options(argv)
+    assert str(caught.value).startswith("command line: " + message)
+
+
+def test_several_machines(capsys):
+    for flag in (["--detach"], ["--max_restarts", "5"], ["--hang_timeout", "9"]):
+        assert supervise.main(["--hostfile", "hosts", *flag]) == 2
+        assert f"{flag[0]}: only for one machine" in capsys.readouterr().err
+
+
+def test_which_directory_a_run_has(tmp_path):
+    from trainer.config.settings import resolve
+
+    def identify(*flags):
+        return supervise.identify(resolve(["--model_name_or_path", "a/b", *flags]))
+
+    directory, flags = identify("--run_name", "mine")
+    assert str(directory) == "runs/mine" and flags == []
+    directory, flags = identify()
+    assert flags == ["--run_name", directory.path.name] and str(directory).startswith("runs/b-")
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    directory, flags = identify("--resume_from_checkpoint", str(checkpoint))
+    assert directory.path == tmp_path / "run"
+    assert flags == ["--output_dir", str(tmp_path / "run")]
+
+
+# A stand-in for launch/train.py: what a rank does in its n-th start.
+RANK = """
+import json, os, pathlib, signal, sys, time
+directory = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+rank, start = os.environ["RANK"], int(os.environ["ZERO_OFFLOAD_SUPERVISED"])
+assert os.environ["WORLD_SIZE"] == "2" and os.environ["MASTER_PORT"]
+print("start", start, *sys.argv[1:], flush=True)
+def beat(step):
+    text = json.dumps({"step": step, "phase": "train", "time": time.time()})
+    (directory / "heartbeat.json").write_text(text)
+def leave(code):
+    os._exit(code)
+signal.signal(signal.SIGTERM, lambda *_: leave(75))
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """supervised(code of a rank, *flags, sent=signal or None) → (exit code, output)."""
+
+    def go(code, *flags, sent=None):
+        script = tmp_path / "rank.py"
+        script.write_text(RANK + code)
+        own = ["--script", script, "--num_gpus", 2, "--output_dir", tmp_path, *flags]
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "launch/supervise.py", *map(str, own)],
+                cwd=Path(__file__).resolve().parents[2],
+                stdout=log,
+                stderr=log,
+            )
+        while sent and process.poll() is None:
+            if "start 1" in (tmp_path / "log").read_text():
+                time.sleep(0.5)
+                process.send_signal(sent)
+                break
+            time.sleep(0.05)
+        code = process.wait(60)
+        return code, (tmp_path / "log").read_text()
+
+    return go
+
+
+def test_a_killed_rank_is_restarted(supervised):
+    code, output = supervised(
+        "if start == 1 and rank == '1': beat(4); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if start == 1: time.sleep(30)"
     )
-    assert (own["num_gpus"], own["detach"], own["hang_timeout"]) == ("2", True, "60") and rest == [
-        "--lora_r",
-        "8",
-        "x.yaml",
-    ]
-    for wrong in (["--num_gpus"], ["--max_restarts", "many"]):
-        with pytest.raises(RunError):
-            supervise.split(wrong)
+    assert code == 0, output
+    assert (
+        "rank 1 was ended by SIGKILL in train after step 4\n  found:  MemAvailable fell" in output
+    )
+    assert "restart 1 of 3: last seen in train after step 4; no checkpoint yet" in output
+    assert "start 2" in output and output.count("--resume_from_checkpoint auto") == 2
+
+
+def test_a_new_checkpoint_renews_the_restarts(supervised):
+    code, output = supervised(
+        "if rank == '0' and start < 4: (directory / f'checkpoint-{start}').mkdir()\n"
+        "time.sleep(0.5)\nleave(70)",
+        *("--max_restarts", 1),
+    )
+    assert code == 1 and output.count("restart 1 of 1") == 3, output
+    assert "goes on from checkpoint-3" in output
+    assert "error: 1 restarts without a new checkpoint" in output and "remove the cause" in output
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 75])
+def test_what_a_restart_would_not_change(supervised, number):
+    code, output = supervised(f"leave({number})")
+    assert code == number and "restart 1" not in output, output
+
+
+def test_a_signal_reaches_all_ranks(supervised):
+    for sent in (signal.SIGTERM, signal.SIGHUP):
+        code, output = supervised("time.sleep(30)", sent=sent)
+        assert code == 75 and "restart 1" not in output, output
+
+
+def test_silence_is_a_hang(supervised, tmp_path):
+    code, output = supervised(
+        "beat(1)\ntime.sleep(0.1)\nbeat(2)\ntime.sleep(60)",
+        *("--hang_timeout", 1, "--max_restarts", 0),
+    )
+    assert code == 1 and "no sign of life for" in output, output
+    assert "s in train after step 2; limit: " in output and "stacks of all ranks" in output
+    assert float((tmp_path / ".patience").read_text()) >= 1
 
 
 def test_bad_input_starts_nothing(capsys):
@@ -50,61 +173,8 @@ def test_status(tmp_path, monkeypatch, capsys):
         )
     assert supervise.main(["--status"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[1].split()[:3] == ["a", "done", "7"] and "ended in train" in lines[2]
-    )  # nobody holds it
-
-
-class Settings:
-    def __init__(self, **values):
-        self.values, self.sources = values, {}
-
-
-SAVED = {
-    "seed": 42,
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "run_name": "a",
-}
-
-
-@pytest.mark.parametrize(
-    "ranks, now, batch, accumulate",
-    [
-        (1, {}, 4, 2),
-        (2, {}, 4, 1),
-        (4, {}, 2, 1),
-        (1, {"per_device_train_batch_size": 8}, 8, 1),
-        (1, {"per_device_train_batch_size": 3}, 4, 2),
-        (8, {"gradient_accumulation_steps": 4}, 1, 1),
-    ],
-)
-def test_the_rows_of_an_update_stay(ranks, now, batch, accumulate):
-    settings = Settings(**{**SAVED, **now})
-    resume.settle(settings, settings.values, {"settings": SAVED, "update_rows": 8}, ranks)
-    assert (
-        settings.values["per_device_train_batch_size"],
-        settings.values["gradient_accumulation_steps"],
-    ) == (batch, accumulate)
-
-
-def test_what_the_checkpoint_decides_reaches_the_trainer():
-    from trainer.config.flags import resolve
-
-    settings = resolve(["--model_name_or_path", "x"])
-    saved = {**settings.values, "seed": 7, "data_seed": 5, "train_sampling_strategy": "sequential"}
-    resume.settle(settings, dict(settings.values), {"settings": saved, "update_rows": 16}, 4)
-    options = settings.training()
-    assert (options["seed"], options["data_seed"], options["train_sampling_strategy"]) == (
-        7,
-        5,
-        "sequential",
-    )
-    assert (options["per_device_train_batch_size"], options["gradient_accumulation_steps"]) == (
-        4,
-        1,
-    )
+    assert lines[1].split()[:3] == ["a", "done", "7"]
+    assert "ended in train" in lines[2]  # no process has its lock
 
 
 @pytest.mark.parametrize(
@@ -117,44 +187,23 @@ def test_what_the_checkpoint_decides_reaches_the_trainer():
     ],
 )
 def test_a_resolved_configuration_says_all(tmp_path, flags):
-    """Every key comes back as it was, also a learning rate that happens to be transformers' default."""
-    from trainer.config.ds_config import write_yaml
-    from trainer.config.flags import resolve
-    from trainer.run import _public
+    """Every key comes back as it was, also a learning rate that is transformers' default."""
+    from trainer.config.settings import resolve, write_yaml
 
     first = resolve(flags)
-    write_yaml(tmp_path / "resolved_config.yaml", _public(first))
+    write_yaml(tmp_path / "resolved_config.yaml", first.public())
     assert resolve(["--config", str(tmp_path / "resolved_config.yaml")]).values == first.values
 
 
-def test_what_is_kept_and_what_is_new():
-    settings = Settings(**{**SAVED, "seed": 1, "learning_rate": 5e-4, "run_name": "b"})
-    rows = resume.settle(settings, dict(settings.values), {"settings": SAVED, "update_rows": 8}, 1)
-    assert (
-        rows == [("seed", 42, 1, 42), ("learning_rate", 1e-3, 5e-4, 5e-4)]
-        and settings.values["seed"] == 42
-    )
-    assert resume.table(rows).splitlines()[1].split(" | ")[1].strip() == "42"
-    with pytest.raises(RunError, match="cannot be dealt out to 3 ranks"):
-        resume.settle(Settings(**SAVED), SAVED, {"settings": SAVED, "update_rows": 8}, 3)
-
-
-def test_trimmed_metrics(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    resume.trim_metrics(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
 def test_a_lock_names_its_holder(tmp_path):
-    handle = swap_dir.take(tmp_path / "lock", "the run", "wait")
+    handle = lock_or_refuse(tmp_path / "lock", "the run", "wait")
     with pytest.raises(RunError, match=f"pid {os.getpid()} on"):
-        swap_dir.take(tmp_path / "lock", "the run", "wait")
+        lock_or_refuse(tmp_path / "lock", "the run", "wait")
     os.close(handle)
-    os.close(swap_dir.take(tmp_path / "lock", "the run", "wait"))
+    os.close(lock_or_refuse(tmp_path / "lock", "the run", "wait"))
 
 
-def test_only_our_dead_directories_are_reclaimed(tmp_path):
+def test_only_our_dead_directories_are_reclaimed(tmp_path, capsys):
     living, dead, foreign = (
         swap_dir.SwapSpace(tmp_path / "living"),
         swap_dir.SwapSpace(tmp_path / "dead"),
@@ -164,18 +213,20 @@ def test_only_our_dead_directories_are_reclaimed(tmp_path):
         space.own()
         (space.folder / "a.swp").write_bytes(b"x" * 10**6)
     foreign.mkdir()
-    os.close(dead.handle)
-    said = []
-    swap_dir.reclaim(tmp_path, said.append)
+    os.close(dead.lock)
+    swap_dir.reclaim(tmp_path)
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "living"]
-        and "reclaimed (dead)" in said[0]
+        and "reclaimed (dead)" in capsys.readouterr().out
     )
     living.close()
 
 
 def test_the_image_is_as_patient_as_the_supervisor(tmp_path):
-    """docker/health.py: a silence that the supervisor of the run allows is no illness; without one the phase's own limit counts."""
+    """docker/health.py: silence that the run's supervisor allows is no illness.
+
+    Without a supervisor the limit of the phase counts.
+    """
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
 
@@ -183,9 +234,9 @@ def test_the_image_is_as_patient_as_the_supervisor(tmp_path):
         (run / "heartbeat.json").write_text(
             json.dumps({"step": 1, "phase": "train", "time": time.time() - silent})
         )
-        held = [swap_dir.take(run / ".running", "the run", "wait")]
+        held = [lock_or_refuse(run / ".running", "the run", "wait")]
         if patience:
-            held.append(swap_dir.take(run / ".supervised", "the run", "wait"))
+            held.append(lock_or_refuse(run / ".supervised", "the run", "wait"))
             (run / ".patience").write_text(str(patience))
             os.utime(run / ".supervised", (time.time() - started,) * 2)
         if host:
@@ -203,9 +254,8 @@ def test_the_image_is_as_patient_as_the_supervisor(tmp_path):
 
     assert [health(10), health(4000)] == [0, 1]
     assert [health(4000, 14400), health(100, 60)] == [0, 1]
-    assert health(4000) == 1  # what an earlier supervisor said is not asked
-    assert [health(99999, 14400, started=60), health(99999, 14400, started=15000)] == [
-        0,
-        1,
-    ]  # resumed, still on its way
+    assert health(4000) == 1  # the limit of an earlier supervisor does not count
+    # Resumed a minute ago, and not at its first step yet.
+    assert health(99999, 14400, started=60) == 0
+    assert health(99999, 14400, started=15000) == 1
     assert health(4000, host="another container") == 0

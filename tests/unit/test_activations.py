@@ -1,0 +1,119 @@
+"""Which layers keep their activations, and inputs of recomputed layers that wait in RAM."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from trainer.engine.activation_offload import offload_inputs
+from trainer.errors import RunError
+from trainer.modeling import activations
+from trainer.modeling.activations import AUTO, SelectiveCheckpointing
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+        self.gradient_checkpointing = True
+        self._gradient_checkpointing_func = checkpoint
+
+    def forward(self, x):
+        return self._gradient_checkpointing_func(
+            lambda x: torch.tanh(self.linear(x)), x, use_reentrant=False
+        )
+
+
+def kept_by(layers):
+    return [i for i, layer in enumerate(layers) if not layer.gradient_checkpointing]
+
+
+def test_inputs_come_back(monkeypatch, capsys):
+    from deepspeed.runtime.activation_checkpointing.offload_activations import (
+        _ActivationOffloadEngine as Engine,
+    )
+
+    moved, back = [], []
+    plain_in, plain_out = Engine.offload_input, Engine.restore_input
+    # On a CPU it leaves everything where it is.
+    monkeypatch.setattr(Engine, "_should_skip", lambda self, tensor: False)
+    monkeypatch.setattr(
+        Engine, "offload_input", lambda self, t: moved.append(plain_in(self, t)) or moved[-1]
+    )
+    monkeypatch.setattr(
+        Engine, "restore_input", lambda self, key: back.append(key) or plain_out(self, key)
+    )
+    torch.manual_seed(0)
+    layers = [Layer() for _ in range(5)]
+    x = torch.randn(3, 16, requires_grad=True)
+
+    def gradients():
+        out = x
+        for layer in layers:
+            out = layer(out)
+        return torch.autograd.grad(
+            out.square().sum(), [x, *(p for layer in layers for p in layer.parameters())]
+        )
+
+    before = gradients()
+    offload_inputs(layers)
+    for _ in range(3):
+        for a, b in zip(before, gradients(), strict=True):
+            assert torch.equal(a, b)
+    assert moved == list(range(1, 16))
+    # The backward pass takes the last layer's input first.
+    assert back == [*range(5, 0, -1), *range(10, 5, -1), *range(15, 10, -1)]
+    assert capsys.readouterr().out.count("wait in RAM") == 1
+
+
+def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(monkeypatch, capsys):
+    """Of a GPU's 100 bytes 40 are in use, and 60 were at the peak.
+
+    A layer keeps 4: (95 - 60) / 4 = 8 more than the one.
+    """
+    stats = {"active_bytes.all.current": 40, "active_bytes.all.peak": 60, "num_alloc_retries": 5}
+    for name, value in {
+        "memory_stats": lambda: stats,
+        "mem_get_info": lambda: (20, 100),
+        "memory_reserved": lambda: 80,
+        "memory_allocated": iter([1000, 1004]).__next__,
+        "reset_peak_memory_stats": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(activations, "all_gather_object", lambda value: [value])
+    layers = [Layer() for _ in range(20)]
+    selective = SelectiveCheckpointing(layers, AUTO, 10, False)
+    counts = []
+    for step, retries in enumerate([0, 0, 0, 0, 3, 2, 1, 1, 0, 0, 5, 5], 1):
+        stats["num_alloc_retries"] += 7  # an evaluation's, which do not count
+        selective.before_step()
+        if step == activations.MEASURE:
+            layers[-1](torch.ones(1, 16))
+        stats["num_alloc_retries"] += retries
+        selective.after_step(10)
+        counts.append(len(kept_by(layers)))
+    # Not in the step after a change; an eighth, rounded up, each time; and no longer than WATCHED
+    # steps after the last change.
+    assert counts == [0, 1, 1, 9, 9, 7, 7, 6, 6, 6, 5, 5]
+    assert kept_by(layers) == [15, 16, 17, 18, 19]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 and "9 of 20" in said[0] and "ran short 2 times, so 7" in said[1]
+    layers[-1](torch.ones(1, 16))  # after the measurement nothing looks at the memory any more
+
+
+def test_a_number_stays():
+    layers = [Layer() for _ in range(4)]
+    selective = SelectiveCheckpointing(layers, 3, 10, False)
+    assert kept_by(layers) == []
+    for _ in range(9):
+        selective.before_step()
+        selective.after_step(10)
+        assert kept_by(layers) == [1, 2, 3]
+    with pytest.raises(RunError, match="more than there are"):
+        SelectiveCheckpointing(layers, 5, 10, False)
+
+
+def test_models_without_such_layers():
+    selective = SelectiveCheckpointing([torch.nn.Linear(1, 1)], AUTO, 10, False)
+    for _ in range(9):
+        selective.before_step()
+        selective.after_step(10)
