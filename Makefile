@@ -39,7 +39,7 @@ TRAIN_FLAGS = $(if $(RECIPE),--config $(RECIPE)) $(if $(MODEL),--model_name_or_p
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables\n'; printf '  %s\n' \
-	  'MODEL=DIR|ORG/NAME   the model (default: the embedded SmolLM2-135M-Instruct)' \
+	  'MODEL=DIR|ORG/NAME   the model (default: SmolLM2-135M-Instruct)' \
 	  'DATA="FILE …"       rows: files, folders, globs, s3:// and other addresses, each with :SHARE (default: the samples)' \
 	  'METHOD=full|lora     what is trained' \
 	  'RECIPE=NAME          a recipe under launch/recipes/, or a path' \
@@ -112,14 +112,14 @@ resume: setup ## go on with RUN from its newest whole checkpoint
 	@if grep -q '^deepspeed:.*nvme' $(RUN_DIRECTORY)/resolved_config.yaml; then $(MAKE) setup-aio; fi
 	$(LAUNCH) --config $(RUN_DIRECTORY)/resolved_config.yaml --resume_from_checkpoint auto $(ARGS)
 
-stop: ## end RUN after its update, with a checkpoint
+stop: ## end RUN after its optimizer step, with a checkpoint
 	$(BIN)/python launch/supervise.py --stop $(RUN_DIRECTORY)
 
 status: ## what the runs under runs/ are doing
 	@$(BIN)/python launch/supervise.py --status
 
 ##@ Before a run
-doctor: $(VENV)/.ready ## is this machine ready? GPU, driver, compiler, memory limits, disks, network; each with what mends it
+doctor: $(VENV)/.ready ## is this machine ready? GPU, driver, compiler, memory limits, disks, network; each with its fix
 	$(BIN)/python launch/doctor.py --nvme_path $(NVME) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 plan: $(VENV)/.ready ## what fits, with which settings, and how fast (MODEL, METHOD; another machine: ARGS="--gpus 8 --gpu_memory 80GB …")
@@ -128,8 +128,8 @@ plan: $(VENV)/.ready ## what fits, with which settings, and how fast (MODEL, MET
 bench-io: setup-aio ## the disk under NVME through DeepSpeed's own op: its speed, and the best aio settings
 	$(BIN)/python launch/bench.py io $(NVME) $(ARGS)
 
-bench-box: setup ## what GPU, PCIe, RAM and the links between GPUs give
-	$(BIN)/python launch/bench.py box
+bench-machine: setup ## what GPU, PCIe, RAM and the links between GPUs give
+	$(BIN)/python launch/bench.py machine
 
 data-check: $(VENV)/.ready ## look at DATA: formats, bad rows, tokens, what is trained, packing
 	$(BIN)/python launch/data.py check $(DATA) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(RECIPE),--config $(RECIPE)) $(ARGS)
@@ -158,6 +158,9 @@ docker-lint: $(VENV)/.ready ## Dockerfile, scripts, compose file and workflows
 test: setup-aio ## unit and cpu tests, and the quick part of the faults
 	$(BIN)/python -m pytest -q tests/unit tests/cpu tests/faults -m "not long and (quick or not fault)"
 
+test-unit: $(VENV)/.ready ## unit tests: under a minute, nothing is built
+	$(BIN)/python -m pytest -q tests/unit
+
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
 	$(BIN)/python -m pytest -q tests/faults tests/cpu/test_resume.py
 
@@ -171,7 +174,7 @@ test-docker: setup-aio ## build the CPU's image for real and train in it without
 	@./launch/debian.sh $(if $(shell command -v buildah),,buildah) $(if $(shell command -v debootstrap),,debootstrap)
 	$(BIN)/python -m pytest -q tests/docker
 
-test-default: setup-aio ## the embedded default through every configuration, full and LoRA (half an hour on two cores)
+test-default: setup-aio ## the default model through every configuration, full and LoRA (half an hour on two cores)
 	$(BIN)/python -m pytest -q tests/default
 
 bench: setup-aio ## speed and memory of training beside the stock engine (CASE="8b-lora 3b-full"; ARGS)
@@ -183,13 +186,15 @@ bench-data: $(VENV)/.ready ## speed and memory of checking, tokenising and packi
 bench-checkpoint: setup-aio ## time and memory of saving and resuming 1.2 GB of state, beside the disk's speed
 	$(BIN)/python tests/bench/checkpoint.py
 
-lint: $(VENV)/.ready ## ruff
+lint: $(VENV)/.ready ## ruff and pyright
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 clean: ## remove the environment and caches of this checkout; runs/ and swap files stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: bench bench-box bench-checkpoint bench-data bench-io clean data-check docker-build docker-lint docker-run doctor export help lint plan rebuild resume setup setup-aio status stop test \
-	 test-default test-docker test-faults test-gpu test-soak train-zero3 train-zero3-gpu train-zero3-nvme \
+.PHONY: bench bench-machine bench-checkpoint bench-data bench-io clean data-check docker-build docker-lint docker-run doctor export help lint plan rebuild resume setup setup-aio status stop test \
+	 test-default test-docker test-faults test-gpu test-soak test-unit train-zero3 train-zero3-gpu train-zero3-nvme \
 	 train-zero3-nvme-optimizer

@@ -4,51 +4,63 @@ from setuptools import find_packages, setup
 
 REQUIRES = [
     "torch>=2.7",
-    "deepspeed==0.19.8",
+    "deepspeed==0.19.8",  # trainer/engine extends the inside of this version
     "transformers>=5.17,<6",
     "accelerate>=1.10",
-    "datasets>=4.0",
     "peft>=0.19",
     "safetensors>=0.5",
+    "tokenizers>=0.22",
+    "huggingface-hub>=1.0",
+    "numpy>=1.26",
+    "pyarrow>=17",  # Parquet and Arrow rows
+    "fsspec>=2025.1",  # rows at an address
+    "aiohttp>=3.10",  # https://, through fsspec
+    "s3fs>=2025.1",  # s3://
+    "gcsfs>=2025.1",  # gs://
     "hjson>=3.1",
-    "wandb>=0.20",
     "pyyaml>=6.0",
+    "wandb>=0.20",
     "tqdm>=4.66",
-    "filelock>=3.13",
-    "aiohttp>=3.10",  # https:// data, through fsspec
-    "s3fs>=2025.1",  # s3:// data
-    "gcsfs>=2025.1",  # gs:// data
     "psutil>=5.9",
     "xxhash>=3.4",  # hashes of checkpoint files
     "nvidia-ml-py>=12.535",
-    "gguf>=0.17",  # converts the embedded default model
+    "gguf>=0.17",  # converts the default model
     "ninja>=1.11",  # builds DeepSpeed's ops
-    "matplotlib>=3.8",
 ]
+EXTRAS = {
+    "gpu": ["liger-kernel>=0.8,<0.9"],  # Triton kernels: norms, rotary embedding, gated MLP, loss
+    "plot": ["matplotlib>=3.8"],  # launch/plan.py --plot
+    "notebook": ["jupyterlab>=4", "ipykernel>=6", "nbclient>=0.10", "matplotlib>=3.8", "pandas>=2"],
+    "test": [
+        "pytest>=8",
+        "ruff>=0.9",
+        "pyright[nodejs]>=1.1.400",
+        "moto>=5",
+        "flask>=3",
+        "flask-cors>=4",
+        "tiktoken>=0.9",
+        "nbclient>=0.10",
+        "ipykernel>=6",
+        "matplotlib>=3.8",
+        "pandas>=2",
+    ],
+}
 
 setup(
     name="zero-offload-trainer",
     version="0.1.0",
-    description="Fine-tune language models that do not fit the GPU, with DeepSpeed ZeRO-3 and offload to CPU and NVMe",
+    description="Fine-tune language models that do not fit the GPU, with DeepSpeed ZeRO-3 and "
+    "offload to CPU and NVMe",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["trainer*", "data"]),
-    package_data={"data": ["samples/*", "templates/*"], "trainer.engine": ["adam.c"]},
-    install_requires=REQUIRES,
-    extras_require={
-        "gpu": [
-            "liger-kernel>=0.8,<0.9"
-        ],  # Triton kernels: norms, rotary embedding, gated MLP, loss
-        "notebook": ["jupyterlab>=4", "ipykernel>=6", "nbclient>=0.10"],  # launch/notebooks/
-        "test": [
-            "pytest>=8",
-            "ruff>=0.9",
-            "moto>=5",
-            "flask>=3",
-            "flask-cors>=4",
-            "tiktoken>=0.9",
-            "nbclient>=0.10",
-            "ipykernel>=6",
-        ],
+    # deepspeed_configs and launch hold files that the product reads: ROOT of trainer/__init__.py.
+    packages=[*find_packages(include=["trainer*", "data"]), "deepspeed_configs", "launch"],
+    package_data={
+        "data": ["samples/*", "templates/*"],
+        "trainer.engine": ["adam.c"],
+        "deepspeed_configs": ["*.json"],
+        "launch": ["recipes/*.yaml"],
     },
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
 )

@@ -1,4 +1,7 @@
-"""Fine-tune a model and keep the run alive. Run as: python launch/supervise.py [--num_gpus N] [--detach] [--FLAG VALUE ...]"""
+"""Fine-tune a model and keep the run alive.
+
+Run as: python launch/supervise.py [--num_gpus N] [--detach] [--FLAG VALUE ...]
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Fine-tune a model. Run as: deepspeed launch/train.py --deepspeed ds_z3_offload.json [--config RECIPE.yaml] [--FLAG VALUE ...]"""
+"""Fine-tune a model.
+
+Run as: deepspeed launch/train.py --deepspeed NAME.json [--config RECIPE.yaml] [--FLAG VALUE ...]
+"""
 
 import sys
 from pathlib import Path
