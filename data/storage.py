@@ -200,7 +200,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
         )
     # It warns of each bucket whose kind it may not ask for.
     logging.getLogger("gcsfs").setLevel(logging.ERROR)
-    return fsspec.core.url_to_fs(f"{scheme}://{rest}")
+    try:
+        return fsspec.core.url_to_fs(f"{scheme}://{rest}")
+    except ImportError as error:
+        raise RunError(
+            f"{scheme}:// needs another package", found=str(error), fix="make setup"
+        ) from None
 
 
 def _scheme(url: str) -> str:

@@ -74,7 +74,8 @@ def shared_memory(options: Options) -> Check:
         several, fix = True, "docker run --shm-size=8g, or --ipc=host"
     if options.ranks is not None:
         several = options.ranks > 1
-    return judge(size >= GIB, f"/dev/shm {size / GIB:.2f} GiB", "1 GiB", fix, several)
+    found = f"/dev/shm {size / GIB:.2f} GiB" if size else "no /dev/shm"
+    return judge(size >= GIB, found, "1 GiB", fix, several or not size)
 
 
 def open_files(options: Options) -> Check:
