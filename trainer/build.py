@@ -15,7 +15,7 @@ from trainer.distributed import is_main_process
 from trainer.modeling import linear
 from trainer.modeling import load as modeling
 from trainer.modeling.activations import AUTO, SelectiveCheckpointing
-from trainer.monitor.signals import PreemptionCallback
+from trainer.monitor.stopping import PreemptionCallback
 from trainer.monitor.telemetry import Telemetry
 from trainer.monitor.tracking import Tracker
 from trainer.plan.model_shapes import flops_per_token

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer import ROOT
-from trainer.checkpoint import resume
 from trainer.config.flags import parse_size
 from trainer.console import say
 from trainer.distributed import all_gather_object, is_main_process
@@ -18,23 +17,6 @@ from trainer.stages import Run
 from trainer.system import default_model
 from trainer.system.swap_dir import SwapSpace
 from trainer.trainer import OffloadTrainer
-
-
-def was_stopped(trainer: OffloadTrainer) -> bool:
-    """Return whether somebody stopped the run before its end, and say how it goes on."""
-    preemption, step = trainer.parts.preemption, trainer.state.global_step
-    if not preemption.reason or step >= trainer.state.max_steps:
-        return False
-    last = trainer.last_saved
-    kept = last.name if last else "no checkpoint: it would begin anew"
-    if preemption.unsaved:
-        kept += "; a new one would not have been written in time"
-    say(
-        f"\nstopped by {preemption.reason} after step {step}; {kept}\n"
-        f"to go on: {resume.command(trainer.run.path)}"
-    )
-    trainer.write_heartbeat(Phase.STOPPED)
-    return True
 
 
 def finish(

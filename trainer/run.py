@@ -106,6 +106,7 @@ def _train(run: "Run") -> int:
     import torch
 
     from trainer import build, finish, stages
+    from trainer.monitor import stopping
 
     saved = stages.find_checkpoint(run)
     run.settings.freeze()
@@ -121,8 +122,8 @@ def _train(run: "Run") -> int:
             parts = build.RunParts(run, inputs, plan, arguments, saved, space)
             trainer = build.build_trainer(parts, resources)
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
-            if finish.was_stopped(trainer):
-                return STOPPED
+            if code := stopping.exit_code(trainer):
+                return code
             finish.finish(run, trainer, prediction, space)
     except torch.OutOfMemoryError as error:
         raise RunError(

@@ -20,7 +20,7 @@ from trainer.engine.aio import watch_swap_files
 from trainer.errors import RunError, one_line
 from trainer.modeling import attention
 from trainer.modeling import load as modeling
-from trainer.monitor.signals import dump_stacks_on_signal
+from trainer.monitor.stopping import dump_stacks_on_signal
 from trainer.plan.report import PlannedRun, PlanReport
 from trainer.prepare import Prepared
 from trainer.process_group import Ranks

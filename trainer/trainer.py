@@ -28,7 +28,7 @@ from trainer.modeling.activations import SelectiveCheckpointing
 from trainer.modeling.loss import ChunkedHead, whole_logits
 from trainer.monitor import progress
 from trainer.monitor.guards import Guards
-from trainer.monitor.signals import PreemptionCallback
+from trainer.monitor.stopping import PreemptionCallback
 from trainer.monitor.telemetry import Telemetry
 from trainer.monitor.tracking import Tracker
 from trainer.run_dir import Phase, RunDirectory

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
-from trainer.plan import cli, estimate, model_shapes
+from trainer.plan import cli, estimate, micro_batch, model_shapes
 from trainer.plan.remedy import remedy
 from trainer.plan.timing import TENSOR
 from trainer.plan.workload import TrainingJob
@@ -416,7 +416,7 @@ def test_the_remedy_is_enough():
                 activation_offload="--activation_offload" in words,
                 max_length=int(length[1]) if length else 2048,
             )
-            assert estimate.compare(job, machine(flags + more))[0].fits, words
+            assert micro_batch.compare(job, machine(flags + more))[0].fits, words
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_the_remedy_is_no_more_than_needed(ram, nvme, most_ram, most_nvme):
 )
 def test_an_update_has_the_tokens_that_were_asked(tokens, rows):
     job = TrainingJob(model_shapes.built_in("llama-3-8b"), tokens_per_step=tokens)
-    for found in estimate.compare(job, replace(H100, ram=10**12)):
+    for found in micro_batch.compare(job, replace(H100, ram=10**12)):
         assert found.micro_batch * found.accumulation == rows
 
 

@@ -14,11 +14,9 @@ from torch import nn
 from trainer.console import say
 from trainer.distributed import all_gather_object
 from trainer.errors import RunError
+from trainer.plan.estimate import SPARE_GPU
 
 AUTO = "auto"
-# The share of the GPU's memory that stays free: for gaps in the allocator's blocks, and for what
-# libraries allocate outside the allocator.
-SPARE = 0.05
 # The optimizer steps in which AUTO acts, counted from 1. The first one recomputes all layers. A new
 # number of kept layers changes the order in which modules run. ZeRO-3 then drops its record of that
 # order, makes a new one during the next step, and fetches no parameters ahead until it is complete.
@@ -125,7 +123,7 @@ class SelectiveCheckpointing:
         current = stats["active_bytes.all.current"]
         peak = current + (stats["active_bytes.all.peak"] - current) * scale
         free, total = torch.cuda.mem_get_info()
-        limit = free + torch.cuda.memory_reserved() - SPARE * total
+        limit = free + torch.cuda.memory_reserved() - SPARE_GPU * total
         # One layer is kept already, and part of the peak.
         fitting = 1 + int((limit - peak) / max(layer_bytes, 1))
         fitting = min(max(fitting, 0), len(self.layers))

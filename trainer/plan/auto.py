@@ -14,8 +14,8 @@ from trainer.console import say
 from trainer.distributed import ranks_on_this_machine
 from trainer.errors import DOES_NOT_FIT, RunError, one_line
 from trainer.plan import model_shapes
-from trainer.plan.estimate import compare
 from trainer.plan.machine import Machine, probe
+from trainer.plan.micro_batch import compare
 from trainer.plan.output import as_table, comparison
 from trainer.plan.remedy import remedy, why_not
 from trainer.plan.workload import TrainingJob

@@ -11,8 +11,8 @@ from trainer.config.command_line import WHERE, exit_code
 from trainer.config.flags import all_keys, convert, parse_size
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, did_you_mean
 from trainer.plan import output
-from trainer.plan.estimate import compare
 from trainer.plan.machine import Machine, from_flags, probe
+from trainer.plan.micro_batch import compare
 from trainer.plan.model_shapes import BUILT_IN, find
 from trainer.plan.workload import JOB_FLAGS, TrainingJob
 

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.ds_config import CONFIGS, OPTIMIZER_BUFFERS, DeepSpeedConfig
-from trainer.plan.machine import Machine
 from trainer.plan.timing import step_seconds
-from trainer.plan.workload import TrainingJob, Workload
+from trainer.plan.workload import Workload
 
 GIB = 2**30
 MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
-MICRO_BATCHES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128]
-MOST_ROWS = 1024  # of a micro-batch, where an optimizer step has a number of rows
-SPARE_GPU = 0.05  # stays free (modeling/activations.py)
+# The share of a GPU that stays free: for gaps in the allocator's blocks, and for what libraries
+# allocate by themselves. The run keeps to it too (modeling/activations.py).
+SPARE_GPU = 0.05
 SPARE_RAM = 0.03
 # NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.
 CONTEXT = 0.9 * GIB
@@ -230,29 +229,3 @@ def loss_bytes(work: Workload) -> float:
 def config_of(mode: str) -> DeepSpeedConfig:
     """Return the configuration of a mode, with its "auto" values."""
     return DeepSpeedConfig.load(CONFIGS / f"{mode}.json")
-
-
-def evaluate(job: TrainingJob, machine: Machine, mode: str) -> Prediction:
-    """Return the prediction of a mode with its best micro-batch; of one row where nothing fits.
-
-    A larger micro-batch has to be faster by 1 %. tokens_per_step is rounded to whole rows.
-    """
-    rows, sizes = 0, MICRO_BATCHES
-    if job.tokens_per_step:
-        rows = max(1, round(job.tokens_per_step / (job.max_length * machine.ranks)))
-        sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if rows % size == 0]
-    config = config_of(mode)
-    best, *others = (Prediction(job, machine, config, size, max(1, rows // size)) for size in sizes)
-    for other in others:
-        if other.fits and (best.short or other.tokens_per_s > 1.01 * best.tokens_per_s):
-            best = other
-    return best
-
-
-def compare(job: TrainingJob, machine: Machine) -> list[Prediction]:
-    """Return the prediction of every mode, the best first.
-
-    It fits, it is the fastest, and it is the simplest of those alike.
-    """
-    predictions = [evaluate(job, machine, mode) for mode in MODES]
-    return sorted(predictions, key=lambda prediction: prediction.score, reverse=True)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-from trainer.plan.estimate import MODES, Prediction, evaluate
+from trainer.plan.estimate import MODES, Prediction
 from trainer.plan.machine import Machine
+from trainer.plan.micro_batch import evaluate
 from trainer.plan.workload import TrainingJob
 
 MOST_SHOWN = 3

@@ -1,7 +1,7 @@
 """How a run is asked to stop or to save: by signals, and by files in the run directory.
 
 All ranks decide together, at the end of an optimizer step. The way of exit code STOPPED (75):
-PreemptionCallback sets its reason, run.py then returns STOPPED, the supervisor passes it on.
+PreemptionCallback sets its reason, `exit_code` below makes 75 of it, the supervisor passes it on.
 """
 
 import faulthandler
@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.console import drop_lost_terminals, terminals
+from trainer.checkpoint import resume
+from trainer.console import drop_lost_terminals, say, terminals
 from trainer.distributed import is_main_process
-from trainer.errors import STOPPED
-from trainer.run_dir import SAVE, STOP, RunDirectory
+from trainer.errors import DONE, STOPPED
+from trainer.run_dir import SAVE, STOP, Phase, RunDirectory
 
 SIGNALS: dict[int, str] = {
     signal.SIGTERM: "SIGTERM",
@@ -109,3 +110,23 @@ def dump_stacks_on_signal(run: RunDirectory, rank: int) -> None:
     # It stays open: the handler writes to its descriptor.
     file = open(run.path / f"stacks-{rank}.txt", "a")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+
+
+def exit_code(trainer: Any) -> int:
+    """Return 75 where somebody stopped the run before its end, and say how it goes on; else 0.
+
+    trainer: the OffloadTrainer, after its training.
+    """
+    request, step = trainer.parts.preemption, trainer.state.global_step
+    if not request.reason or step >= trainer.state.max_steps:
+        return DONE
+    last = trainer.last_saved
+    kept = last.name if last else "no checkpoint: it would begin anew"
+    if request.unsaved:
+        kept += "; a new one would not have been written in time"
+    say(
+        f"\nstopped by {request.reason} after step {step}; {kept}\n"
+        f"to go on: {resume.command(trainer.run.path)}"
+    )
+    trainer.write_heartbeat(Phase.STOPPED)
+    return STOPPED
