@@ -41,7 +41,7 @@ class RunArguments:
     """What this trainer adds to TrainingArguments."""
 
     model_name_or_path: str | None = _flag(
-        None, "model directory or hub name; none: the embedded SmolLM2-135M-Instruct"
+        None, "model directory or hub name; none: the default model, SmolLM2-135M-Instruct"
     )
     model_revision: str = _flag(
         "main", "hub revision; pin a commit for a model that you do not own"
