@@ -116,7 +116,8 @@ def hash_file(path: Path) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
+    block = memoryview(bytearray(2**22))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
+from data.files import hash_file
 from trainer.errors import FAILED, RunError
 
 if TYPE_CHECKING:
@@ -72,14 +73,10 @@ def verify_file(path: Path, entry: Json) -> str | None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{path.name} has {size:,} bytes; needed: {entry['bytes']:,}"
-        digest = xxhash.xxh3_128()
-        block = memoryview(bytearray(BLOCK_BYTES))
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(block):
-                digest.update(block[:count])
+        digest = hash_file(path)
     except OSError as error:
         return f"{path.name}: {error.strerror}"
-    return None if digest.hexdigest() == entry["xxh3_128"] else f"{path.name} {_CHANGED}"
+    return None if digest == entry["xxh3_128"] else f"{path.name} {_CHANGED}"
 
 
 # -- one checkpoint ----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.files import locked, user_cache
+from data.files import locked, new_file, user_cache
 from trainer.console import report
 from trainer.errors import DOES_NOT_FIT, DONE, RunError
 from trainer.system.hardware import gpu_count
@@ -297,19 +297,17 @@ def _compile_adam(target: Path) -> None:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
     if not compiler:
         raise CannotBuild("no C compiler", needed="gcc", fix="apt-get install gcc")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    output = target.with_suffix(f".{os.getpid()}")  # another rank may compile it too
-    process = subprocess.run(
-        [*f"{compiler} {COMPILER_FLAGS}".split(), ADAM_SOURCE, "-o", output, "-lm"],
-        text=True,
-        capture_output=True,
-    )
-    if process.returncode:
-        raise CannotBuild(
-            "engine/adam.c could not be compiled",
-            found=" ".join(process.stderr.split())[-600:],
+    with new_file(target) as output:  # another rank may compile it too
+        process = subprocess.run(
+            [*f"{compiler} {COMPILER_FLAGS}".split(), ADAM_SOURCE, "-o", output, "-lm"],
+            text=True,
+            capture_output=True,
         )
-    output.replace(target)
+        if process.returncode:
+            raise CannotBuild(
+                "engine/adam.c could not be compiled",
+                found=" ".join(process.stderr.split())[-600:],
+            )
 
 
 def main() -> int:
