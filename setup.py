@@ -33,6 +33,7 @@ EXTRAS = {
     "notebook": ["jupyterlab>=4", "ipykernel>=6", "nbclient>=0.10", "matplotlib>=3.8", "pandas>=2"],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
         "pyright[nodejs]>=1.1.400",
         "moto>=5",

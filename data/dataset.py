@@ -190,8 +190,8 @@ def _shuffled(keys: Array, seed: int) -> Array:
     """Return other keys, whose order is another one for each seed (splitmix64)."""
     with np.errstate(over="ignore"):
         z = keys + np.uint64((seed * 2 + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         return z ^ (z >> np.uint64(31))
 
 
@@ -368,6 +368,6 @@ def evaluation_batches(
     one of a rank may be empty.
     """
     order = np.argsort(-samples.lengths, kind="stable").tolist()
-    turns = math.ceil(len(order) / (batch_size * world_size))
-    starts = [(turn * world_size + rank) * batch_size for turn in range(turns)]
+    first = rank * batch_size
+    starts = range(first, first + len(order), batch_size * world_size)
     return [order[start : start + batch_size] for start in starts]

@@ -54,8 +54,12 @@ class Encoder:
         first = tokenizer("")["input_ids"][:1]
         self.bos = first if first == [tokenizer.bos_token_id] else []
         self.eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        variables = sorted(self.template.variables.items())
-        self.fingerprint = storage.digest(serialized, self.template.text, variables, last_turn_only)
+        self.fingerprint = storage.digest(
+            serialized,
+            self.template.text,
+            sorted(self.template.variables.items()),
+            last_turn_only,
+        )
 
     def _ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids

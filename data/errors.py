@@ -3,35 +3,36 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 
+@dataclass(eq=False)
 class RunError(Exception):
     """An error that ends the run: what is wrong, what was found and needed, and the fix.
 
     code: the exit code of the process, one of those in trainer/errors.py. 2 is bad input.
     """
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        found: object = None,
-        needed: object = None,
-        fix: str | None = None,
-        code: int = 2,
-    ) -> None:
-        self.what, self.found, self.needed, self.fix, self.code = what, found, needed, fix, code
-        lines = [what]
-        for label, text in (("found", found), ("needed", needed), ("fix", fix)):
+    what: str
+    _: KW_ONLY
+    found: object = None
+    needed: object = None
+    fix: str | None = None
+    code: int = 2
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label in ("found", "needed", "fix"):
+            text = getattr(self, label)
             if text is not None:
                 lines.append(f"  {label + ':':<8}{text}")
-        super().__init__("\n".join(lines))
+        return "\n".join(lines)
 
 
 @contextmanager
 def disk_errors(what: str, **details: Any) -> Iterator[None]:
-    """Raise RunError for an OSError of the block. details: `needed` and `fix` of the RunError."""
+    """Raise RunError for an OSError of the block. details: what else RunError takes."""
     try:
         yield
     except OSError as error:
@@ -44,10 +45,10 @@ class RowError(ValueError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?`, or nothing where no known name is similar."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def one_line(error: object, length: int = 300) -> str:
-    """Return the text of an error on one line, cut to a length."""
+def one_line(error: object, length: int | None = 300) -> str:
+    """Return the text of an error on one line, cut to a length. None: whole."""
     return " ".join(str(error).split())[:length]

@@ -15,8 +15,7 @@ from data.errors import RunError
 
 def user_cache() -> Path:
     """Return the cache directory of this user: $XDG_CACHE_HOME or ~/.cache, with our name."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "zero-offload-trainer"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "zero-offload-trainer")
 
 
 @contextmanager
@@ -54,9 +53,8 @@ def new_directory(target: Path) -> Iterator[Path]:
         if target.is_dir():
             shutil.rmtree(target)
         os.rename(work, target)
-    except BaseException:
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -116,8 +114,7 @@ def hash_file(path: Path) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    block = memoryview(bytearray(2**22))
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
+        while block := file.read(2**22):
+            digest.update(block)
     return digest.hexdigest()

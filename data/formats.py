@@ -82,9 +82,8 @@ def detect(record: Any) -> str:
         raise RowError("preference data (chosen and rejected); needed: one answer a row")
     if "output" in record:
         raise RowError("no instruction; needed: instruction and output")
-    needed = ", or ".join(FORMATS.values())
     raise RowError(
-        f"no known format; the keys are {_keys(record)}; needed: {needed}; "
+        f"no known format; the keys are {_keys(record)}; needed: {', or '.join(FORMATS.values())}; "
         "dataset_info.json can name other columns"
     )
 
@@ -191,10 +190,8 @@ def _alpaca(record: dict) -> list[Message]:
         raise RowError("history is not a list of pairs; needed: [[question, answer], …]")
     messages = _system(record)
     for i, pair in enumerate(history):
-        messages += [
-            _message("user", pair[0], f"history[{i}][0]"),
-            _message("assistant", pair[1], f"history[{i}][1]"),
-        ]
+        for j, role in enumerate(("user", "assistant")):
+            messages.append(_message(role, pair[j], f"history[{i}][{j}]"))
     answer = _message("assistant", record["output"], "output")
     return [*messages, {"role": "user", "content": question}, answer]
 
@@ -298,6 +295,6 @@ def _calls(calls: Any, place: str) -> list[dict]:
         if not isinstance(arguments, dict):
             raise RowError(f"{place_of_arguments} are {_type(arguments)}; needed: an object")
         kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        result.append(kept | call)
+        function = {"name": name, "arguments": arguments}
+        result.append(kept | {"type": "function", "function": function})
     return result

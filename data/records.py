@@ -40,7 +40,7 @@ def kind_of(path: str | Path) -> str | None:
 
 def _open(path: Path, kind: str) -> Any:
     if kind.endswith(".gz"):
-        return gzip.open(path, "rb")
+        return gzip.open(path)
     if kind.endswith(".zst"):
         import pyarrow
 
@@ -309,6 +309,5 @@ def read(path: Path, name: str, note: Note) -> Records:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (EOFError, zlib.error, OSError) as error:
-        cause = one_line(error, 120)
-        reason = f"the compressed file is damaged or half-written ({cause}). {_NOT_READ}"
-        yield line + 1, RowError(reason)
+        reason = f"the compressed file is damaged or half-written ({one_line(error, 120)}). "
+        yield line + 1, RowError(reason + _NOT_READ)

@@ -11,8 +11,7 @@ from data import storage
 from data.errors import RunError, one_line
 
 NAME = "dataset_info.json"
-_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
-# A registry's name of a column -> ours, by format.
+# A registry's name of a column -> ours, by the registry's name of a format.
 _COLUMNS = {
     "alpaca": {
         "prompt": "instruction",
@@ -22,7 +21,7 @@ _COLUMNS = {
         "history": "history",
     },
     "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
-    "messages": {"messages": "messages", "system": "system", "tools": "tools"},
+    "openai": {"messages": "messages", "system": "system", "tools": "tools"},
 }
 
 
@@ -76,7 +75,17 @@ class Registry:
             if not storage.is_url(path):
                 path = str(self.path.parent / path)
         elif "hf_hub_url" in entry:
-            folder = _download(str(entry["hf_hub_url"]), where)
+            from huggingface_hub import snapshot_download
+
+            name, patterns = str(entry["hf_hub_url"]), ["*.json*", "*.ndjson*", "*.parquet*"]
+            try:
+                folder = snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
+            except (OSError, ValueError) as error:
+                raise RunError(
+                    f"{where}: the dataset {name} cannot be read from the hub",
+                    found=type(error).__name__,
+                    needed="network and, for a gated dataset, HF_TOKEN; or a file_name",
+                ) from None
             path = str(Path(folder, entry.get("folder") or entry.get("subset") or ""))
         else:
             raise RunError(f"{where} names no data", needed="file_name or hf_hub_url")
@@ -85,9 +94,9 @@ class Registry:
 
 def _layout(entry: dict, where: str) -> Layout:
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in list(_FORMATS):  # it may be a list, which has no hash
+    if formatting not in list(_COLUMNS):  # it may be a list, which has no hash
         raise RunError(
-            f"{where}: formatting {formatting!r} is not known", needed=", ".join(_FORMATS)
+            f"{where}: formatting {formatting!r} is not known", needed=", ".join(_COLUMNS)
         )
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     for key, value in (("columns", columns), ("tags", tags)):
@@ -100,14 +109,14 @@ def _layout(entry: dict, where: str) -> Layout:
     limit = entry.get("num_samples")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise RunError(f"{where}: num_samples is {limit!r}", needed="a whole number above 0")
-    format = _FORMATS[formatting]
-    ours = _COLUMNS[format]
+    format = "messages" if formatting == "openai" else formatting
+    ours = _COLUMNS[formatting]
     unknown = sorted(columns.keys() - ours.keys() - {"tools"})
     if unknown:
         raise RunError(
             f"{where}: column {unknown[0]!r} is not known for {formatting}", needed=", ".join(ours)
         )
-    layout = Layout({}, tags, limit)
+    layout = Layout(tags=tags, limit=limit)
     if columns or "formatting" in entry:
         layout.format = format
     if columns and format == "alpaca" and not {"response", "query", "history"} & columns.keys():
@@ -115,22 +124,9 @@ def _layout(entry: dict, where: str) -> Layout:
         layout.format = "text"
         layout.columns = {"text": columns.get("prompt", "instruction")}
     elif columns:
-        for name, our_name in ours.items():
-            if name in columns or name in ("prompt", "response", "messages"):
-                layout.columns[our_name] = columns.get(name, our_name)
+        layout.columns = {
+            our_name: columns.get(name, our_name)
+            for name, our_name in ours.items()
+            if name in columns or name in ("prompt", "response", "messages")
+        }
     return layout
-
-
-def _download(name: str, where: str) -> str:
-    """Return the folder with a copy of a data set of the hub."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json*", "*.ndjson*", "*.parquet*"]
-    try:
-        return snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{where}: the dataset {name} cannot be read from the hub",
-            found=type(error).__name__,
-            needed="network and, for a gated dataset, HF_TOKEN; or a file_name",
-        ) from None

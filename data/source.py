@@ -3,20 +3,24 @@
 Imports no torch.
 """
 
+import dataclasses
 import functools
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data import formats, records, registry, storage
+from data import bad_rows, formats, records, registry, storage
+from data.bad_rows import BadRow, RowCount
 from data.errors import RowError, RunError, did_you_mean
 from data.registry import Layout, Registry
 
 VERSION = 4  # of the code that makes rows: a change makes cached results invalid
+# Passes rows on and shows how many came.
+Progress = Callable[[Iterable], Iterable]
 _OURS = (registry.NAME, "rejected.jsonl")  # files that stand beside data and are none
 
 
@@ -45,8 +49,8 @@ class Source:
 
     def key(self) -> str:
         """Return a digest of everything that the rows depend on."""
-        content, kind = storage.content_hash(self.file), records.kind_of(self.shown)
-        return storage.digest(VERSION, content, kind, self.layout)
+        content = storage.content_hash(self.file)
+        return storage.digest(VERSION, content, records.kind_of(self.shown), self.layout)
 
 
 def resolve(specs: list[str], dataset_dir: str | None = None) -> list[Source]:
@@ -113,53 +117,84 @@ def _files(path: str, names: Registry) -> list[str]:
 
 def read(
     source: Source, note: records.Note = lambda line, text: None
-) -> Iterator[tuple[int, formats.Row | RowError, Any]]:
-    """Yield (line, Row, record) of a source; a RowError in place of a row that cannot be used.
+) -> Iterator[tuple[int, formats.Row | BadRow]]:
+    """Yield (line, Row) of a source; a BadRow in place of a row that cannot be used.
 
-    record: as it stands in the file, or None where it is not readable. note(line, text) is called
-    for what is odd and still accepted.
+    note(line, text) is called for what is odd and still accepted.
     """
     layout, count, line = source.layout, 0, 0
     source.format = layout.format
     for line, record in records.read(source.file, source.shown, note):
-        if isinstance(record, RowError):
-            yield line, record, None
-            continue
-        try:
-            row = formats.convert(_mapped(record, source), str(source.format), layout.tags)
-        except RowError as error:
-            yield line, error, record
-            continue
-        yield line, row, record
-        count += 1
+        row = bad_rows.checked(line, record, functools.partial(_row, source))
+        yield line, row
+        count += not isinstance(row, BadRow)
         if count == layout.limit:
             return
     if not line:
         size = source.file.stat().st_size
         reason = f"no rows: the file has {size:,} byte(s)"
-        yield 1, RowError(reason if size else f"{reason}; was it written to the end?"), None
+        yield 1, BadRow(1, reason if size else f"{reason}; was it written to the end?")
 
 
-def _mapped(record: Any, source: Source) -> Any:
-    """Return the record under our column names. Raise RowError where it is of another format.
+def _row(source: Source, record: Any) -> formats.Row:
+    """Return the Row of a record. Raise RowError where it is of another format, or has faults.
 
     The registry's entry decides the format of a file, or else its first good row.
     """
-    columns = source.layout.columns
+    layout, columns = source.layout, source.layout.columns
     if columns and isinstance(record, dict):
         record = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
-    if source.layout.format is None:
+    if layout.format is None:
         format = formats.detect(record)
         source.format = source.format or format
         if format != source.format:
             raise RowError(
                 f"format {format} in a file of {source.format}; needed: one format a file"
             )
-        return record
-    key = formats.KEY[source.layout.format]
-    if not isinstance(record, dict) or key not in record:
-        raise RowError(
-            f"no {columns.get(key, key)}, which the registry's entry names; "
-            "needed: every row with it"
+    else:
+        key = formats.KEY[layout.format]
+        if not isinstance(record, dict) or key not in record:
+            raise RowError(
+                f"no {columns.get(key, key)}, which the registry's entry names; "
+                "needed: every row with it"
+            )
+    return formats.convert(record, str(source.format), layout.tags)
+
+
+def check(source: Source, progress: Progress = iter) -> RowCount:
+    """Read and convert every row, keep none, and count them.
+
+    The result is remembered by the file's content, for other ranks and runs.
+    """
+
+    def count() -> dict:
+        counted = RowCount()
+        for _, row in progress(read(source)):
+            if isinstance(row, BadRow):
+                counted.reject(row)
+            else:
+                counted.accepted += 1
+        return dataclasses.asdict(counted)
+
+    return RowCount(**storage.remembered("checked", source.key(), count))
+
+
+def check_all(sources: list[Source], on_bad_row: str, progress: Progress = iter) -> int:
+    """Check every source and return the number of rows that can be used.
+
+    Raise RunError for bad rows, unless they are to be skipped, and where no good row is left.
+    """
+    accepted, reasons = 0, []
+    for source in sources:
+        counted = check(source, progress)
+        if counted.rejected and on_bad_row == "stop":
+            raise counted.refusal(source.shown)
+        accepted += counted.accepted
+        reasons += bad_rows.located(source.shown, counted.first)
+    if not accepted:
+        raise RunError(
+            "no row can be used",
+            found=reasons[0],
+            needed="rows in one of the formats " + ", ".join(formats.FORMATS),
         )
-    return record
+    return accepted

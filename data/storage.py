@@ -90,24 +90,18 @@ def cache_directory() -> Path:
     disk a directory in /var/tmp.
     """
     given = os.environ.get("ZERO_OFFLOAD_CACHE")
-    directory = Path(given) if given else user_cache() / "data"
+    directory = Path(given or user_cache() / "data")
     if not given and filesystem_of(directory).startswith(NETWORK_FILESYSTEMS):
         directory = Path(f"/var/tmp/zero-offload-trainer-{os.getuid()}/data")
-    fault = "no right to write"
-    try:
+    needed = f"a directory that can be written to; {_OTHER_CACHE}"
+    with disk_errors(f"the data cache {directory} cannot be written to", needed=needed):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         # In /var/tmp somebody else may have come first.
         shared = directory.is_relative_to("/var/tmp")
-        owned = not shared or directory.parent.stat().st_uid in (0, os.getuid())
-        if owned and os.access(directory, os.W_OK):
-            return directory
-    except OSError as error:
-        fault = error.strerror
-    raise RunError(
-        f"the data cache {directory} cannot be written to",
-        found=fault,
-        needed=f"a directory that can be written to; {_OTHER_CACHE}",
-    )
+        foreign = shared and directory.parent.stat().st_uid not in (0, os.getuid())
+        if foreign or not os.access(directory, os.W_OK):
+            raise PermissionError("no right to write")
+    return directory
 
 
 def lock_of(key: object) -> Path:
@@ -155,8 +149,9 @@ def content_hash(path: Path) -> str:
     """
     with disk_errors(f"{path} cannot be read", needed="a file that can be read"):
         status = os.stat(path)
-        times = status.st_mtime_ns, status.st_ctime_ns
-        key = digest(path.absolute(), status.st_ino, status.st_size, *times)
+        key = digest(
+            path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
         return remembered("hashes", key, lambda: hash_file(path))
 
 
@@ -169,8 +164,8 @@ def _checksums(directory: Path) -> dict[str, str]:
 
 def write_manifest(directory: Path, content: dict) -> None:
     """Write manifest.json: the content, and the checksums of the directory's files."""
-    manifest = {"content": content, "files": _checksums(directory)}
-    (directory / "manifest.json").write_text(sealed(manifest))
+    manifest = sealed({"content": content, "files": _checksums(directory)})
+    (directory / "manifest.json").write_text(manifest)
 
 
 def read_manifest(directory: Path) -> dict | None:
@@ -204,7 +199,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(f"{scheme}://{rest}")
     except ImportError as error:
         raise RunError(
-            f"{scheme}:// needs another package", found=str(error), fix="make setup"
+            f"{scheme}:// needs another package", found=error, fix="make setup"
         ) from None
 
 
@@ -223,7 +218,7 @@ def _attempt(url: str, act: Callable[[], T], what: str) -> T:
             return act()
         except Exception as error:  # each backend raises its own kinds
             cause: BaseException = error
-            if _is_web(url) and isinstance(error, FileNotFoundError):
+            if _scheme(url).startswith("http") and isinstance(error, FileNotFoundError):
                 # fsspec gives that name to every failure; the one behind it knows the status.
                 cause = error.__cause__ or error.__context__ or error
         needed, kind = _needed(cause, url), type(cause).__name__
@@ -239,10 +234,6 @@ def _attempt(url: str, act: Callable[[], T], what: str) -> T:
         attempt += 1
         print(f"{shown(url)}: {kind}; attempt {attempt} of {ATTEMPTS} in {wait} s", file=sys.stderr)
         time.sleep(wait)
-
-
-def _is_web(url: str) -> bool:
-    return _scheme(url).startswith("http")
 
 
 def _needed(error: BaseException, url: str) -> str | None:
@@ -264,15 +255,14 @@ def _needed(error: BaseException, url: str) -> str | None:
 def expand(url: str) -> list[str]:
     """Return the addresses of the files that a remote address, glob or folder stands for."""
     filesystem, path = _filesystem(url)
-    is_web = _is_web(url)
+    is_web = _scheme(url).startswith("http")
     signs = "*[" if is_web else "*[?"  # on the web a ? begins the query
-    if any(sign in path for sign in signs):
-        files = _attempt(url, lambda: filesystem.glob(path), "listed")
-    elif is_web or records.kind_of(path.partition("?")[0]):
-        return [url]
-    else:
-        files = _attempt(url, lambda: filesystem.find(path), "listed")
-    files = sorted(file for file in files if records.kind_of(file))
+    search = filesystem.glob
+    if not any(sign in path for sign in signs):
+        if is_web or records.kind_of(path.partition("?")[0]):
+            return [url]
+        search = filesystem.find
+    files = sorted(filter(records.kind_of, _attempt(url, lambda: search(path), "listed")))
     if not files:
         raise RunError(f"no data file at {shown(url)}", needed=records.READABLE)
     return [filesystem.unstrip_protocol(file) for file in files]
@@ -297,16 +287,16 @@ def fetch(url: str) -> Path:
     size = info.get("size")
     name = Path(path.partition("?")[0]).name
     target = cache_directory() / "files" / digest(url, *version, size) / name
+
+    def download() -> None:
+        with new_file(target) as partial:
+            filesystem.get_file(path, str(partial))
+            received = partial.stat().st_size
+            if size not in (None, received):
+                raise OSError(f"{received:,} of {size:,} bytes came")
+
     with locked(lock_of(target)):
         if not target.is_file() or size not in (None, target.stat().st_size):
             print(f"downloading {shown(url)}", file=sys.stderr)
-            _attempt(url, lambda: _download(filesystem, path, target, size), "read")
+            _attempt(url, download, "read")
     return target
-
-
-def _download(filesystem: Any, path: str, target: Path, size: int | None) -> None:
-    with new_file(target) as partial:
-        filesystem.get_file(path, str(partial))
-        received = partial.stat().st_size
-        if size not in (None, received):
-            raise OSError(f"{received:,} of {size:,} bytes came")

@@ -107,7 +107,7 @@ class Template:
         self.text = tokenizer.chat_template
         self.marked = bool(_GENERATION.search(self.text))
         self.last_turn_only = last_turn_only
-        self.variables = dict(tokenizer.special_tokens_map)
+        self.variables = tokenizer.special_tokens_map
 
     def render(self, row: Row) -> Rendered:
         """Return the text and the assistant spans of a row. Raise RowError where it has none."""
@@ -139,12 +139,15 @@ class Template:
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # its annotations are wrong
-        options |= {"chat_template": self.text, "tools": row.tools, **self.variables}
+        options |= self.variables
         try:
-            (text,), marks = render([row.messages[:end]], **options)
+            (text,), marks = render(
+                [row.messages[:end]], chat_template=self.text, tools=row.tools, **options
+            )
         except Exception as error:  # templates raise what they like
-            reason = f"{type(error).__name__}: {one_line(error, 160)}"
-            raise RowError(f"the chat template rejects it: {reason}") from None
+            raise RowError(
+                f"the chat template rejects it: {type(error).__name__}: {one_line(error, 160)}"
+            ) from None
         return text, marks
 
     def _between_prompts(self, row: Row, turn: int, text: str) -> tuple[int, int]:

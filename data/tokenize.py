@@ -15,17 +15,17 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from data import bad_rows, storage
-from data.bad_rows import Progress, RowCount
+from data.bad_rows import BadRow, RowCount
 from data.encoder import Encoded, Encoder
-from data.errors import RowError, disk_errors
+from data.errors import disk_errors
 from data.files import locked, new_directory
 from data.formats import Row
-from data.source import Source, read
+from data.source import Progress, Source, read
 from data.template import Rendered
 
 CHUNK = 1024  # rows that are encoded together; fewer where they have more than
@@ -56,8 +56,9 @@ class TokenFile:
         self.format: str | None = manifest["format"]
         self.notes, self.weighted = manifest["notes"], manifest["weighted"]
         self.counts = RowCount(**manifest["rows"])
-        arrays = [np.load(folder / f"{name}.npy") for name in _COLUMNS]
-        self.lengths, self.lines, contents, spans, span_counts = arrays
+        self.lengths, self.lines, contents, spans, span_counts = (
+            np.load(folder / f"{name}.npy") for name in _COLUMNS
+        )
         self.contents, self.spans = contents.reshape(-1, 2), spans.reshape(-1, 2)
         self.first_span = _starts(span_counts)
         self.starts = _starts(self.lengths)
@@ -161,9 +162,9 @@ class _Writer:
         self.counts = RowCount()
         self.weighted = 0
 
-    def reject(self, line: int, reason: object, record: Any) -> None:
-        self.counts.reject(line, reason)
-        self.rejected.write(bad_rows.entry(line, reason, record))
+    def reject(self, bad: BadRow) -> None:
+        self.counts.reject(bad)
+        self.rejected.write(bad.entry())
 
     def note(self, line: int, text: str) -> None:
         self.notes.setdefault(text, [line, 0])[1] += 1
@@ -171,15 +172,14 @@ class _Writer:
     def chunks(self, rows: Iterable) -> Iterator[_Chunk]:
         """Yield the rows that can be used, with their text, many at a time."""
         chunk, size = [], 0
-        for line, row, record in rows:
-            if isinstance(row, RowError):
-                self.reject(line, row, record)
+        for line, row in rows:
+            if isinstance(row, BadRow):
+                self.reject(row)
                 continue
             self.weighted += any("weight" in message for message in row.messages)
-            try:
-                text = self.encoder.render(row)
-            except RowError as error:
-                self.reject(line, error, row.messages)
+            text = bad_rows.checked(line, row, self.encoder.render)
+            if isinstance(text, BadRow):
+                self.reject(text._replace(row=row.messages))
                 continue
             chunk.append((line, row, text))
             size += len(text.text)
@@ -193,7 +193,7 @@ class _Writer:
         all_ids = []
         for (line, row, text), (ids, spans) in zip(chunk, encoded.result()):
             if not spans:
-                self.reject(line, _NO_TOKENS, row.messages)
+                self.reject(BadRow(line, _NO_TOKENS, row.messages))
                 continue
             if not self.encoder.writes_calls and any("tool_calls" in m for m in row.messages):
                 self.note(line, _NO_CALLS)

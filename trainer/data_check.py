@@ -16,7 +16,7 @@ from data.encoder import Encoder
 from data.errors import disk_errors
 from data.tokenize import TokenFile, tokenized
 from trainer import data_setup
-from trainer.config.command_line import exit_code, split_own, words
+from trainer.config.command_line import command, split_own, words
 from trainer.config.flags import all_keys, help_text
 from trainer.config.settings import Settings, check_model, resolve
 from trainer.errors import BAD_INPUT, DONE, RunError
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--help" in argv:
             print(help_text())
         return DONE if argv else BAD_INPUT
-    return exit_code(lambda: check(argv))
+    return command(check)(argv)
 
 
 def check(argv: Sequence[str]) -> int:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data import bad_rows, source, storage
-from data.bad_rows import Progress
-from data.source import Source
+from data import source, storage
+from data.source import Progress, Source
 from trainer import ROOT
 from trainer.config.settings import Settings
 from trainer.errors import RunError
@@ -83,9 +82,9 @@ def plan_data(settings: Settings, show: Progress) -> DataPlan:
                 f"validation_split {share} is neither a share nor a count",
                 needed="a file, 0 to 1, a whole number, or 0",
             )
-    bad_rows.check_all(plan.train, settings.on_bad_row, show)
+    source.check_all(plan.train, settings.on_bad_row, show)
     if plan.validation:
-        bad_rows.check_all(plan.validation, settings.on_bad_row, show)
+        source.check_all(plan.validation, settings.on_bad_row, show)
     return plan
 
 

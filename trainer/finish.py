@@ -1,7 +1,6 @@
 """The end of a run: the last evaluation, the export, and what is said of it."""
 
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def finish(
     if run.settings.export:
         trainer.write_heartbeat(Phase.EXPORT)
         export_model(run, trainer)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = run.ram.peak()
     peaks = all_gather_object(peak)
     if is_main_process():
         trainer.write_heartbeat(Phase.DONE)

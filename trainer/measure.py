@@ -4,9 +4,9 @@
 in place of its own (plan/machine.py).
 """
 
-import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from timeit import timeit
+from typing import Any
 
 from trainer import ROOT
-from trainer.config.command_line import exit_code
+from trainer.config.command_line import Parser, command
 from trainer.config.flags import parse_size
 from trainer.distributed import local_rank
 from trainer.errors import DONE, FAILED, RunError
@@ -27,12 +28,7 @@ from trainer.plan.machine import disk_of, remember
 from trainer.plan.timing import STEP_BYTES
 from trainer.system import hardware, ops, swap_dir
 
-if TYPE_CHECKING:
-    import torch
-
-THREADS, BLOCKS, DEPTHS = (1, 4, 8), (2**20, 2**23), (16, 64)
 PAGE = 4096
-RAM_PARAMETERS = 10**8
 
 
 def io(path: str, size: int, seconds: float, out: Path | None = None) -> None:
@@ -50,7 +46,7 @@ def io(path: str, size: int, seconds: float, out: Path | None = None) -> None:
     folder, rows, began = Path(path), [], time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".bench-io-{os.getpid()}"
-    settings = list(product(THREADS, BLOCKS, DEPTHS))
+    settings = list(product((1, 4, 8), (2**20, 2**23), (16, 64)))
     try:
         for threads, block, depth in settings:
             if rows and time.monotonic() - began > seconds * (1 - 1 / len(settings)):
@@ -108,7 +104,7 @@ def _rates(file: Path, size: int, aio: dict[str, int], fill: int) -> tuple[float
     buffer = handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
 
     def rate(move: Callable[..., Any]) -> float:
-        return size / _seconds(lambda: move(buffer, str(file), 0)) / 1e9
+        return size / timeit(lambda: move(buffer, str(file), 0), number=1) / 1e9
 
     buffer.fill_(fill)
     write = rate(handle.sync_pwrite)
@@ -135,14 +131,13 @@ def machine(links: bool = True) -> dict[str, Any]:
     """
     import torch
 
-    figures: dict[str, Any] = {}
     if torch.cuda.is_available():
         figures = _gpu()
         remember(flops=figures["matmul_tflops"] * 1e12, pcie=figures["h2d_gbps"] * 1e9)
     else:
         first, second = torch.randn(2, 2048, 2048)
         seconds = _repeated(lambda: first @ second, 5)
-        figures["cpu_tflops"] = round(2 * 2048**3 / seconds / 1e12, 4)
+        figures = {"cpu_tflops": round(2 * 2048**3 / seconds / 1e12, 4)}
         remember(cpu_flops=figures["cpu_tflops"] * 1e12)
     figures["ram_gbps"] = round(_ram(), 1)
     remember(ram_rate=figures["ram_gbps"] * 1e9)
@@ -150,12 +145,6 @@ def machine(links: bool = True) -> dict[str, Any]:
         figures.update(_links())
         remember(link=figures["all_gather_gbps"] * 1e9)
     return figures
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def _repeated(function: Callable[[], Any], times: int) -> float:
@@ -169,7 +158,7 @@ def _repeated(function: Callable[[], Any], times: int) -> float:
             torch.cuda.synchronize()
 
     calls(1)
-    return _seconds(lambda: calls(times)) / times
+    return timeit(lambda: calls(times), number=1) / times
 
 
 def _gpu() -> dict[str, Any]:
@@ -198,7 +187,7 @@ def _ram() -> float:
 
     from trainer.engine import cpu_step
 
-    count, adam = RAM_PARAMETERS, ops.adam()
+    count, adam = 10**8, ops.adam()
     weight, exp_avg, exp_avg_sq = torch.zeros(count), torch.zeros(count), torch.ones(count)
     grad = torch.ones(count, dtype=torch.bfloat16)
     state = {"step": 1, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -216,17 +205,14 @@ def _ram() -> float:
 
 def _links() -> dict[str, float]:
     """Return what NCCL moves between all GPUs of the machine, one process each."""
-    import torch
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(torch.cuda.device_count()), "-m", "trainer.measure"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "gpu", "-m", "trainer.measure"]
     found = "no end after 120 s"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, cwd=ROOT)
         found = done.stderr[-300:]
-        for line in done.stdout.splitlines():
-            if line.startswith("LINKS "):
-                return json.loads(line.removeprefix("LINKS "))
+        if figures := re.search("^LINKS (.*)", done.stdout, re.MULTILINE):
+            return json.loads(figures[1])
     except subprocess.TimeoutExpired:
         pass
     raise RunError("the links between the GPUs could not be measured", found=found, code=FAILED)
@@ -243,7 +229,7 @@ def _links_of_rank() -> None:
     share = torch.ones(2**28, dtype=torch.bfloat16, device="cuda")
     whole = torch.empty(ranks * 2**28, dtype=torch.bfloat16, device="cuda")
 
-    def rate(collective: Callable[..., Any], *tensors: "torch.Tensor") -> float:
+    def rate(collective: Callable[..., Any], *tensors: Any) -> float:
         seconds = _repeated(lambda: collective(*tensors), 5)
         return round((ranks - 1) * share.nbytes / seconds / 1e9, 1)
 
@@ -256,9 +242,11 @@ def _links_of_rank() -> None:
     dist.destroy_process_group()
 
 
-def _measure(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench.py", description="What this machine gives. The plan takes the figures."
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what launch/bench.py is asked for, and return its exit code."""
+    parser = Parser(
+        prog="launch/bench.py", description="What this machine gives. The plan takes the figures."
     )
     what = (
         "machine: GPU, PCIe, RAM and the links between GPUs, as JSON; io: the disk, by DeepSpeed's "
@@ -277,13 +265,8 @@ def _measure(argv: Sequence[str] | None) -> int:
         else:
             io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
     except OSError as error:
-        raise RunError("it could not be measured", found=str(error)) from None
+        raise RunError("it could not be measured", found=error) from None
     return DONE
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code of launch/bench.py."""
-    return exit_code(lambda: _measure(argv))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from trainer.errors import RunError, one_line
 from trainer.modeling import attention
 from trainer.modeling import load as modeling
 from trainer.monitor.stopping import dump_stacks_on_signal
+from trainer.monitor.telemetry import RamSampler
 from trainer.plan.report import PlannedRun, PlanReport
 from trainer.prepare import Prepared
 from trainer.process_group import Ranks
@@ -34,13 +35,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A run that has its directory. swap: its swap directory. model: a directory or hub name."""
+    """A run that has its directory. swap: its swap directory. model: a directory or hub name.
+
+    ram: measures this rank's RAM from the start on.
+    """
 
     prepared: Prepared
     ranks: Ranks
     directory: RunDirectory
     swap: Path
     model: str
+    ram: RamSampler
 
     @property
     def settings(self) -> Settings:
@@ -79,7 +84,7 @@ def open_run(prepared: Prepared, ranks: Ranks) -> Run:
     say(f"configuration: {prepared.config.where}")
     device = "CUDA" if prepared.gpu else "CPU"
     say(f"precision: {prepared.precision} ({prepared.reason}); {device}, {ranks.world} rank(s)")
-    return Run(prepared, ranks, directory, Path(swap), model)
+    return Run(prepared, ranks, directory, Path(swap), model, RamSampler())
 
 
 def find_checkpoint(run: Run) -> SavedCheckpoint | None:

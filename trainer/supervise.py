@@ -17,7 +17,7 @@ import psutil
 
 from data import storage
 from trainer.checkpoint import resume
-from trainer.config.command_line import WHERE, exit_code, split_own
+from trainer.config.command_line import WHERE, command, split_own
 from trainer.config.device import uses_gpu
 from trainer.config.flags import help_text
 from trainer.config.settings import Settings, resolve
@@ -80,13 +80,10 @@ def parse_options(argv: list[str]) -> tuple[Options, list[str]]:
     return Options(**values), flags
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code of the supervised run."""
-    return exit_code(lambda: run_command(sys.argv[1:] if argv is None else argv))
-
-
-def run_command(argv: list[str]) -> int:
-    """Do what the command line says, and return the exit code."""
+    """Do what the command line says, and return the exit code, that of a supervised run."""
+    argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
         say(USAGE + help_text())
         return DONE
@@ -192,8 +189,8 @@ def status() -> int:
         state = beat.get("phase", "?")
         if not run.is_alive() and state not in (Phase.DONE, Phase.STOPPED):
             state = f"ended in {state}"
-        seconds = time.time() - beat.get("time", 0)
-        rows.append((run.path.name, state, str(beat.get("step")), f"{seconds:,.0f} s ago"))
+        ago = f"{time.time() - beat.get('time', 0):,.0f} s ago"
+        rows.append((run.path.name, state, str(beat.get("step")), ago))
     say(table(rows, "  "))
     return DONE
 
@@ -394,7 +391,10 @@ class Supervisor:
         return STOPPED, self.attempt.killed(rank, signal.Signals(-code), where)
 
     def _silence(self) -> str | None:
-        """Return why the ranks count as hung: no new heartbeat for too long. None where not."""
+        """Return why the ranks count as hung: no new heartbeat for too long. None where not.
+
+        Writes the limit that it took into the run directory.
+        """
         attempt, now = self.attempt, time.monotonic()
         beat = self.directory.read_heartbeat()
         if beat.get("time", 0) < attempt.began:  # none yet, or an earlier attempt's
@@ -410,21 +410,17 @@ class Supervisor:
             first = beat["step"] <= attempt.first_step
             longest = SILENCE_LIMITS[Phase.LOAD] if first else SLACK * attempt.longest_step
             limit = max(self.options.hang_timeout, longest)
-        self._publish(limit)
-        silent = now - attempt.heartbeat_seen
-        if silent <= limit:
-            return None
-        where = position(beat)
-        return f"no sign of life for {silent:.0f} s {where}; limit: {limit:.0f} s (--hang_timeout)"
-
-    def _publish(self, limit: float) -> None:
-        """Write the limit for others who watch the run, such as the image's health check."""
         if limit != self.published_limit:
             self.published_limit = limit
-            try:
+            try:  # for others who watch the run, such as the image's health check
                 self.directory.silence_limit_file.write_text(str(limit))
             except OSError:  # a full disk: the ranks report it
                 pass
+        silent = now - attempt.heartbeat_seen
+        if silent <= limit:
+            return None
+        limit_text = f"limit: {limit:.0f} s (--hang_timeout)"
+        return f"no sign of life for {silent:.0f} s {position(beat)}; {limit_text}"
 
     def _dump_stacks(self) -> None:
         """Make every rank write its stacks, suspended ranks too."""

@@ -66,14 +66,14 @@ def run(work, args):
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
-    from data import bad_rows, dataset, pack, source, template, tokenize
+    from data import dataset, pack, source, template, tokenize
     from data.encoder import Encoder
     from trainer.system import default_model
 
     generate(work / "rows.jsonl", args.rows)
     (one,) = source.resolve([str(work / "rows.jsonl")])
     began = time.perf_counter()
-    checked = bad_rows.check(one, lambda rows: tqdm(rows, unit=" rows", mininterval=5))
+    checked = source.check(one, lambda rows: tqdm(rows, unit=" rows", mininterval=5))
     seconds = time.perf_counter() - began
     print(
         f"check      {checked.accepted / seconds:12,.0f} rows/s   {seconds:7.1f} s   "
@@ -88,7 +88,7 @@ def run(work, args):
     def bare():
         """Tokens/s of encode_batch on the texts of 40,000 rows, rendering not counted."""
         rows = []
-        for _, row, _ in source.read(one):
+        for _, row in source.read(one):
             rows.append(row)
             if len(rows) == 40_000:
                 break

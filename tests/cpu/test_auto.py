@@ -63,6 +63,8 @@ def test_nvme_is_counted(trains):
 def test_two_ranks_choose_alike(trains):
     run = trains("two", *FLAGS, "--deepspeed", "auto", "--per_device_train_batch_size", 2, ranks=2)
     assert "2 rank(s) x 2 rows" in run.output and len(run.losses) == 9
+    plan = json.loads((run.directory / "plan.json").read_text())
+    assert abs(plan["error"]["host_bytes"]) < 0.25  # both processes are counted
 
 
 def test_nothing_fits(trains, tmp_path):

@@ -22,7 +22,7 @@ def quick(monkeypatch, tmp_path):
 
 
 def rows(spec):
-    return [len([r for _, r, _ in source.read(s)]) for s in source.resolve([spec])]
+    return [len([r for _, r in source.read(s)]) for s in source.resolve([spec])]
 
 
 # -- S3 --------------------------------------------------------------------------------------------

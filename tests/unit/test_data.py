@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import bad_rows, formats, pack, records, source
+from data import formats, pack, records, source
+from data.bad_rows import BadRow
 from data.errors import RowError, RunError
 from trainer import ROOT
 
@@ -24,8 +25,8 @@ def read(path, **options):
     notes = []
     found = list(source.read(one, lambda line, text: notes.append((line, text))))
     return (
-        [r for _, r, _ in found if not isinstance(r, RowError)],
-        [(line, str(r)) for line, r, _ in found if isinstance(r, RowError)],
+        [r for _, r in found if not isinstance(r, BadRow)],
+        [(r.line, r.reason) for _, r in found if isinstance(r, BadRow)],
         notes,
     )
 
@@ -319,7 +320,7 @@ def test_faults_are_named(name, line, words):
     assert len(rejected) == 1 and words in rejected[0][1], rejected
     assert line in (None, rejected[0][0]), rejected
     with pytest.raises(RunError) as error:
-        bad_rows.check_all(source.resolve([str(path)]), "stop")
+        source.check_all(source.resolve([str(path)]), "stop")
     assert (
         f"{path}:{rejected[0][0]}: " in str(error.value)
         and words in str(error.value)
@@ -380,7 +381,7 @@ def test_a_huge_line_costs_no_memory(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from data import source\n"
         "found = list(source.read(source.resolve([sys.argv[1]])[0]))\n"
-        "print([(l, str(r)[:40]) for l, r, _ in found][0], len(found), "
+        "print((found[0][0], found[0][1].reason[:40]), len(found), "
         "open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )  # its own peak; ru_maxrss is inherited
     out = subprocess.run(
@@ -393,17 +394,17 @@ def test_a_huge_line_costs_no_memory(tmp_path):
 
 
 def test_skipping_leaves_the_good_rows():
-    found = bad_rows.check_all(source.resolve([str(DATA / "faults")]), "skip")
+    found = source.check_all(source.resolve([str(DATA / "faults")]), "skip")
     assert found > 10
     with pytest.raises(RunError, match="no row can be used"):
-        bad_rows.check_all(source.resolve([str(DATA / "faults" / "no_format.jsonl")]), "skip")
+        source.check_all(source.resolve([str(DATA / "faults" / "no_format.jsonl")]), "skip")
 
 
 def test_many_bad_rows_are_counted(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"instruction": "a"}\n' * 30)
     with pytest.raises(RunError, match="30 of 30") as error:
-        bad_rows.check_all(source.resolve([str(path)]), "stop")
+        source.check_all(source.resolve([str(path)]), "stop")
     assert "20 more" in str(error.value)
 
 
@@ -441,16 +442,16 @@ def test_sources_refused(tmp_path, specs, words):
 
 def test_registry():
     (sums,) = source.resolve(["sums"], str(DATA))
-    assert len([r for _, r, _ in source.read(sums)]) == 4
+    assert len([r for _, r in source.read(sums)]) == 4
     (quiz,), (talk,) = (
         source.resolve(["quiz"], str(DATA)),
         source.resolve(["talk"], str(DATA / "dataset_info.json")),
     )
-    assert contents(next(r for _, r, _ in source.read(quiz))) == [
+    assert contents(next(r for _, r in source.read(quiz))) == [
         ("user", "1 + 1?"),
         ("assistant", "2"),
     ]
-    assert contents(next(r for _, r, _ in source.read(talk))) == [
+    assert contents(next(r for _, r in source.read(talk))) == [
         ("user", "Hello?"),
         ("assistant", "Welcome."),
     ]
@@ -509,8 +510,8 @@ def test_the_registry_decides_the_format(tmp_path, entry, record, found):
     )
     (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
     (one,) = source.resolve(["x"], str(tmp_path))
-    ((_, row, _),) = source.read(one)
-    assert found in str(row) if isinstance(row, RowError) else (one.format, contents(row)) == found
+    ((_, row),) = source.read(one)
+    assert found in row.reason if isinstance(row, BadRow) else (one.format, contents(row)) == found
 
 
 def test_another_librarys_dataset_info_is_passed_over(tmp_path, monkeypatch):
@@ -525,26 +526,26 @@ def test_another_librarys_dataset_info_is_passed_over(tmp_path, monkeypatch):
 def test_damaged_memory_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
-    first = bad_rows.check(source.resolve([str(tmp_path / "d.jsonl")])[0])
+    first = source.check(source.resolve([str(tmp_path / "d.jsonl")])[0])
     for memo in [
         *(tmp_path / "cache" / "hashes").iterdir(),
         *(tmp_path / "cache" / "checked").iterdir(),
     ]:
         for damage in (b"\xff\xfe", b"", memo.read_bytes().replace(b"1", b"7")):
             memo.write_bytes(damage)
-            assert bad_rows.check(source.resolve([str(tmp_path / "d.jsonl")])[0]) == first
+            assert source.check(source.resolve([str(tmp_path / "d.jsonl")])[0]) == first
 
 
 def test_a_check_is_remembered_until_the_content_changes(tmp_path, monkeypatch):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "x"}\n')
     (one,) = source.resolve([str(path)])
-    first = bad_rows.check(one)
+    first = source.check(one)
     with monkeypatch.context() as patch:
         patch.setattr(records, "read", lambda *a: pytest.fail("read again"))
-        assert bad_rows.check(source.resolve([str(path)])[0]) == first
+        assert source.check(source.resolve([str(path)])[0]) == first
     path.write_text('{"text": "x"}\n{"text": "y"}\n')
-    assert bad_rows.check(source.resolve([str(path)])[0]).accepted == 2
+    assert source.check(source.resolve([str(path)])[0]).accepted == 2
 
 
 def test_samples_do_not_leak():

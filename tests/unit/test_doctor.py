@@ -374,54 +374,6 @@ def test_before_every_run(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
 
 
-def test_bench_io(tmp_path):
-    """The block that it writes has DeepSpeed's own key names, and the plan takes the figures."""
-    from trainer.config import ds_schema
-
-    cache = tmp_path / "cache"
-    environment = {**os.environ, "ZERO_OFFLOAD_CACHE": str(cache)}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "launch/bench.py",
-            "io",
-            tmp_path / "disk",
-            *"--bytes 64MB --seconds 20".split(),
-            "--out",
-            tmp_path / "io.json",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "io.json").read_text())
-    assert (
-        found["aio"].keys() <= ds_schema.CONFIG["aio"].keys()
-        and found["aio"]["intra_op_parallelism"] >= 1
-    )
-    best = json.loads((cache / "box.json").read_text())
-    assert best["nvme_read"] == pytest.approx(found["read_gbps"] * 1e9) and len(found["rows"]) > 1
-    assert not list((tmp_path / "disk").iterdir())
-    plan = subprocess.run(
-        [
-            sys.executable,
-            "launch/plan.py",
-            "--gpus",
-            "0",
-            "--json",
-            "--nvme_path",
-            tmp_path / "disk",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert json.loads(plan.stdout)["box"]["nvme_read"] == best["nvme_read"]
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [

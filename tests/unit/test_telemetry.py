@@ -4,12 +4,21 @@ import builtins
 import errno
 import json
 import math
+import mmap
 import time
 
 import pytest
 
 from trainer.monitor import telemetry
-from trainer.monitor.telemetry import DiskCounter, GpuSampler, PhaseClock, Telemetry, finite
+from trainer.monitor.telemetry import (
+    DiskCounter,
+    GpuSampler,
+    PhaseClock,
+    RamSampler,
+    Telemetry,
+    finite,
+    ram_in_use,
+)
 from trainer.run_dir import RunDirectory
 
 KEYS = {
@@ -162,3 +171,22 @@ def test_a_full_disk_is_a_warning(run, monkeypatch, capsys):
     assert "metrics.jsonl: No space left on device" in capsys.readouterr().out
     measures.write({"step": 2})
     assert json.loads(run.metrics.read_text()) == {"step": 2}
+
+
+def test_mapped_files_are_no_ram_in_use(tmp_path):
+    """A checkpoint that is mapped and read counts nothing; memory of its own does, at its peak."""
+    size = 2**27
+    (tmp_path / "weights").write_bytes(bytes(size))
+    sampler, before = RamSampler(), ram_in_use()
+    with (
+        open(tmp_path / "weights", "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        assert not any(mapped[::4096])  # every page is touched
+        assert ram_in_use() - before < size / 4
+    block = bytearray(size)
+    held = ram_in_use()
+    assert size * 0.9 < held - before < size * 1.3
+    time.sleep(0.3)
+    del block
+    assert ram_in_use() < held - size / 2 and sampler.peak() >= held - size / 4

@@ -1,10 +1,11 @@
 """The command line: words into flags, for all commands. Does not import torch."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer.config.flags import Key, all_keys, convert, find_key
 from trainer.console import report
@@ -13,16 +14,28 @@ from trainer.errors import FAILED, RunError
 WHERE = "command line"
 
 
-def exit_code(command: Callable[[], int]) -> int:
-    """Run a command and return its exit code; an error is printed, and its code returned."""
-    try:
-        return command()
-    except RunError as error:
-        report(error)
-        return error.code
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """Return the main function of a command: it prints a RunError and returns its code."""
+
+    def main(*argv: Any) -> int:
+        try:
+            return function(*argv)
+        except RunError as error:
+            report(error)
+            return error.code
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+
+    return main
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a command that has few of its own. What is wrong with them is a RunError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise RunError with the message of argparse."""
+        raise RunError(f"{WHERE}: {message}", fix=f"python {self.prog} --help lists the flags")
 
 
 @dataclass
@@ -58,19 +71,18 @@ def split_own(argv: Sequence[str], own: dict[str, str | None]) -> tuple[dict[str
     """
     values: dict[str, Any] = dict(own)
     rest = []
-    pending = list(argv)
-    while pending:
-        text = pending.pop(0)
+    pending = iter(argv)
+    for text in pending:
         typed, equals, value = text.partition("=")
         name = typed[2:].replace("-", "_") if typed.startswith("--") else ""
         if name not in own:
             rest.append(text)
         elif own[name] is None:
             values[name] = True
-        elif equals or pending:
-            values[name] = value if equals else pending.pop(0)
         else:
-            raise RunError(f"{WHERE}: {typed} needs a value")
+            values[name] = value if equals else next(pending, None)
+            if values[name] is None:
+                raise RunError(f"{WHERE}: {typed} needs a value")
     return values, rest
 
 

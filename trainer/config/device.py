@@ -53,14 +53,11 @@ def choose_precision(settings: Settings, config: DeepSpeedConfig, gpu: bool) -> 
             "fp8 is not supported", found="ACCELERATE_MIXED_PRECISION=fp8", needed=NO_FP8
         )
     asked = {}
-    switched_off = False
     if settings.precision != "auto":
         asked[f"--precision {settings.precision}"] = settings.precision
     for name in ("bf16", "fp16"):
-        if settings.given(name) and settings.values[name]:
+        if settings.values[name]:
             asked[f"--{name}"] = name
-        elif settings.given(name):
-            switched_off = True
         if (config.values.get(name) or {}).get("enabled") is True:
             asked[f"{config.where}: {name}.enabled"] = name
     if len(set(asked.values())) > 1:
@@ -69,7 +66,7 @@ def choose_precision(settings: Settings, config: DeepSpeedConfig, gpu: bool) -> 
         )
     if asked:
         reason, precision = next(iter(asked.items()))
-    elif switched_off:
+    elif settings.given("bf16") or settings.given("fp16"):
         precision, reason = "fp32", "bf16 or fp16 was switched off"
     else:
         precision, reason = _best_precision(gpu)
@@ -87,8 +84,9 @@ def choose_precision(settings: Settings, config: DeepSpeedConfig, gpu: bool) -> 
 
 def _best_precision(gpu: bool) -> tuple[str, str]:
     if gpu:
-        bf16 = hardware.gpu_has_bf16()
-        return ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
+        if hardware.gpu_has_bf16():
+            return "bf16", "the GPU has it"
+        return "fp16", "the GPU has no bf16"
     if hardware.cpu_has_bf16():
         return "bf16", "the CPU has AVX-512-BF16 or AMX"
     return "fp32", "the CPU would emulate bf16"

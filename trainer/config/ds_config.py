@@ -117,10 +117,7 @@ class DeepSpeedConfig:
     def set_precision(self, precision: str) -> None:
         """Write bf16, fp16 or fp32 into DeepSpeed's own switches."""
         for name in ("bf16", "fp16"):
-            self.values[name] = {
-                **(self.values.get(name) or {}),
-                "enabled": precision == name,
-            }
+            self.values[name] = {**(self.values.get(name) or {}), "enabled": precision == name}
 
     def resolved(
         self, shapes: ZeroShapes, ranks: int, swap_directory: str | Path, fused_step: bool = True
@@ -131,21 +128,21 @@ class DeepSpeedConfig:
         live and reuse limits then have to allow three layers, or a layer is released after its
         recomputation and fetched a third time.
         """
-        made = copy.copy(self)
-        made.values = copy.deepcopy(self.values)
+        made = copy.deepcopy(self)
         parameters, optimizer = made.offload("param"), made.offload("optimizer")
-        for key, value in made._zero_values(shapes, ranks).items():
-            if made.zero.get(key) == "auto":
-                made.zero[key] = value
-        if parameters.get("buffer_size") == "auto":
-            parameters["buffer_size"] = math.ceil(shapes.largest / ranks) + 4096
-        if parameters.get("buffer_count") == "auto":
-            # A buffer holds one parameter until the GPU's copy is released: the layer in use, the
-            # two within the reuse distance, embedding, head, and one to spare. With fewer the step
-            # fails with "Not enough buffers".
-            parameters["buffer_count"] = 3 * shapes.layer_tensors + 3
-        if optimizer.get("buffer_count") == "auto":
-            optimizer["buffer_count"] = made._swap_buffers(fused_step)
+        # A buffer holds one parameter until the GPU's copy is released: the layer in use, the two
+        # within the reuse distance, embedding, head, and one to spare. With fewer the step fails
+        # with "Not enough buffers".
+        count = 3 * shapes.layer_tensors + 3
+        size = math.ceil(shapes.largest / ranks) + 4096
+        for block, values in (
+            (made.zero, made._zero_values(shapes, ranks)),
+            (parameters, {"buffer_count": count, "buffer_size": size}),
+            (optimizer, {"buffer_count": made._swap_buffers(fused_step)}),
+        ):
+            for key, value in values.items():
+                if block.get(key) == "auto":
+                    block[key] = value
         for block in (parameters, optimizer):
             if block.get("device") == "nvme":
                 block["nvme_path"] = str(swap_directory)
@@ -212,26 +209,24 @@ class DeepSpeedConfig:
 
     def check_buffers(self, shapes: ZeroShapes, ranks: int, fused_step: bool = True) -> None:
         """Raise RunError for NVMe buffers on which DeepSpeed would fail in the middle of a step."""
-        if self.device("param") == "nvme":
-            needed = math.ceil(shapes.largest / ranks)
-            size = int(self.offload("param").get("buffer_size", BUFFER_SIZE))
-            if size < needed:
+        size, count = math.ceil(shapes.largest / ranks), self._swap_buffers(fused_step)
+        for tier, key, default, needed, what in (
+            (
+                "param",
+                "buffer_size",
+                BUFFER_SIZE,
+                size,
+                "short of the largest parameter (elements)",
+            ),
+            ("optimizer", "buffer_count", OPTIMIZER_BUFFERS, count, "too small for its pipelining"),
+        ):
+            found = self.offload(tier).get(key, default)
+            if self.device(tier) == "nvme" and int(found) < needed:
                 raise RunError(
-                    f"{self.where}: offload_param.buffer_size is smaller than the largest "
-                    "parameter",
-                    found=f"{size:,} elements",
+                    f"{self.where}: offload_{tier}.{key} is {what}",
+                    found=f"{int(found):,}",
                     needed=f"{needed:,}",
-                    fix='"buffer_size": "auto"',
-                )
-        if self.device("optimizer") == "nvme":
-            needed = self._swap_buffers(fused_step)
-            count = int(self.offload("optimizer").get("buffer_count", OPTIMIZER_BUFFERS))
-            if count < needed:
-                raise RunError(
-                    f"{self.where}: offload_optimizer.buffer_count is too small for its pipelining",
-                    found=count,
-                    needed=needed,
-                    fix='"buffer_count": "auto"',
+                    fix=f'"{key}": "auto"',
                 )
 
     def swap_bytes(
@@ -254,30 +249,25 @@ class DeepSpeedConfig:
 def read(path: str | Path) -> dict[str, Any]:
     """Return the JSON with comments as plain dicts. Raises RunError where it cannot be read."""
 
-    def plain(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: plain(value) for key, value in node.items()}
-        return [plain(value) for value in node] if isinstance(node, list) else node
-
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        block = dict(pairs)
-        if len(block) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise RunError(f"{path}: the key {twice} stands twice in one block")
+        block = {}
+        for key, value in pairs:
+            if key in block:
+                raise RunError(f"{path}: the key {key} stands twice in one block")
+            block[key] = value
         return block
 
     try:
         values = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not readable as JSON", found=str(error)) from None
+        raise RunError(f"{path} is not readable as JSON", found=error) from None
     if not isinstance(values, dict):
         raise RunError(
             f"{path} is not a DeepSpeed configuration",
             found=type(values).__name__,
             needed="a JSON object",
         )
-    return plain(values)
+    return values
 
 
 def _has_type(value: Any, kind: type) -> bool:
@@ -294,10 +284,6 @@ def _check_block(
     block: dict[str, Any], schema: dict[str, Any], where: str | Path, prefix: str = ""
 ) -> None:
     """Raise RunError for the first key of a block that is not in the schema, or not of its type."""
-    parent = prefix[:-1]
-    may_be_auto = ds_schema.AUTO_MODEL.get(parent, set()) | ds_schema.AUTO_TRAINING.get(
-        parent, set()
-    )
     for key, value in block.items():
         name = f"{prefix}{key}"
         if key in ("fp8", "float8"):
@@ -313,7 +299,7 @@ def _check_block(
             )
         kind = schema[key]
         if value == "auto":
-            if key not in may_be_auto:
+            if key not in ds_schema.AUTO.get(prefix[:-1], ()):
                 raise RunError(
                     f'{where}: {name} cannot be "auto"', needed="a value, or leave the key out"
                 )
@@ -348,12 +334,6 @@ def _check_zero(zero: dict[str, Any] | None, where: str | Path) -> None:
                 f"{where}: {key}{did_you_mean(device, DEVICES)}",
                 found=device,
                 needed="none, cpu or nvme",
-            )
-        if tier == "param" and device != "none" and zero.get("stage") != 3:
-            raise RunError(
-                f"{where}: parameter offload works with ZeRO stage 3 only",
-                found=f"stage {zero.get('stage')}",
-                fix='"stage": 3, or remove offload_param',
             )
         if device == "nvme" and not block.get("nvme_path"):
             raise RunError(

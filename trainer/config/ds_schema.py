@@ -2,53 +2,63 @@
 
 DeepSpeed itself ignores most misspelt ones. A test compares the typed blocks with DeepSpeed's own
 classes. Types: bool, int, float (a whole number is fine), str, list, dict. "auto" is allowed where
-AUTO_MODEL or AUTO_TRAINING says so.
+AUTO says so.
 """
 
 _OFFLOAD = {"device": str, "nvme_path": str, "buffer_count": int, "pin_memory": bool}
 
 ZERO = {
-    "stage": int,
-    "contiguous_gradients": bool,
-    "reduce_scatter": bool,
-    "reduce_bucket_size": int,
-    "use_multi_rank_bucket_allreduce": bool,
-    "allgather_partitions": bool,
-    "allgather_bucket_size": int,
-    "overlap_comm": bool,
-    "compute_grad_norm": bool,
-    "load_from_fp32_weights": bool,
-    "elastic_checkpoint": bool,
-    "sub_group_size": int,
-    "cpu_offload_param": bool,
-    "cpu_offload_use_pin_memory": bool,
-    "cpu_offload": bool,
-    "ignore_unused_parameters": bool,
-    "legacy_stage1": bool,
-    "round_robin_gradients": bool,
-    "parameter_alignment": bool,
-    "zero_hpz_partition_size": int,
-    "zero_quantized_weights": bool,
-    "zero_quantized_nontrainable_weights": bool,
-    "zero_quantized_gradients": bool,
-    "memory_efficient_linear": bool,
-    "pipeline_loading_checkpoint": bool,
-    "override_module_apply": bool,
-    "log_trace_cache_warnings": bool,
-    "enable_sanity_checks": bool,
-    "save_muon_momentum_buffer_in_memory": bool,
-    "stage3_prefetch_bucket_size": int,
-    "stage3_param_persistence_threshold": int,
-    "stage3_model_persistence_threshold": int,
-    "stage3_max_live_parameters": int,
-    "stage3_max_reuse_distance": int,
-    "stage3_gather_16bit_weights_on_model_save": bool,
-    "stage3_module_granularity_threshold": int,
-    "stage3_use_all_reduce_for_fetch_params": bool,
-    "stage3_allgather_sequential": bool,
-    "stage3_gather_fp16_weights_on_model_save": bool,
+    **dict.fromkeys(
+        (
+            "contiguous_gradients",
+            "reduce_scatter",
+            "use_multi_rank_bucket_allreduce",
+            "allgather_partitions",
+            "overlap_comm",
+            "compute_grad_norm",
+            "load_from_fp32_weights",
+            "elastic_checkpoint",
+            "cpu_offload_param",
+            "cpu_offload_use_pin_memory",
+            "cpu_offload",
+            "ignore_unused_parameters",
+            "legacy_stage1",
+            "round_robin_gradients",
+            "parameter_alignment",
+            "zero_quantized_weights",
+            "zero_quantized_nontrainable_weights",
+            "zero_quantized_gradients",
+            "memory_efficient_linear",
+            "pipeline_loading_checkpoint",
+            "override_module_apply",
+            "log_trace_cache_warnings",
+            "enable_sanity_checks",
+            "save_muon_momentum_buffer_in_memory",
+            "stage3_gather_16bit_weights_on_model_save",
+            "stage3_use_all_reduce_for_fetch_params",
+            "stage3_allgather_sequential",
+            "stage3_gather_fp16_weights_on_model_save",
+        ),
+        bool,
+    ),
+    **dict.fromkeys(
+        (
+            "stage",
+            "reduce_bucket_size",
+            "allgather_bucket_size",
+            "sub_group_size",
+            "zero_hpz_partition_size",
+            "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold",
+            "stage3_model_persistence_threshold",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+            "stage3_module_granularity_threshold",
+        ),
+        int,
+    ),
     "zenflow": dict,
-    "leaf_module": {"classes": list, "names": list, "name_suffixes": list},
+    "leaf_module": dict.fromkeys(("classes", "names", "name_suffixes"), list),
     "offload_param": {**_OFFLOAD, "buffer_size": int, "max_in_cpu": int},
     "offload_optimizer": {
         **_OFFLOAD,
@@ -60,13 +70,16 @@ ZERO = {
         "cpuadam_cores_perc": float,
     },
 }
-BF16 = {
-    "enabled": bool,
-    "immediate_grad_update": bool,
-    "check_grad_overflow": bool,
-    "bf16_master_weights_and_grads": bool,
-    "bf16_optimizer_states": bool,
-}
+BF16 = dict.fromkeys(
+    (
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    ),
+    bool,
+)
 FP16 = {
     "enabled": bool,
     "auto_cast": bool,
@@ -88,23 +101,40 @@ AIO = {
 }
 
 CONFIG = {
+    **dict.fromkeys(
+        (
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+            "prescale_gradients",
+            "disable_allgather",
+            "disable_python_gc",
+            "zero_allow_untested_optimizer",
+            "zero_force_ds_cpu_optimizer",
+            "dataloader_drop_last",
+        ),
+        bool,
+    ),
+    **dict.fromkeys(
+        (
+            "flops_profiler",
+            "tensorboard",
+            "csv_monitor",
+            "wandb",
+            "comet",
+            "compile",
+            "timers",
+        ),
+        dict,
+    ),
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
     "gradient_accumulation_steps": int,
     "gradient_clipping": float,
     "steps_per_print": int,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "prescale_gradients": bool,
     "gradient_predivide_factor": float,
     "communication_data_type": str,
     "seq_parallel_communication_data_type": str,
-    "disable_allgather": bool,
-    "disable_python_gc": bool,
-    "zero_allow_untested_optimizer": bool,
-    "zero_force_ds_cpu_optimizer": bool,
-    "dataloader_drop_last": bool,
     "log_level": str,
     "zero_optimization": ZERO,
     "bf16": BF16,
@@ -135,18 +165,11 @@ CONFIG = {
         "verbose": bool,
         "debug": bool,
     },
-    "flops_profiler": dict,
-    "tensorboard": dict,
-    "csv_monitor": dict,
-    "wandb": dict,
-    "comet": dict,
-    "compile": dict,
-    "timers": dict,
 }
 
-# "auto" that this trainer resolves from the model, and "auto" that transformers fills from the
-# training arguments.
-AUTO_MODEL = {
+# "auto" that this trainer resolves from the model; at the top and for the precision, "auto" that
+# transformers fills from the training arguments.
+AUTO = {
     "zero_optimization": {
         "reduce_bucket_size",
         "sub_group_size",
@@ -157,8 +180,6 @@ AUTO_MODEL = {
     },
     "zero_optimization.offload_param": {"buffer_size", "buffer_count", "nvme_path"},
     "zero_optimization.offload_optimizer": {"buffer_count", "nvme_path"},
-}
-AUTO_TRAINING = {
     "": {
         "train_batch_size",
         "train_micro_batch_size_per_gpu",

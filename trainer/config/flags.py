@@ -6,14 +6,13 @@ be answered at once.
 """
 
 import ast
-import dataclasses
 import functools
 import importlib.util
 import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,96 +31,103 @@ OPTIMIZATIONS = {
 }
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class RunArguments:
-    """What this trainer adds to TrainingArguments."""
-
-    model_name_or_path: str | None = _flag(
-        None, "model directory or hub name; none: the default model, SmolLM2-135M-Instruct"
-    )
-    model_revision: str = _flag(
-        "main", "hub revision; pin a commit for a model that you do not own"
-    )
-    trust_remote_code: bool = _flag(False, "run Python code that comes with the model")
-    attn_implementation: str | None = _flag(
-        None, "attention backend of transformers; none: the model's default"
-    )
-    random_weights: bool = _flag(
-        False, "random weights in the shape of the model's config.json: for benchmarks"
-    )
-    dataset: list | None = _flag(
+# What this trainer adds to TrainingArguments: default and help, and the type where that is None.
+RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "model_name_or_path": (
+        None,
+        "model directory or hub name; none: the default model, SmolLM2-135M-Instruct",
+        "str",
+    ),
+    "model_revision": ("main", "hub revision; pin a commit for a model that you do not own"),
+    "trust_remote_code": (False, "run Python code that comes with the model"),
+    "attn_implementation": (
+        None,
+        "attention backend of transformers; none: the model's default",
+        "str",
+    ),
+    "random_weights": (
+        False,
+        "random weights in the shape of the model's config.json: for benchmarks",
+    ),
+    "dataset": (
         None,
         "files, folders, globs, s3:// gs:// https:// addresses or registered names, each with "
         ":SHARE for a mixture; none: the bundled samples",
-    )
-    dataset_dir: str | None = _flag(
-        None, "folder with dataset_info.json, the registry of names; none: data/, then here"
-    )
-    validation_split: str | None = _flag(
-        None, "validation rows: a file, a share (0.05), a count (200), or 0 for none"
-    )
-    max_length: int = _flag(2048, "tokens a row, or of a packed row")
-    too_long: str = _flag(
-        "truncate", "rows of more than max_length tokens: truncate, split into several, or drop"
-    )
-    packing: bool = _flag(
+        "list",
+    ),
+    "dataset_dir": (
+        None,
+        "folder with dataset_info.json, the registry of names; none: data/, then here",
+        "str",
+    ),
+    "validation_split": (
+        None,
+        "validation rows: a file, a share (0.05), a count (200), or 0 for none",
+        "str",
+    ),
+    "max_length": (2048, "tokens a row, or of a packed row"),
+    "too_long": (
+        "truncate",
+        "rows of more than max_length tokens: truncate, split into several, or drop",
+    ),
+    "packing": (
         False,
         "fill every row of a batch with samples (best-fit decreasing); they do not see each other",
-    )
-    template: str = _flag(
+    ),
+    "template": (
         "auto",
         "chat template: auto (the model's own), llama3, chatml, llama2, mistral, alpaca, or a file",
-    )
-    train_on_prompt: bool = _flag(False, "take the loss over the prompt too")
-    last_turn_only: bool = _flag(False, "take the loss over the last answer of a conversation only")
-    on_bad_row: str = _flag(
-        "stop", "a row that cannot be used: stop, or skip it and write it to rejected.jsonl"
-    )
-    method: str = _flag("full", "full: all parameters; lora: low-rank adapters on a frozen model")
-    lora_r: int = _flag(16, "rank of the LoRA adapters")
-    lora_alpha: int = _flag(32, "LoRA scaling: the update is multiplied by alpha / r")
-    lora_dropout: float = _flag(0.0, "dropout before the adapters")
-    lora_target_modules: str = _flag("all-linear", "comma-separated module names, or all-linear")
-    precision: str = _flag(
+    ),
+    "train_on_prompt": (False, "take the loss over the prompt too"),
+    "last_turn_only": (False, "take the loss over the last answer of a conversation only"),
+    "on_bad_row": (
+        "stop",
+        "a row that cannot be used: stop, or skip it and write it to rejected.jsonl",
+    ),
+    "method": ("full", "full: all parameters; lora: low-rank adapters on a frozen model"),
+    "lora_r": (16, "rank of the LoRA adapters"),
+    "lora_alpha": (32, "LoRA scaling: the update is multiplied by alpha / r"),
+    "lora_dropout": (0.0, "dropout before the adapters"),
+    "lora_target_modules": ("all-linear", "comma-separated module names, or all-linear"),
+    "precision": (
         "auto",
         "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, "
         "else fp32",
-    )
-    disable_optimizations: str = _flag(
+    ),
+    "disable_optimizations": (
         "auto",
         "speed optimizations to leave out, for comparisons and reports of errors: some of "
         + ", ".join(OPTIMIZATIONS)
         + "; all; auto: those that gain nothing on this hardware; none: not even those",
-    )
-    kept_layers: str = _flag(
+    ),
+    "kept_layers": (
         "auto",
         "decoder layers that keep their activations on the GPU and do not recompute them: "
         "a number, or auto, as many as fit (0 on a CPU)",
-    )
-    activation_offload: bool = _flag(
-        False, "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU"
-    )
-    bind_cores: bool | None = _flag(
+    ),
+    "activation_offload": (
+        False,
+        "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU",
+    ),
+    "bind_cores": (
         None,
         "give each rank CPU cores of its own, near its GPU; none: where GPU ranks share a machine",
-    )
-    nvme_path: str = _flag(".swap", "directory for the NVMe configurations' swap files")
-    grace_seconds: int = _flag(
+        "bool",
+    ),
+    "nvme_path": (".swap", "directory for the NVMe configurations' swap files"),
+    "grace_seconds": (
         GRACE_SECONDS,
         "seconds between a scheduler's SIGTERM and its kill; a save that would take longer is not "
         "begun then",
-    )
-    max_nonfinite_steps: int = _flag(
+    ),
+    "max_nonfinite_steps": (
         1,
         "stop with exit 1 after so many optimizer steps in a row with a loss or gradient that is "
         "not finite",
-    )
-    export: bool = _flag(True, "write runs/<name>/export/ at the end")
-    max_shard_size: str = _flag("4GB", "largest file of the exported model")
+    ),
+    "export": (True, "write runs/<name>/export/ at the end"),
+    "max_shard_size": ("4GB", "largest file of the exported model"),
+}
 
 
 CHOICES = {
@@ -129,6 +135,7 @@ CHOICES = {
     "too_long": ("truncate", "split", "drop"),
     "on_bad_row": ("stop", "skip"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length"),
 }
 MINIMUM = {
     "lora_r": 1,
@@ -175,7 +182,6 @@ RETIRED = {
     "warmup_ratio": "--warmup_steps takes a share of the run when it is below 1",
     "overwrite_output_dir": "a run never overwrites another; choose a --run_name",
     "logging_dir": "logs go to the run directory",
-    "save_safetensors": "weights are always saved as safetensors",
     "evaluation_strategy": "use --eval_strategy",
     "no_cuda": "use --use_cpu",
     "calibrate": "--deepspeed auto (AUTO=1) takes the micro-batch that the plan chooses",
@@ -229,35 +235,30 @@ def training_keys() -> dict[str, Key]:
             fix="make setup, then use .venv/bin/deepspeed",
             code=DOES_NOT_FIT,
         )
-    tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text())
+    source = (Path(spec.origin).parent / "training_args.py").read_text()
     definition = next(
         node
-        for node in tree.body
+        for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
     )
     keys = {}
     for node in definition.body:
-        if not (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(node.value, ast.Call)
-        ):
-            continue
-        name = node.target.id
-        parts = {keyword.arg: keyword.value for keyword in node.value.keywords}
-        try:
-            default = ast.literal_eval(parts["default"])
-        except (KeyError, ValueError):
-            default = None
-        help = " ".join(
-            constant.value
-            for constant in ast.walk(parts.get("metadata", node))
-            if isinstance(constant, ast.Constant)
-            and isinstance(constant.value, str)
-            and constant.value != "help"
-        )
-        default = TRAINING_DEFAULTS.get(name, default)
-        keys[name] = Key(name, _type_of(ast.unparse(node.annotation)), default, help, False)
+        match node:
+            case ast.AnnAssign(ast.Name(name), annotation, ast.Call(keywords=keywords)):
+                parts = {keyword.arg: keyword.value for keyword in keywords}
+                try:
+                    default = ast.literal_eval(parts["default"])
+                except (KeyError, ValueError):
+                    default = None
+                help = " ".join(
+                    constant.value
+                    for constant in ast.walk(parts.get("metadata", node))
+                    if isinstance(constant, ast.Constant)
+                    and isinstance(constant.value, str)
+                    and constant.value != "help"
+                )
+                default = TRAINING_DEFAULTS.get(name, default)
+                keys[name] = Key(name, _type_of(ast.unparse(annotation)), default, help, False)
     return keys
 
 
@@ -265,14 +266,8 @@ def training_keys() -> dict[str, Key]:
 def all_keys() -> dict[str, Key]:
     """Return every flag by name."""
     ours = {
-        f.name: Key(
-            f.name,
-            _type_of(getattr(f.type, "__name__", str(f.type))),
-            f.default,
-            f.metadata["help"],
-            True,
-        )
-        for f in dataclasses.fields(RunArguments)
+        name: Key(name, kind[0] if kind else type(default).__name__, default, help, True)
+        for name, (default, help, *kind) in RUN_ARGUMENTS.items()
     }
     return {**training_keys(), **ours}
 
@@ -358,24 +353,12 @@ def _to_text(key: Key, value: Any, where: str) -> str:
     )
 
 
-_UNITS = {
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
 def parse_size(text: str, flag: str) -> int:
     """Return the bytes of a size such as 4GB. Raises RunError that names the flag."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?B)\s*", str(text).upper())
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT])(I?)B\s*", str(text).upper())
     if not match or float(match[1]) <= 0:
         raise RunError(f"--{flag} is not a size", found=text, needed="such as 4GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2]))
 
 
 def help_text() -> str:

@@ -16,7 +16,6 @@ from trainer.config.flags import (
     REFUSED,
     RENAMED,
     TRAINING_DEFAULTS,
-    RunArguments,
     all_keys,
     convert,
     find_key,
@@ -26,7 +25,6 @@ from trainer.errors import RunError, did_you_mean, one_line
 RESOLVED = "resolved_config.yaml"
 RECIPES = ROOT / "launch" / "recipes"
 SECRET = ("hub_token",)
-SAMPLING = ("random", "sequential", "group_by_length")
 # --precision, --bf16 and --fp16 say the same thing.
 _PRECISION = {"precision", "bf16", "fp16"}
 _OLD_NAMES = {new: old for old, new in RENAMED.items()}
@@ -108,15 +106,13 @@ def resolve(argv: Sequence[str], default_recipe: str | None = "tiny_cpu") -> Set
     recipe = typed.pop("config", None)
     if recipe is None and "model_name_or_path" not in typed:
         recipe = default_recipe
-    plain: dict[str, Any] = {}
-    blocks: dict[str, dict[str, Any]] = {}
-    label = ""
+    plain, blocks, label = {}, {}, ""
     if recipe is not None:
         path = find_shipped(recipe, RECIPES, ".yaml", "recipe")
         plain, blocks = read_recipe(path)
         label = f"recipe {path.name}"
-    method = typed.get("method", plain.get("method", RunArguments.method))
     settings = Settings({name: key.default for name, key in all_keys().items()}, {})
+    method = {**settings.values, **plain, **typed}["method"]
     settings.values["learning_rate"] = LEARNING_RATE[method]
     _apply(settings, plain, label)
     _apply(settings, blocks.get(method, {}), f"{label}, {method}")
@@ -138,12 +134,6 @@ def _apply(settings: Settings, layer: dict[str, Any], source: str) -> None:
 
 def _check(settings: Settings) -> None:
     """Raise RunError for values that are of the right type and still cannot be."""
-    if settings.train_sampling_strategy not in SAMPLING:
-        raise RunError(
-            "train_sampling_strategy is not supported",
-            found=settings.train_sampling_strategy,
-            needed="random, sequential or group_by_length",
-        )
     if settings.packing and settings.train_sampling_strategy == "group_by_length":
         raise RunError(
             "packed rows are all of one length",
@@ -198,7 +188,16 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             needed="a YAML mapping of key: value",
         )
     if path.name == RESOLVED:
-        content = _without_defaults(content)
+        # It lists all keys: those count that somebody set, and the learning rate, whose default
+        # depends on the method.
+        keys = all_keys()
+        content = {
+            name: value
+            for name, value in content.items()
+            if name in keys
+            and name not in REFUSED
+            and (name == "learning_rate" or value != keys[name].default)
+        }
     blocks = {
         method: content.pop(method) or {} for method in CHOICES["method"] if method in content
     }
@@ -220,21 +219,6 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return converted(content), {method: converted(block) for method, block in blocks.items()}
 
 
-def _without_defaults(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a resolved configuration that somebody set: it lists all of them.
-
-    The learning rate stays: its default depends on the method.
-    """
-    keys = all_keys()
-    return {
-        name: value
-        for name, value in content.items()
-        if name not in REFUSED
-        and name in keys
-        and (name == "learning_rate" or value != keys[name].default)
-    }
-
-
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
     """Write a mapping as YAML, keys in their own order."""
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -245,11 +229,10 @@ def check_model(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            files = ", ".join(sorted(p.name for p in path.iterdir())[:8])
             raise RunError(
                 f"{path} is not a model directory",
                 needed="config.json, weights and tokenizer files",
-                found=files or "an empty directory",
+                found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty directory",
             )
     elif path.exists():
         raise RunError(f"{path} is a file, not a model directory")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.flags import RunArguments
+from trainer.config.flags import RUN_ARGUMENTS
 from trainer.errors import DOES_NOT_FIT, RunError
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
@@ -20,7 +20,7 @@ class Options:
     gpus: int
     ranks: int | None = None
     nvme: bool = False
-    nvme_path: str = RunArguments.nvme_path
+    nvme_path: str = RUN_ARGUMENTS["nvme_path"][0]
     io: bool = False
     model: str | None = None
     json: bool = False

@@ -27,9 +27,9 @@ def examine(options: Options, functions: list[CheckFunction] = CHECKS) -> dict[s
     They run side by side, as some wait for servers, in threads that end with the process: a slow
     server or a hung mount holds up nobody.
     """
+    silent = f"no answer in {SECONDS} s"
     fix = "look at what it asks: a server, a mount"
-    silent = Check(WARNING, f"no answer in {SECONDS} s", "an answer", fix)
-    answers = dict.fromkeys(functions, silent)
+    answers = dict.fromkeys(functions, Check(WARNING, silent, "an answer", fix))
 
     def run(function: CheckFunction) -> None:
         try:

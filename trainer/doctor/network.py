@@ -16,13 +16,14 @@ NET_SECONDS = 4  # that a server may take between two bytes
 
 def _status(url: str, token: str | None = None) -> int | None:
     """Return the HTTP status that a server answers; None where it cannot be reached."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     # Not urllib's own opener: it follows redirections, and takes the token to another server.
     opener = OpenerDirector()
     for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
         opener.add_handler(handler)
     try:
-        request = Request(url, method="HEAD", headers=headers)
+        request = Request(url, method="HEAD")
+        if token:
+            request.add_header("Authorization", f"Bearer {token}")
         with opener.open(request, timeout=NET_SECONDS) as answer:
             return answer.status
     except (OSError, ValueError, HTTPException):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from data import storage
 from data.files import user_cache
-from trainer.doctor.check import FAILURE, GB, GIB, OK, WARNING, Check, Options, from_error, judge
+from trainer.doctor.check import FAILURE, GB, GIB, OK, Check, Options, from_error, judge
 from trainer.errors import RunError
 from trainer.system import hardware, swap_dir
 
+LIBC = ctypes.CDLL(None, use_errno=True)
 IO_PGETEVENTS = {"x86_64": 333, "aarch64": 292}  # the number of the system call
 PROBE_BYTES, PROBE_BLOCK, PROBE_SECONDS = 2**29, 2**24, 4  # written and read; seconds of each
 
@@ -54,8 +55,7 @@ def locked_memory(options: Options) -> Check:
 def pinned_memory(options: Options) -> Check:
     """Lock pages, as pinning does; what CUDA would say, only torch can ask."""
     area = ctypes.create_string_buffer(2**28)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not libc.mlock(area, ctypes.c_size_t(len(area))):
+    if not LIBC.mlock(area, ctypes.c_size_t(len(area))):
         return Check(OK, "256 MiB could be locked")
     return judge(
         False,
@@ -92,15 +92,15 @@ def aio_requests(options: Options) -> Check:
     # A container's filter of system calls may lack io_pgetevents. DeepSpeed would ask for its
     # results again and again, for ever.
     number = IO_PGETEVENTS.get(os.uname().machine)
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = number and libc.syscall(number, 0, 0, 0, None, None, None)
+    failed = number and LIBC.syscall(number, 0, 0, 0, None, None, None)
     if failed and ctypes.get_errno() == errno.EPERM:
-        return Check(
-            FAILURE if options.nvme else WARNING,
+        return judge(
+            False,
             "io_pgetevents is forbidden (seccomp)",
             "libaio's system calls",
             "podman as docker/image.sh starts it, with a filter that allows it; or "
             "--security-opt seccomp=unconfined",
+            options.nvme,
         )
     try:
         most, used = (int(Path(f"/proc/sys/fs/aio-{n}").read_text()) for n in ("max-nr", "nr"))
@@ -146,11 +146,12 @@ def nvme_speed(options: Options) -> Check:
         path.mkdir(parents=True, exist_ok=True)
         write, read = _direct_rates(path)
     except OSError as error:
-        return Check(
-            FAILURE if options.nvme else WARNING,
+        return judge(
+            False,
             f"{path}: {error.strerror}",
             "a directory that can be written to",
             "--nvme_path DIR",
+            options.nvme,
         )
     return judge(
         min(write, read) >= GB,

@@ -22,8 +22,10 @@ def offload_inputs(layers: Sequence[Any]) -> None:
     def pack(tensor: torch.Tensor) -> Any:
         key = engine.offload_input(tensor)
         if key == 1:
-            gib = tensor.nbytes / 2**30
-            say(f"activations: the inputs of recomputed layers wait in RAM, {gib:.2f} GiB each")
+            say(
+                "activations: the inputs of recomputed layers wait in RAM, "
+                f"{tensor.nbytes / 2**30:.2f} GiB each"
+            )
         return tensor if key is None else key
 
     def unpack(packed: Any) -> torch.Tensor:
@@ -35,6 +37,7 @@ def offload_inputs(layers: Sequence[Any]) -> None:
             return stock(*args, **kwargs)
 
     for layer in layers:
-        stock = getattr(layer, "_gradient_checkpointing_func", None)
-        if stock is not None:
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, stock)
+        if hasattr(layer, "_gradient_checkpointing_func"):
+            layer._gradient_checkpointing_func = functools.partial(
+                checkpoint, layer._gradient_checkpointing_func
+            )

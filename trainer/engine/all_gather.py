@@ -58,18 +58,19 @@ def all_gather_coalesced(
     rank = init._partition_rank(params[0])
     init._ensure_availability_of_partitioned_params(params)
     device, copy_stream = torch.device(accelerator.current_device_name()), _copy_stream()
-    gathered: list[tuple[torch.Tensor, torch.Tensor]] = []  # a whole parameter, and our shard of it
+    gathered = []  # a whole parameter, and our shard of it
     # Memory that is taken in this stream is first used in it, so a copy need not wait for any other
     # stream. free_param holds memory back until the compute stream is done with it, and that one
     # waits for the gathering.
     with accelerator.stream(copy_stream):
         for param in params:
             shard = param.ds_tensor
-            whole = torch.empty(shard.numel() * ranks, dtype=shard.dtype, device=device)
-            place = whole.narrow(0, shard.numel() * rank, shard.numel())
+            size = shard.numel()
+            whole = torch.empty(size * ranks, dtype=shard.dtype, device=device)
+            place = whole.narrow(0, size * rank, size)
             place.copy_(shard, non_blocking=True)
             gathered.append((whole, place))
-            param.data = whole.narrow(0, 0, param.ds_numel).view(param.ds_shape)
+            param.data = whole[: param.ds_numel].view(param.ds_shape)
             param.ds_status = ZeroParamStatus.INFLIGHT
     if copy_stream is not None:
         torch.cuda.current_stream().wait_stream(copy_stream)

@@ -9,6 +9,7 @@ moments are 12 (runtime/zero/stage3.py: partition_grads, _optimizer_step, unscal
 """
 
 import ctypes
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -35,13 +36,14 @@ class Update(ctypes.Structure):
     """`update` of adam.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "exp_avg", "exp_avg_sq", "grad")),
-        ("param_lp", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("left", ctypes.c_int64),
-        *((name, ctypes.c_float) for name in ("scale", "lr", "beta1", "beta2", "eps", "decay")),
-        ("correction1", ctypes.c_float),
-        ("correction2", ctypes.c_float),
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_void_p, ("weight", "exp_avg", "exp_avg_sq", "grad", "param_lp")),
+            (ctypes.c_int64, ("size", "left")),
+            (ctypes.c_float, ("scale", "lr", "beta1", "beta2", "eps", "decay")),
+            (ctypes.c_float, ("correction1", "correction2")),
+        )
+        for name in names
     ]
 
 
@@ -128,8 +130,9 @@ def _take_over(zero: Any, overlap: bool) -> str | None:
         return str(error)
     if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
         return "this C compiler does not know fp16"
-    flats = zero.fp16_partitioned_groups_flat
-    in_ram = all(flat is not None and flat.device.type == "cpu" for flat in flats)
+    in_ram = all(
+        flat is not None and flat.device.type == "cpu" for flat in zero.fp16_partitioned_groups_flat
+    )
     zero.cpu_step = CpuStep(zero, adam, overlap and in_ram and not zero.swap_optimizer)
     zero.__class__ = CpuStepOptimizer
     for flat in zero.fp32_partitioned_groups_flat:
@@ -152,22 +155,22 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """
         step = self.cpu_step
         step.wait_for_all()  # the last step still reads its gradients
-        pairs, ids = [], []
+        copies = {}
         for param, shard in zip(params, partitions):
             if param.ds_id in step.real:
-                on_host = step.host_gradients[param.ds_id].narrow(0, 0, shard.numel())
+                on_host = step.host_gradients[param.ds_id][: shard.numel()]
                 shard = shard.view(-1)
                 if param.ds_id in step.norms:  # an earlier micro-batch of this step
                     shard = on_host.to(shard.device, non_blocking=True).add_(shard)
-                pairs.append((on_host, shard))
-                ids.append(param.ds_id)
+                copies[param.ds_id] = on_host, shard
                 if param.grad is not None and param.grad.is_cuda:
                     param.grad.record_stream(torch.cuda.current_stream())
             param.grad = None
-        if pairs:
-            norms = torch._foreach_norm([shard for _, shard in pairs], 2, dtype=torch.float32)
-            step.norms.update(zip(ids, norms))  # the last micro-batch's is the whole one
-        for on_host, shards in _join_neighbours(pairs):
+        if copies:
+            shards = [shard for _, shard in copies.values()]
+            norms = torch._foreach_norm(shards, 2, dtype=torch.float32)
+            step.norms.update(zip(copies, norms))  # the last micro-batch's is the whole one
+        for on_host, shards in _join_neighbours(copies.values()):
             whole = shards[0] if len(shards) == 1 else torch.cat(shards)
             on_host.copy_(whole, non_blocking=True)
 
@@ -179,8 +182,9 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """Return the norm of all gradients on all ranks, times the loss scale."""
         step = self.cpu_step
         if step.total_norm is None:
-            norms = list(step.norms.values())
-            norms = norms or [torch.zeros((), device=accelerator.current_device_name())]
+            norms = list(step.norms.values()) or [
+                torch.zeros((), device=accelerator.current_device_name())
+            ]
             total = torch.stack(norms).square_().sum()
             dist.all_reduce(total, group=self.dp_process_group)
             step.total_norm = total.sqrt().cpu()
@@ -207,8 +211,7 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         group = self.optimizer.param_groups[self.sub_group_to_group_id[i]]
         state = self.optimizer.state[flat]
         if not state:
-            exp_avg, exp_avg_sq = torch.zeros_like(flat), torch.zeros_like(flat)
-            state.update(step=0, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+            state.update(step=0, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
         state["step"] += 1
         for param in self.fp16_groups[i]:
             if param.ds_id in step.real and param.ds_id not in step.norms:
@@ -271,7 +274,7 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """
         group = self.dp_process_group
         ranks = dist.get_world_size(group)
-        joined = _join_neighbours([(p.ds_tensor.data, p) for p in params])
+        joined = _join_neighbours((p.ds_tensor.data, p) for p in params)
         # Addresses, and so their order, differ between ranks.
         for on_host, together in sorted(joined, key=lambda pair: pair[1][0].ds_id):
             new = on_host.to(together[0].device, non_blocking=True).view(1, -1)
@@ -332,16 +335,17 @@ class CpuStep:
         if not groups:
             return
         updates = (Update * len(groups))(*(self.queue.pop(i) for i in groups))
+        make = functools.partial(run, self.adam, updates, self.bits, self.threads)
         if worker:
             self.pending.update(zip(groups, updates, strict=True))
-            self.made = worker.submit(run, self.adam, updates, self.bits, self.threads)
+            self.made = worker.submit(make)
         else:
-            run(self.adam, updates, self.bits, self.threads)
+            make()
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Wait until these parameters have their new values."""
-        groups = {self.group_of.get(p.ds_id) for p in params}  # None: of a frozen one
-        for group in self.pending.keys() & groups:
+        # The group of a frozen parameter is None.
+        for group in self.pending.keys() & {self.group_of.get(p.ds_id) for p in params}:
             self.adam.adam_wait(ctypes.byref(self.pending.pop(group)))
 
     def wait_for_all(self) -> None:
@@ -351,20 +355,18 @@ class CpuStep:
             self.pending.clear()
 
 
-def _join_neighbours(pairs: list[tuple[torch.Tensor, Any]]) -> list[tuple[torch.Tensor, list]]:
+def _join_neighbours(pairs: Iterable[tuple[torch.Tensor, Any]]) -> list[tuple[torch.Tensor, list]]:
     """Join small tensors that are neighbours in one host buffer.
 
     pairs: (host tensor, what belongs to it). Returns (host tensor, all that belongs to it).
     """
-    joined: list[tuple[torch.Tensor, list]] = []
-    end = None
+    joined, end = [], None
     for tensor, other in sorted(pairs, key=lambda pair: pair[0].data_ptr()):
         buffer, address = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
         small = tensor.numel() < SMALL
         if end == (buffer, address) and small:
             first, others = joined[-1]
-            size = (first.numel() + tensor.numel(),)
-            joined[-1] = first.as_strided(size, (1,), first.storage_offset()), [*others, other]
+            joined[-1] = first.as_strided((first.numel() + tensor.numel(),), (1,)), [*others, other]
         else:
             joined.append((tensor, [other]))
         end = (buffer, address + tensor.nbytes) if small else None

@@ -115,11 +115,9 @@ class OptimizerState:
             # would take pow(beta, step), which at times is another number in the last bit
             # (csrc/includes/cpu_adam.h, IncrementStep).
             group, (param, grad, m, v) = adam.param_groups[0], torch.zeros(4, 1).unbind()
-            betas, eps = group["betas"], group["eps"]
+            settings = (0.0, *group["betas"], group["eps"], 0.0, True)
             for step in range(1, int(scalars.get("step", 0)) + 1):
-                adam.ds_opt_adam.adam_update(
-                    adam.opt_id, step, 0.0, *betas, eps, 0.0, True, param, grad, m, v
-                )
+                adam.ds_opt_adam.adam_update(adam.opt_id, step, *settings, param, grad, m, v)
 
     def _restore_group(
         self, i: int, state_keys: list[str], scalars: dict[str, float], fill: Fill

@@ -179,7 +179,7 @@ def setup_for_real_optimizer(self: Any) -> None:
 # the GPU idles too. The compute stream waits for the copy stream anyway
 # (partitioned_param_coordinator.py, fetch_sub_module), so the host need not. It may be LAYERS_AHEAD
 # layers ahead, or it would ask for the memory of all of them at once.
-_layer_starts: deque[torch.cuda.Event] = deque()  # on the compute stream
+_layer_starts: deque[Any] = deque()  # events on the compute stream
 
 
 def no_gather_wait(self: Any, **kwargs: Any) -> None:
@@ -201,9 +201,7 @@ def fetch_sub_module(self: Any, current_submodule: torch.nn.Module, forward: boo
     self._PartitionedParameterCoordinator__max_ongoing_fetch_events = 1 << 30
     _stock_fetch_sub_module(self, current_submodule, forward)
     if z3_leaf_module(current_submodule):
-        event = torch.cuda.Event()
-        event.record()
-        _layer_starts.append(event)
+        _layer_starts.append(torch.cuda.current_stream().record_event())
         if len(_layer_starts) > LAYERS_AHEAD:
             _layer_starts.popleft().synchronize()
 

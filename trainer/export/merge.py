@@ -1,14 +1,13 @@
 """Merge a run's LoRA adapter into its base model: a plain model directory."""
 
-import argparse
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from data.files import new_directory
-from trainer.config.command_line import exit_code
+from trainer.config.command_line import Parser, command
 from trainer.config.settings import RESOLVED
 from trainer.console import say
 from trainer.errors import DOES_NOT_FIT, DONE, RunError
@@ -73,14 +72,10 @@ def _check_base(base: str, adapter: Path) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RunError(f"command line: {message}", fix=f"python {self.prog} --help lists the flags")
-
-
+@command
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code of `launch/export.py`."""
-    parser = _Parser(
+    parser = Parser(
         prog="launch/export.py", description="Merge a run's LoRA adapter into its base model."
     )
     parser.add_argument(
@@ -96,10 +91,6 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="where to write the model (default RUN/export-merged)",
     )
-
-    def command() -> int:
-        args = parser.parse_args(argv)
-        merge(args.merge, args.output or args.merge / "export-merged")
-        return DONE
-
-    return exit_code(command)
+    args = parser.parse_args(argv)
+    merge(args.merge, args.output or args.merge / "export-merged")
+    return DONE

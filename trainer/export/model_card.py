@@ -46,8 +46,9 @@ def model_card(
     method = "LoRA adapter" if lora else "Full fine-tune"
     rows = "".join(_EVALUATION.format(**record) for record in evaluations)
     evaluated = f"{_EVALUATIONS}{rows}\n" if rows else ""
-    names = _SHOWN + (_LORA if lora else ())
-    values = "\n".join(f"| {name} | {settings.values[name]} |" for name in names)
+    values = "\n".join(
+        f"| {name} | {settings.values[name]} |" for name in _SHOWN + (_LORA if lora else ())
+    )
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}

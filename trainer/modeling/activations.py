@@ -125,10 +125,9 @@ class SelectiveCheckpointing:
         free, total = torch.cuda.mem_get_info()
         limit = free + torch.cuda.memory_reserved() - SPARE_GPU * total
         # One layer is kept already, and part of the peak.
-        fitting = 1 + int((limit - peak) / max(layer_bytes, 1))
-        fitting = min(max(fitting, 0), len(self.layers))
+        fitting = max(1 + int((limit - peak) / max(layer_bytes, 1)), 0)
         # ZeRO-3 needs the same order of modules on all ranks.
-        self._keep_last(min(all_gather_object(fitting)))
+        self._keep_last(min(*all_gather_object(fitting), len(self.layers)))
         say(
             f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
             f"({layer_bytes / 2**30:.2f} GiB each), the others are recomputed"

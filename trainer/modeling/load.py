@@ -1,12 +1,19 @@
 """The model: its shapes before it is loaded, its weights as ZeRO-3 shards, and LoRA adapters."""
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_liger_kernel_available
 
 from data.template import prepare_tokenizer
@@ -14,15 +21,12 @@ from trainer.config.ds_config import ZeroShapes
 from trainer.config.settings import Settings
 from trainer.errors import RunError, did_you_mean, one_line
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES).
 SWAPPED_BYTES = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def load_config(name: str, settings: Settings) -> "PreTrainedConfig":
+def load_config(name: str, settings: Settings) -> PreTrainedConfig:
     """Return the model's transformers configuration. Raise RunError where it cannot be read."""
     try:
         return AutoConfig.from_pretrained(
@@ -37,7 +41,7 @@ def load_config(name: str, settings: Settings) -> "PreTrainedConfig":
         ) from None
 
 
-def load_tokenizer(name: str, settings: Settings) -> "tuple[PreTrainedTokenizerBase, list[str]]":
+def load_tokenizer(name: str, settings: Settings) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Return (tokenizer, what it was given beyond its files). Raise RunError where it is broken."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -58,16 +62,17 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
     Return an empty list where the model has no ModuleList.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=_parameter_count, default=[]))
+    return list(
+        max(
+            (m for m in model.modules() if isinstance(m, nn.ModuleList)),
+            # A parameter that ZeRO-3 has partitioned is empty; ds_numel is its full size.
+            key=lambda m: sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters()),
+            default=[],
+        )
+    )
 
 
-def _parameter_count(module: nn.Module) -> int:
-    # A parameter that ZeRO-3 has partitioned is empty; ds_numel is its full size.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-
-
-def skeleton(config: "PreTrainedConfig", settings: Settings) -> "PreTrainedModel":
+def skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
     """Return the model on the meta device, without memory, with its adapters: for shapes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -94,7 +99,7 @@ def shapes_of(model: nn.Module, precision: str) -> ZeroShapes:
     )
 
 
-def add_adapters(model: "PreTrainedModel", settings: Settings) -> Any:
+def add_adapters(model: PreTrainedModel, settings: Settings) -> Any:
     """Return the PEFT model: LoRA adapters around the model, whose own weights are frozen.
 
     Raise RunError where lora_target_modules names no module of the model.
@@ -114,8 +119,9 @@ def add_adapters(model: "PreTrainedModel", settings: Settings) -> Any:
         # fp32 adapters beside a bf16 model would make two precisions of one ZeRO group.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        modules = model.named_modules()
-        linear = {name.split(".")[-1] for name, m in modules if isinstance(m, nn.Linear)}
+        linear = {
+            name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
         hint = did_you_mean(names[0], linear) if names else ""
         raise RunError(
             f"lora_target_modules {targets} is not in the model{hint}",
@@ -131,11 +137,11 @@ def add_adapters(model: "PreTrainedModel", settings: Settings) -> Any:
 
 def build(
     name: str,
-    config: "PreTrainedConfig",
+    config: PreTrainedConfig,
     settings: Settings,
     precision: str,
     attention: str | None,
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """Return the model in this precision, with adapters, partitioned by ZeRO-3 as it is loaded.
 
     attention: the backend's name, or None for the model's own choice. TrainingArguments must exist
@@ -171,7 +177,7 @@ def build(
     return model
 
 
-def _randomize(model: "PreTrainedModel") -> None:
+def _randomize(model: PreTrainedModel) -> None:
     """Draw weights from the configuration's normal distribution, and set norms to one.
 
     The weights are the same on any number of ranks.
@@ -206,7 +212,7 @@ def uses_liger(settings: Settings, gpu: bool) -> bool:
     return available and settings.use_liger_kernel is not False
 
 
-def liger_kernels(settings: Settings, config: "PreTrainedConfig") -> dict[str, bool]:
+def liger_kernels(settings: Settings, config: PreTrainedConfig) -> dict[str, bool]:
     """Return which of Liger's kernels run, as Liger's keyword arguments.
 
     Its losses do not: loss.py calls its kernel itself. Its MLP runs for SiLU only: Liger does not

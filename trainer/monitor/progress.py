@@ -21,25 +21,19 @@ class ProgressCallback(TrainerCallback):
     bar: Any = None
     step_seconds: list[float] = field(default_factory=list)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show the bar."""
-        self.run.beat(state.global_step, Phase.TRAIN)
-        if sys.stderr.isatty() and not args.disable_tqdm:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
-            )
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show life, and move the bar."""
+        """Show life, and the bar where it is."""
         self.run.beat(state.global_step, Phase.TRAIN)
+        if self.bar is None and sys.stderr.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
+            )
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
 
-    on_substep_end = on_evaluate = on_step_end
+    on_train_begin = on_substep_end = on_evaluate = on_step_end
 
     def on_log(
         self,

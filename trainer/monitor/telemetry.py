@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 import time
 from collections import defaultdict
@@ -128,6 +129,33 @@ class GpuSampler:
         }
 
 
+def ram_in_use() -> int:
+    """Return the bytes of RAM that this process needs: anonymous and shared memory.
+
+    Mapped files are left out: their pages are the page cache's, which gives way to others.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", status, re.MULTILINE)))
+
+
+class RamSampler:
+    """The peak of ram_in_use since it was made. The kernel's own peaks count mapped files."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while True:
+            self.peak()
+            time.sleep(0.1)
+
+    def peak(self) -> int:
+        """Return the largest size so far, bytes."""
+        self._peak = max(self._peak, ram_in_use())
+        return self._peak
+
+
 def pinned_gib() -> float:
     """Return the pinned RAM of this process, GiB: torch's on a GPU, and libaio's locked buffers."""
     status = Path("/proc/self/status").read_text().splitlines()
@@ -227,7 +255,7 @@ class Telemetry:
                 f"{phase}_s": phases[phase] / steps
                 for phase in ("data_wait", "forward", "backward", "optimizer")
             },
-            "host_rss_gib": psutil.Process().memory_info().rss / GIB,
+            "host_rss_gib": ram_in_use() / GIB,
             "pinned_gib": pinned_gib(),
         }
         if self.gpu:

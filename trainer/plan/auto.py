@@ -33,20 +33,17 @@ def choose(settings: Settings) -> None:
     fits.
     """
     gpu = uses_gpu(settings)
-    config = DeepSpeedConfig.load(CONFIGS / "ds_z3.json")
-    precision, _ = choose_precision(settings, config, gpu)
-    model = _model(settings.model_name_or_path)
-    job = TrainingJob.of_run(settings, model, precision, gpu)
+    precision, _ = choose_precision(settings, DeepSpeedConfig.load(CONFIGS / "ds_z3.json"), gpu)
+    job = TrainingJob.of_run(settings, _model(settings.model_name_or_path), precision, gpu)
     machine = _machine(settings, gpu)
     if settings.given(MICRO_BATCH) or settings.given(ACCUMULATION):
         job.tokens_per_step = settings.rows_per_step(machine.ranks) * job.max_length
     predictions = compare(job, machine)
     best = predictions[0]
     if best.short:
-        reasons = (f"{other.name}: {why_not(other, best)}" for other in predictions)
         raise RunError(
             "no configuration fits this machine",
-            found="; ".join(reasons),
+            found="; ".join(f"{other.name}: {why_not(other, best)}" for other in predictions),
             needed=remedy(job, machine) or "another machine",
             fix="python launch/plan.py --help",
             code=DOES_NOT_FIT,
@@ -85,6 +82,7 @@ def _machine(settings: Settings, gpu: bool) -> Machine:
     """Return this machine, by what does not change from one rank or moment to the next."""
     ranks_here = ranks_on_this_machine()
     machine = probe(settings.nvme_path, ranks_here if gpu else 0, measure=False)
+    machine.cpu_ranks = ranks_here
     machine.nodes = max(1, int(os.environ.get("WORLD_SIZE") or ranks_here) // ranks_here)
     try:
         swap_dir.check_directory(settings.nvme_path)

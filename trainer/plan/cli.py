@@ -1,26 +1,23 @@
 """The command launch/plan.py. Does not import torch."""
 
-import argparse
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainer.config.command_line import WHERE, exit_code
+from trainer.config.command_line import WHERE, Parser, command
 from trainer.config.flags import all_keys, convert, parse_size
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, did_you_mean
 from trainer.plan import output
 from trainer.plan.machine import Machine, from_flags, probe
 from trainer.plan.micro_batch import compare
-from trainer.plan.model_shapes import BUILT_IN, find
+from trainer.plan.model_shapes import BUILT_IN, NEEDED, find
 from trainer.plan.workload import JOB_FLAGS, TrainingJob
 
-Converter = Callable[[str, str], float]  # (text, flag) -> value
 
-
-def number(least: float, most: float = 1e18, whole: bool = True) -> Converter:
-    """Return a function that converts a flag's text to a number, or raises RunError."""
+def number(least: float, most: float = 1e18, whole: bool = True) -> Callable[[str, str], float]:
+    """Return a function (text, flag) that returns the number, or raises RunError."""
 
     def converter(text: str, flag: str) -> float:
         try:
@@ -52,14 +49,15 @@ def rate(text: str, flag: str) -> float:
     """Return the bytes a second of a rate such as 12GB/s."""
     match = re.fullmatch(r"\s*([0-9.]+\s*[KMGTkmgt]i?B)/s\s*", text)
     if not match or not re.search("[1-9]", match[1]):
-        bits = " (b is bits: an eighth)" if "b/s" in text else ""
         raise RunError(
-            f"--{flag} is not a rate", found=text, needed=f"bytes a second, such as 12GB/s{bits}"
+            f"--{flag} is not a rate",
+            found=text,
+            needed="bytes a second, such as 12GB/s; b is bits, an eighth",
         )
     return size(match[1], flag, 1e14)
 
 
-MACHINE: dict[str, tuple[Converter, str]] = {
+MACHINE = {
     "gpus": (number(0, 4096), "of one machine (default: those of this one)"),
     "gpu_memory": (size, "memory of one GPU: 80GB"),
     "ram": (size, "of one machine: 1TB"),
@@ -73,7 +71,7 @@ MACHINE: dict[str, tuple[Converter, str]] = {
     "nodes": (number(1, 4096), "machines"),
     "network": (rate, "between machines, of one of them: 25GB/s"),
 }
-TOKENS: dict[str, tuple[Converter, str]] = {
+TOKENS = {
     "tokens_per_step": (
         number(1),
         "tokens of one optimizer step over all GPUs (default: one micro-batch each)",
@@ -86,17 +84,17 @@ TRAINING = ("method", "lora_r", "lora_target_modules", "max_length", "precision"
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     """Return {flag: value}. Raises RunError for a flag or a value that cannot be."""
-    parser = argparse.ArgumentParser(
-        prog="plan.py",
+    parser = Parser(
+        prog="launch/plan.py",
         description="What fits which configuration and how fast, before anything is loaded.",
         allow_abbrev=False,
     )
-    shapes = ", ".join(BUILT_IN)
-    model = f"a model directory, a config.json, or one of {shapes} (default: %(default)s)"
-    parser.add_argument("--model", help=model, default=next(iter(BUILT_IN)))
+    parser.add_argument(
+        "--model", help=f"{NEEDED} (default: %(default)s)", default=next(iter(BUILT_IN))
+    )
     keys, own = all_keys(), {**TOKENS, **MACHINE}
     for flag in TRAINING:
-        parser.add_argument(f"--{flag}", help=keys[flag].help, default=str(keys[flag].default))
+        parser.add_argument(f"--{flag}", help=keys[flag].help, default=keys[flag].default)
     parser.add_argument("--activation_offload", nargs="?", const="true", default="false")
     for flag, (_, text) in own.items():
         parser.add_argument(f"--{flag}", help=text)
@@ -106,10 +104,7 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     flags = vars(namespace)
     if unknown:
         hint = did_you_mean(unknown[0].lstrip("-"), flags)
-        raise RunError(
-            f"{WHERE}: unrecognized arguments: {' '.join(unknown)}{hint}",
-            fix="python launch/plan.py --help lists the flags",
-        )
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     for flag, text in flags.items():
         if isinstance(text, str) and not text.strip():
             raise RunError(f"--{flag} is empty", fix=f"leave --{flag} out, or give a value")
@@ -150,7 +145,9 @@ def job_and_machine(flags: dict[str, Any]) -> tuple[TrainingJob, Machine]:
     return job, machine
 
 
-def _plan(argv: Sequence[str] | None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit code of launch/plan.py: DOES_NOT_FIT where no configuration fits."""
     flags = parse(argv)
     picture = flags["plot"]
     if picture and not picture.endswith((".png", ".pdf", ".svg")):
@@ -165,8 +162,3 @@ def _plan(argv: Sequence[str] | None) -> int:
     if picture:
         output.draw(predictions, picture)
     return DONE if predictions[0].fits else DOES_NOT_FIT
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code of launch/plan.py: DOES_NOT_FIT where no configuration fits."""
-    return exit_code(lambda: _plan(argv))

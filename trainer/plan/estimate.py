@@ -28,11 +28,11 @@ CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
 # MIN_AIO_BYTES).
 SWAPPED = 2**20
 BASE_RAM = 2.5 * GIB  # of a GPU rank's process with all libraries
-BASE_RAM_CPU = 0.75 * GIB  # with the parts that its heap keeps
+BASE_RAM_CPU = 0.42 * GIB
 # On a CPU: of all layers' activations, kept or made again, what glibc's heap has beside them
 # (mallinfo2: as much free as used). Sizes change from one batch to the next, and the adapters'
 # small results lie in between. From the runs of docs/planning.md.
-HEAP = {"full": 0.3, "lora": 0.65}
+HEAP = {"full": 0.3, "lora": 1.0}
 START = "while it starts: what is trained"
 CPU_LOGITS = 2**28  # bytes of fp32 logits at a time (modeling/loss.py)
 
@@ -57,16 +57,12 @@ class Prediction(Workload):
         kept = self.kept_layers = _kept_layers(self, sum(rank.values()))
         if kept:
             rank["kept activations"] = kept * (self.layer_bytes - self.input_bytes)
-        gpu, host = rank, {}
-        machine = self.machine
+        machine, host = self.machine, ram_bytes(self, kept)
         if not self.on_gpu:  # what would be on a GPU is in RAM
             rank["heap"] = HEAP[self.job.method] * self.model.layers * self.layer_bytes
-            gpu, host = {}, {what: size * machine.ranks_here for what, size in rank.items()}
-        self.tiers = {
-            "gpu": gpu,
-            "host": {**host, **ram_bytes(self, kept)},
-            "nvme": nvme_bytes(self),
-        }
+            host = {what: size * machine.ranks_here for what, size in rank.items()} | host
+            rank = {}
+        self.tiers = {"gpu": rank, "host": host, "nvme": nvme_bytes(self)}
         self.totals = {tier: sum(sizes.values()) for tier, sizes in self.tiers.items()}
         self.time, self.step_s = step_seconds(self, kept)
         missing = {
@@ -79,9 +75,9 @@ class Prediction(Workload):
         self.short = {what: size for what, size in missing.items() if size > 0}
         self.fits, self.name = not self.short, Path(self.config.where).stem
         self.written = self.written_bytes * self.shapes.trainable * self.machine_share
-        rows = self.micro_batch * self.accumulation
-        self.tokens_per_s = rows * self.job.max_length / self.step_s
-        self.step_tokens = rows * self.job.max_length * self.ranks
+        tokens = self.micro_batch * self.accumulation * self.job.max_length
+        self.tokens_per_s = tokens / self.step_s
+        self.step_tokens = tokens * self.ranks
         self.hours = (self.job.dataset_tokens or 0) / self.step_tokens * self.step_s / 3600
 
     @property
@@ -109,26 +105,29 @@ def rank_bytes(work: Workload) -> Bytes:
     persistent = 0
     if zero["stage3_param_persistence_threshold"] > shapes.largest_trainable:
         persistent = adapters * itemsize
-    live = zero["stage3_max_live_parameters"] * itemsize
     bucket = min(zero["reduce_bucket_size"], shapes.largest_trainable) * itemsize
     # Where one GPU holds all, or one CPU process has them in RAM, nothing is copied.
     gathers = ranks > 1 or work.params_on == "nvme" or (work.params_on == "cpu" and on_gpu)
     at_work = work.layer_bytes + 3 * work.tokens * model.intermediate * itemsize
     inputs = 2 if job.activation_offload and on_gpu else model.layers
     in_place = work.optimizer_on == "none"
-    gathered = persistent + min(live, 3 * layer + model.embedding * itemsize)
-    sizes = {
-        "context": on_gpu and CONTEXT + CONTEXT_MORE * (ranks > 1),
-        "parameters": work.params_on == "none" and (model.parameters + adapters) * itemsize / ranks,
-        "optimizer": in_place and 12 * work.trainable,
-        "gradients": in_place and work.trainable * itemsize,
-        "gathered layers": gathers and gathered,
-        "gradients of a layer": bucket + (2 * layer if job.full else persistent),
-        "inputs of layers": inputs * work.input_bytes,
-        # The loss is taken before any layer is computed again.
-        "a layer at work, or the logits": max(at_work, loss_bytes(work)),
-    }
-    return _counted(sizes)
+    gathered = persistent + min(
+        zero["stage3_max_live_parameters"] * itemsize, 3 * layer + model.embedding * itemsize
+    )
+    return _counted(
+        {
+            "context": on_gpu and CONTEXT + CONTEXT_MORE * (ranks > 1),
+            "parameters": work.params_on == "none"
+            and (model.parameters + adapters) * itemsize / ranks,
+            "optimizer": in_place and 12 * work.trainable,
+            "gradients": in_place and work.trainable * itemsize,
+            "gathered layers": gathers and gathered,
+            "gradients of a layer": bucket + (2 * layer if job.full else persistent),
+            "inputs of layers": inputs * work.input_bytes,
+            # The loss is taken before any layer is computed again.
+            "a layer at work, or the logits": max(at_work, loss_bytes(work)),
+        }
+    )
 
 
 def ram_bytes(work: Workload, kept: int) -> Bytes:
@@ -143,21 +142,22 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
     stock = work.optimizer_on == "cpu" and not job.fused_step
     parameters = work.model.parameters + (0 if job.full else trainable)
     buffer_count = int(work.config.offload("optimizer").get("buffer_count", OPTIMIZER_BUFFERS))
-    to_ram = job.activation_offload and on_gpu
-    sizes = {
-        "processes": (BASE_RAM if on_gpu else BASE_RAM_CPU) * ranks_here,
-        "parameters": work.params_on == "cpu" and parameters * itemsize * share,
-        "pinned rounding": pinned_rounding(work) * ranks_here,
-        "optimizer": work.optimizer_on == "cpu" and 12 * trainable * share,
-        "gradients": offloaded and trainable * (itemsize + 4 * stock) * share,
-        "NVMe buffers": sum(work.buffers) * ranks_here,
-        # Of a sub-group, before they first go into its buffers.
-        "first moments": 2 * work.buffers[1] / buffer_count * ranks_here,
-        # DeepSpeed moves them into one buffer by way of RAM.
-        START: on_gpu and not offloaded and trainable * itemsize * share,
-        "inputs of layers": to_ram and (work.model.layers - kept) * work.input_bytes * ranks_here,
-    }
-    return _counted(sizes)
+    inputs = work.model.layers - kept if job.activation_offload and on_gpu else 0
+    return _counted(
+        {
+            "processes": (BASE_RAM if on_gpu else BASE_RAM_CPU) * ranks_here,
+            "parameters": work.params_on == "cpu" and parameters * itemsize * share,
+            "pinned rounding": pinned_rounding(work) * ranks_here,
+            "optimizer": work.optimizer_on == "cpu" and 12 * trainable * share,
+            "gradients": offloaded and trainable * (itemsize + 4 * stock) * share,
+            "NVMe buffers": sum(work.buffers) * ranks_here,
+            # Of a sub-group, before they first go into its buffers.
+            "first moments": 2 * work.buffers[1] / buffer_count * ranks_here,
+            # DeepSpeed moves them into one buffer by way of RAM.
+            START: on_gpu and not offloaded and trainable * itemsize * share,
+            "inputs of layers": inputs * work.input_bytes * ranks_here,
+        }
+    )
 
 
 def nvme_bytes(work: Workload) -> Bytes:
@@ -170,13 +170,14 @@ def nvme_bytes(work: Workload) -> Bytes:
 
     # A tied head is written once before it is tied, and its file stays.
     parameters = model.layers * sum(map(swapped, model.matrix_sizes)) + 2 * swapped(model.embedding)
-    sub_group = min(work.zero["sub_group_size"], work.trainable)
-    optimizer = work.optimizer_on == "nvme" and sub_group * 4 >= SWAPPED
-    sizes = {
-        "parameters": work.params_on == "nvme" and parameters * share,
-        "optimizer": optimizer and work.swap_bytes * work.shapes.trainable * share,
-    }
-    return _counted(sizes)
+    sub_group_bytes = 4 * min(work.zero["sub_group_size"], work.trainable)
+    optimizer = work.optimizer_on == "nvme" and sub_group_bytes >= SWAPPED
+    return _counted(
+        {
+            "parameters": work.params_on == "nvme" and parameters * share,
+            "optimizer": optimizer and work.swap_bytes * work.shapes.trainable * share,
+        }
+    )
 
 
 def _kept_layers(work: Workload, used: float) -> int:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,11 +43,11 @@ CPU_FLOPS = 1e11
 class Machine:
     """One or several machines that are alike. Sizes are bytes, rates are a second.
 
-    gpus: of one machine, 0 for none. gpu_memory, pcie, link: of one GPU; pcie from RAM, each way;
-    link between GPUs. ram, nvme: of one machine. flops: operations of one GPU, or of the CPU.
-    ram_rate: reads and writes together. exact_pinning: pinned RAM is not rounded up
-    (hardware.set_allocators). memlock: RAM that a process may lock; None: all. network: between
-    machines, of one. notes: what was assumed.
+    gpus: of one machine, 0 for none. cpu_ranks: processes of one machine without GPUs. gpu_memory,
+    pcie, link: of one GPU; pcie from RAM, each way; link between GPUs. ram, nvme: of one machine.
+    flops: operations of one GPU, or of the CPU. ram_rate: reads and writes together.
+    exact_pinning: pinned RAM is not rounded up (hardware.set_allocators). memlock: RAM that a
+    process may lock; None: all. network: between machines, of one. notes: what was assumed.
 
     The default rates are for what nobody measured: a small GPU, a disk slower than most, 200 Gbit/s
     between machines. ram_rate: the CPU's step reached 117 to 170 with 16 cores beside an H100.
@@ -68,12 +68,13 @@ class Machine:
     exact_pinning: bool = True
     memlock: int | None = None
     network: float = 25e9
+    cpu_ranks: int = 1
     notes: list[str] = field(default_factory=list)
 
     @property
     def ranks_here(self) -> int:
         """Ranks of one machine."""
-        return max(self.gpus, 1)
+        return self.gpus or self.cpu_ranks
 
     @property
     def ranks(self) -> int:
@@ -95,7 +96,7 @@ def measured() -> dict[str, Any]:
         return {
             key: value
             for key, value in values.items()
-            if isinstance(value, str) or (value > 0 and math.isfinite(value))
+            if isinstance(value, str) or 0 < value < math.inf
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
@@ -129,11 +130,16 @@ def probe(nvme_path: str, use_gpus: int | None = None, measure: bool = True) -> 
     known = next((KNOWN[key] for key in KNOWN if re.search(rf"\b{key}\b", name)), ())
     rates: dict[str, Any] = dict(zip(GPU_RATES, known))
     if gpus and "flops" not in values:
-        label = name if known else "a small GPU"
-        notes.append(f"rates of {label} assumed (make bench-machine measures them)")
-    nvme, problem = _free_nvme(nvme_path)
-    if problem:
-        notes.append(f"no NVMe: {problem}")
+        notes.append(
+            f"rates of {name if known else 'a small GPU'} assumed (make bench-machine measures "
+            "them)"
+        )
+    nvme = 0
+    try:
+        swap_dir.check_place(nvme_path)
+        nvme = shutil.disk_usage(hardware.existing(nvme_path)).free
+    except RunError as error:
+        notes.append(f"no NVMe: {error.found}")
     if values.get("nvme_disk") == disk_of(nvme_path):
         used += ["nvme_read", "nvme_write"]
     elif nvme:
@@ -162,23 +168,9 @@ def _disk_rates() -> str:
     return f"{Machine.nvme_read / 1e9:.0f} GB/s read and {Machine.nvme_write / 1e9:.0f} written"
 
 
-def _free_nvme(path: str) -> tuple[int, str]:
-    """Return the free bytes of a disk, or 0 and why it cannot hold swap files."""
-    try:
-        swap_dir.check_place(path)
-        return shutil.disk_usage(hardware.existing(path)).free, ""
-    except RunError as error:
-        return 0, str(error).splitlines()[1].partition(":")[2].strip()
-
-
-def _best_seconds(function: Callable[..., Any], *arguments: Any) -> float:
+def _best_seconds(function: Callable[[], Any]) -> float:
     """Return the seconds of the fastest of some calls: other programs take cores for moments."""
-    seconds = []
-    for _ in range(9):
-        began = time.perf_counter()
-        function(*arguments)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    return min(timeit.repeat(function, number=1, repeat=9))
 
 
 def _cpu_flops() -> float:
@@ -186,16 +178,16 @@ def _cpu_flops() -> float:
     import numpy as np
 
     matrix = np.ones((1024, 1024), dtype=np.float32)
-    return 2 * 1024**3 / _best_seconds(np.matmul, matrix, matrix)
+    return 2 * 1024**3 / _best_seconds(lambda: matrix @ matrix)
 
 
 def _ram_rate() -> float:
     """Return the bytes a second, read and written, of copies by one core; twice that by more."""
     import numpy as np
 
-    source = np.zeros(2**25, dtype=np.uint8)
+    source, target = np.zeros((2, 2**25), dtype=np.uint8)
     cores = min(2, os.cpu_count() or 1)
-    return cores * 2 * source.nbytes / _best_seconds(np.copyto, source.copy(), source)
+    return cores * 2 * source.nbytes / _best_seconds(lambda: np.copyto(target, source))
 
 
 def from_flags(flags: Mapping[str, Any], here: Machine | None = None) -> Machine:
@@ -233,8 +225,9 @@ def from_flags(flags: Mapping[str, Any], here: Machine | None = None) -> Machine
         given["flops"] = given.pop("gpu_tflops") * 1e12
     if "gpu_link" in given:
         given["link"] = given.pop("gpu_link")
-    assumption = ["assumed: " + ", ".join(assumed)] if assumed else []
-    return replace(here, **given, notes=here.notes + assumption)
+    if assumed:
+        here.notes.append("assumed: " + ", ".join(assumed))
+    return replace(here, **given)
 
 
 def _assumptions(given: Mapping[str, Any], machine: Machine) -> list[str]:

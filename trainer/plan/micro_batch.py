@@ -20,8 +20,9 @@ def evaluate(job: TrainingJob, machine: Machine, mode: str) -> Prediction:
     if job.tokens_per_step:
         rows = max(1, round(job.tokens_per_step / (job.max_length * machine.ranks)))
         sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if rows % size == 0]
-    config = config_of(mode)
-    best, *others = (Prediction(job, machine, config, size, max(1, rows // size)) for size in sizes)
+    best, *others = (
+        Prediction(job, machine, config_of(mode), size, max(1, rows // size)) for size in sizes
+    )
     for other in others:
         if other.fits and (best.short or other.tokens_per_s > 1.01 * best.tokens_per_s):
             best = other
@@ -33,5 +34,5 @@ def compare(job: TrainingJob, machine: Machine) -> list[Prediction]:
 
     It fits, it is the fastest, and it is the simplest of those alike.
     """
-    predictions = [evaluate(job, machine, mode) for mode in MODES]
+    predictions = (evaluate(job, machine, mode) for mode in MODES)
     return sorted(predictions, key=lambda prediction: prediction.score, reverse=True)

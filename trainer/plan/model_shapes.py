@@ -6,6 +6,7 @@ Sizes are elements. Does not import torch.
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +24,22 @@ SIZES = (
     "num_attention_heads",
     "vocab_size",
 )
-# Of the published config.json files: SIZES, num_key_value_heads, tie_word_embeddings, model_type.
+# Of the published config.json files: SIZES, num_key_value_heads, tie_word_embeddings.
 BUILT_IN = {
-    "smollm2-135m": (576, 1536, 30, 9, 49152, 3, True, "llama"),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 128256, 8, True, "llama"),
-    "llama-3.2-3b": (3072, 8192, 28, 24, 128256, 8, True, "llama"),
-    "llama-3-8b": (4096, 14336, 32, 32, 128256, 8, False, "llama"),
-    "llama-3-70b": (8192, 28672, 80, 64, 128256, 8, False, "llama"),
-    "llama-3.1-405b": (16384, 53248, 126, 128, 128256, 8, False, "llama"),
-    "llama-2-7b": (4096, 11008, 32, 32, 32000, 32, False, "llama"),
-    "llama-2-13b": (5120, 13824, 40, 40, 32000, 40, False, "llama"),
-    "mistral-7b": (4096, 14336, 32, 32, 32768, 8, False, "llama"),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 151936, 2, True, "qwen2"),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 152064, 4, False, "qwen2"),
-    "qwen2.5-14b": (5120, 13824, 48, 40, 152064, 8, False, "qwen2"),
-    "qwen2.5-32b": (5120, 27648, 64, 40, 152064, 8, False, "qwen2"),
-    "qwen2.5-72b": (8192, 29568, 80, 64, 152064, 8, False, "qwen2"),
+    "smollm2-135m": (576, 1536, 30, 9, 49152, 3, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 128256, 8, True),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 128256, 8, True),
+    "llama-3-8b": (4096, 14336, 32, 32, 128256, 8, False),
+    "llama-3-70b": (8192, 28672, 80, 64, 128256, 8, False),
+    "llama-3.1-405b": (16384, 53248, 126, 128, 128256, 8, False),
+    "llama-2-7b": (4096, 11008, 32, 32, 32000, 32, False),
+    "llama-2-13b": (5120, 13824, 40, 40, 32000, 40, False),
+    "mistral-7b": (4096, 14336, 32, 32, 32768, 8, False),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 151936, 2, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 152064, 4, False),
+    "qwen2.5-14b": (5120, 13824, 48, 40, 152064, 8, False),
+    "qwen2.5-32b": (5120, 27648, 64, 40, 152064, 8, False),
+    "qwen2.5-72b": (8192, 29568, 80, 64, 152064, 8, False),
 }
 # model_type of configurations that say all that is needed.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -132,9 +133,11 @@ class ModelSpec:
         sizes = {}
         for name in self.matrices if names == ["all-linear"] else names:
             if name not in self.matrices:
-                hint = did_you_mean(name, self.matrices)
-                what = f"lora_target_modules {targets} is not in the model{hint}"
-                raise RunError(what, needed=needed)
+                raise RunError(
+                    f"lora_target_modules {targets} is not in the model"
+                    f"{did_you_mean(name, self.matrices)}",
+                    needed=needed,
+                )
             rows, columns = self.matrices[name]
             sizes[name] = rank * rows, rank * columns
         return sizes
@@ -175,9 +178,10 @@ def built_in(name: str) -> ModelSpec:
     key = re.sub(r"(-chat|-instruct|-hf|-v0\.\d)+$", "", key)
     if key not in BUILT_IN:
         raise RunError(f"no model {name[:80]}{did_you_mean(key, BUILT_IN)}", needed=NEEDED)
-    *sizes, kv_heads, tied, family = BUILT_IN[key]
+    *sizes, kv_heads, tied = BUILT_IN[key]
     config = dict(zip(SIZES, sizes), num_key_value_heads=kv_heads, tie_word_embeddings=tied)
-    return from_dict({**config, "model_type": family}, key)
+    family = "qwen2" if "qwen" in key else "llama"
+    return from_dict(config | {"model_type": family}, key)
 
 
 def from_config(path: Path) -> ModelSpec:
@@ -260,9 +264,9 @@ def find(name: str) -> ModelSpec:
     path = Path(name)
     if not name or len(name) > 4000:
         raise RunError("--model is too long" if name else "--model is empty", needed=NEEDED)
-    if len(name) < 256 and path.is_file():
+    if os.path.isfile(name):  # unlike Path's, it answers for a name that is too long, too
         return from_config(path)
-    if len(name) < 256 and path.is_dir():
+    if os.path.isdir(name):
         check_model(name)
         return _check_weights(from_config(path / "config.json"), path)
     if path.suffix == ".json" or name.startswith((".", "/", "~")):

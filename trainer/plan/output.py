@@ -41,9 +41,12 @@ def as_json(predictions: list[Prediction]) -> dict[str, Any]:
     """Return the plan for programs."""
     best = predictions[0]
     job, model = best.job, best.model
-    trained = job.shapes.trainable
     content = {
-        "model": {"name": model.name, "parameters": model.parameters, "trained": trained},
+        "model": {
+            "name": model.name,
+            "parameters": model.parameters,
+            "trained": job.shapes.trainable,
+        },
         "box": asdict(best.machine),
         "recommended": recommended(best) if best.fits else None,
         "modes": [_mode(prediction) for prediction in _by_mode(predictions)],
@@ -85,7 +88,13 @@ def as_text(predictions: list[Prediction]) -> str:
         as_table(comparison(predictions)),
         "",
         "The four times would be taken alone; a step overlaps them. What lies where, GiB:",
-        *_placement(predictions),
+        *(
+            f"  {prediction.name}: {TIERS[tier]}: "
+            + ", ".join(f"{what} {_gib(size)}" for what, size in sizes.items())
+            for prediction in predictions
+            for tier, sizes in prediction.tiers.items()
+            if sizes
+        ),
         "",
     ]
     if best.written:
@@ -98,8 +107,10 @@ def as_text(predictions: list[Prediction]) -> str:
             f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
             for key, value in recommended(best).items()
         )
-        lines.append("settings: " + ", ".join(settings))
-        lines.append("Numbers are predictions; each run prints its own beside them.")
+        lines += [
+            "settings: " + ", ".join(settings),
+            "Numbers are predictions; each run prints its own beside them.",
+        ]
     else:
         changes = remedy(best.job, best.machine) or "none of those that the plan knows"
         lines.append(f"does not fit; the smallest change that would make it fit: {changes}")
@@ -136,9 +147,6 @@ def comparison(predictions: list[Prediction]) -> list[dict[str, str]]:
     rows = []
     for prediction in predictions:
         used = prediction.totals
-        reason = why_not(prediction, predictions[0])
-        if prediction is predictions[0] and prediction.fits:
-            reason = "recommended"
         row = {
             "configuration": prediction.name,
             "fits": "yes" if prediction.fits else "no",
@@ -152,21 +160,13 @@ def comparison(predictions: list[Prediction]) -> list[dict[str, str]]:
         }
         if prediction.hours:
             row["hours"] = f"{prediction.hours:,.1f}"
-        rows.append({**row, "": reason})
+        rows.append({**row, "": why_not(prediction, predictions[0])})
     return rows
 
 
 def as_table(rows: list[dict[str, str]]) -> str:
     """Return the rows as lines, with their columns' names above."""
     return table([list(rows[0]), *(list(row.values()) for row in rows)])
-
-
-def _placement(predictions: list[Prediction]) -> Iterator[str]:
-    for prediction in predictions:
-        for tier, sizes in prediction.tiers.items():
-            if sizes:
-                text = ", ".join(f"{what} {_gib(size)}" for what, size in sizes.items())
-                yield f"  {prediction.name}: {TIERS[tier]}: {text}"
 
 
 def _gib(size: float) -> str:
@@ -218,4 +218,4 @@ def draw(predictions: list[Prediction], path: str) -> None:
     try:
         figure.savefig(path, dpi=110, bbox_inches="tight")
     except OSError as error:
-        raise RunError("the plan could not be written", found=str(error)) from None
+        raise RunError("the plan could not be written", found=error) from None

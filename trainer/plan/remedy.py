@@ -24,11 +24,13 @@ def remedy(job: TrainingJob, machine: Machine) -> str | None:
 
 
 def why_not(other: Prediction, best: Prediction) -> str:
-    """Return why a configuration is not the recommended one, `best`."""
+    """Return why a configuration is not the recommended one, `best`, or that it is."""
     if other.short:
         return "; ".join(
             f"{size / 1e9:,.1f} GB of {tier} short" for tier, size in other.short.items()
         )
+    if other is best:
+        return "recommended"
     if other.score == best.score:
         return f"as fast; {best.name} is simpler"
     slower = best.tokens_per_s / other.tokens_per_s

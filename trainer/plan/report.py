@@ -60,13 +60,19 @@ class PlannedRun:
         settings = self.settings
         model = model_shapes.from_dict(self.model_config.to_dict(), "model")
         machine = probe(settings.nvme_path, self.ranks_here if self.gpu else 0)
-        machine.nodes = self.world_size // self.ranks_here
+        machine.cpu_ranks, machine.nodes = self.ranks_here, self.world_size // self.ranks_here
         if not self.gpu:  # its ranks share the CPU
             machine.flops /= self.ranks_here
         job = TrainingJob.of_run(settings, model, self.precision, self.gpu)
         job.longest = None if settings.packing else int(self.lengths.max())
         job.mean, job.labelled = self.mean_length(), self.labelled_share
-        return Prediction(job, machine, self.config, *_batch(settings))
+        return Prediction(
+            job,
+            machine,
+            self.config,
+            settings.per_device_train_batch_size,
+            settings.gradient_accumulation_steps,
+        )
 
     def mean_length(self) -> float:
         """Return the tokens of an average row with its padding."""
@@ -91,13 +97,27 @@ class PlanReport:
         """
         self.path = run.plan
         self.predicted: dict[str, float] = {}
-        _check_alike(planned.settings)
+        settings = planned.settings
+        choices = all_gather_object(
+            [
+                settings.deepspeed,
+                settings.per_device_train_batch_size,
+                settings.gradient_accumulation_steps,
+            ]
+        )
+        if any(choice != choices[0] for choice in choices):
+            raise RunError(
+                "--deepspeed auto chose differently on the machines of this run",
+                found="; ".join(map(str, choices)),
+                needed="machines that are alike",
+                fix="--deepspeed NAME.json and --per_device_train_batch_size N",
+            )
         if not is_main_process():
             return
         try:
             prediction = planned.predict()
         except RunError as error:
-            say(f"plan: none, {str(error).splitlines()[0]}")
+            say(f"plan: none, {error.what}")
             return
         self.predicted = {f"{tier}_bytes": size for tier, size in prediction.totals.items()}
         sizes = [
@@ -121,9 +141,14 @@ class PlanReport:
             for name, size in self.predicted.items()
             if size and measured.get(name)
         }
-        content = {"predicted": self.predicted, "measured": measured, "error": error}
+        content = {
+            "predicted": self.predicted,
+            "measured": measured,
+            "error": error,
+            **self.details,
+        }
         try:
-            self.path.write_text(json.dumps({**content, **self.details}, indent=1))
+            self.path.write_text(json.dumps(content, indent=1))
         except OSError as problem:  # a full disk: the run can go on without it
             say(f"warning: {self.path}: {problem.strerror}")
         return error
@@ -152,18 +177,3 @@ class PlanReport:
             if abs(relative) > LIMIT:
                 warnings += f"\nwarning: {name} is {relative:+.0%} off the plan ({self.path})"
         say(f"\n{table(rows)}{warnings}")
-
-
-def _batch(settings: Settings) -> tuple[int, int]:
-    return settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-
-
-def _check_alike(settings: Settings) -> None:
-    choices = all_gather_object([settings.deepspeed, *_batch(settings)])
-    if any(choice != choices[0] for choice in choices):
-        raise RunError(
-            "--deepspeed auto chose differently on the machines of this run",
-            found="; ".join(map(str, choices)),
-            needed="machines that are alike",
-            fix="--deepspeed NAME.json and --per_device_train_batch_size N",
-        )

@@ -51,14 +51,13 @@ def step_seconds(work: Workload, kept: int) -> tuple[dict[str, float], float]:
     if work.job.full and work.on_gpu and work.optimizer_on != "none":
         gradients = work.shapes.trainable * itemsize / work.ranks / machine.pcie
     if work.params_on == "nvme":
-        size = work.model.parameters * itemsize
-        read = size * machine.ranks_here / work.ranks / machine.nvme_read
+        read = work.model.parameters * itemsize * work.machine_share / machine.nvme_read
     if work.on_gpu:
         tensors = FULL_TENSORS if work.job.full else 2 * len(work.job.adapters)
         host = TENSOR * work.model.layers * tensors
     back = max(layers, gradients)
     first_pass = max(forward, layers, read)
-    micro_batch = first_pass + loss + embeddings + max(backward, back, read) + embeddings / 2
+    micro_batch = first_pass + loss + 1.5 * embeddings + max(backward, back, read)
     step, io = _optimizer(work)
     exposed = step
     overlaps = work.job.fused_step and work.job.overlap_step
@@ -119,12 +118,10 @@ def _fetch(work: Workload) -> tuple[float, float]:
         pcie = work.ranks * machine.pcie
         layers = layer_bytes / pcie
         embeddings = (2 - work.model.tied) * embedding_bytes / pcie
-    routes = []  # rate, and the share of the weights that comes by it
-    if work.ranks > 1 and work.on_gpu:
-        routes.append((machine.link, 1))
-    if machine.nodes > 1:  # what is on the other machines comes in once
-        routes.append((machine.network, 1 - 1 / machine.nodes))
-    for rate, share in routes:
+    for rate, share in (  # the share of the weights that comes at this rate
+        (machine.link, work.ranks > 1 and work.on_gpu),
+        (machine.network, 1 - 1 / machine.nodes),  # what is on the other machines comes in once
+    ):
         layers = max(layers, layer_bytes * share / rate)
         embeddings += 2 * embedding_bytes * share / rate
     return layers, embeddings

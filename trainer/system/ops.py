@@ -24,7 +24,7 @@ from typing import Any
 
 from data.files import locked, new_file, user_cache
 from trainer.console import report
-from trainer.errors import DOES_NOT_FIT, DONE, RunError
+from trainer.errors import DOES_NOT_FIT, DONE, RunError, one_line
 from trainer.system.hardware import gpu_count
 
 BUILDERS = {
@@ -42,8 +42,9 @@ COMPILER_FLAGS = "-O3 -fno-math-errno -ffp-contract=off -fopenmp -shared -fPIC"
 
 def cache_directory() -> Path:
     """Return where torch keeps its extensions, without importing torch."""
-    default = user_cache().with_name("torch_extensions")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+    return Path(
+        os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache().with_name("torch_extensions")
+    )
 
 
 def folders() -> list[Path]:
@@ -69,7 +70,7 @@ def use_own_ninja() -> None:
 
 def check_tools(names: list[str], gpu: bool) -> None:
     """Raise RunError where the machine cannot build these ops. The error names the fix."""
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    header = Path(sysconfig.get_path("include"), "Python.h")
     include_aio = "g++ -x c++ -fsyntax-only -include libaio.h /dev/null"
     lacks_aio = "async_io" in names and subprocess.getstatusoutput(include_aio)[0]
     for missing, what, needed, package in (
@@ -166,8 +167,9 @@ def installed(name: str, gpu: bool) -> bool:
     gpu: compiled for CUDA, else for the CPU. Imports no torch.
     """
     try:
-        package = metadata.distribution("deepspeed")
-        file = package.locate_file("deepspeed/git_version_info_installed.py")
+        file = metadata.distribution("deepspeed").locate_file(
+            "deepspeed/git_version_info_installed.py"
+        )
         scope = runpy.run_path(str(file))  # assignments that DeepSpeed's setup.py wrote
     except (metadata.PackageNotFoundError, OSError):
         return False
@@ -258,7 +260,7 @@ def _build_one(name: str) -> None:
     except Exception as error:
         raise CannotBuild(
             f"DeepSpeed's {name} could not be built",
-            found=" ".join(str(error).split())[-600:],
+            found=one_line(error, None)[-600:],
         ) from None
     finally:
         done.set()
@@ -284,7 +286,7 @@ def adam() -> ctypes.CDLL:
 
 def adam_is_built() -> bool:
     """Return whether adam() has nothing to compile."""
-    return any(_adam_library(folder).is_file() for folder in folders())
+    return _adam_library(cache_directory()).is_file()
 
 
 def _adam_library(root: Path) -> Path:
@@ -306,7 +308,7 @@ def _compile_adam(target: Path) -> None:
         if process.returncode:
             raise CannotBuild(
                 "engine/adam.c could not be compiled",
-                found=" ".join(process.stderr.split())[-600:],
+                found=one_line(process.stderr, None)[-600:],
             )
 
 

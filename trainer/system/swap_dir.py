@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from data import storage
+from data.errors import disk_errors
 from data.files import lock_or_refuse, try_lock
 from trainer.console import say
 from trainer.errors import DOES_NOT_FIT, FAILED, RunError
@@ -34,7 +35,7 @@ except OSError as error:
 """
 
 
-def _unusable(path: str | Path, found: str | None) -> RunError:
+def _unusable(path: str | Path, found: object) -> RunError:
     return RunError(
         f"the NVMe directory {path} cannot hold swap files",
         found=found,
@@ -120,19 +121,12 @@ class SwapSpace:
 
         Raises RunError where it cannot be made, or another run holds it.
         """
-        try:
+        what = f"the swap directory {self.folder}"
+        with disk_errors(f"{what} cannot be made", fix="--nvme_path DIR"):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.lock = lock_or_refuse(
-                self.folder / MARKER,
-                f"the swap directory {self.folder}",
-                "another --nvme_path or --run_name",
+                self.folder / MARKER, what, "another --nvme_path or --run_name"
             )
-        except OSError as error:
-            raise RunError(
-                f"the swap directory {self.folder} cannot be made",
-                found=error.strerror,
-                fix="--nvme_path DIR",
-            ) from None
 
     def reserve_space(self, rank: int, size: int, ranks_here: int) -> None:
         """Take `size` bytes for this rank's swap files at once: no other user of the disk can.
@@ -145,9 +139,10 @@ class SwapSpace:
                 os.posix_fallocate(file.fileno(), 0, max(size, 1))
         except OSError as error:
             self.reserve.unlink(missing_ok=True)
-            full = error.errno == errno.ENOSPC
             raise RunError(
-                "the swap disk is too small" if full else f"no swap space in {self.folder}",
+                "the swap disk is too small"
+                if error.errno == errno.ENOSPC
+                else f"no swap space in {self.folder}",
                 found=f"{self._free_space()} ({error.strerror})",
                 needed=f"{size * ranks_here / 1e9:.2f} GB ({ranks_here} rank(s) of "
                 f"{size / 1e9:.2f} GB)",
@@ -182,8 +177,7 @@ class SwapSpace:
         self.files[path] = size
 
     def _free_space(self) -> str:
-        free = shutil.disk_usage(self.folder).free
-        return f"{free / 1e9:.2f} GB free under {self.folder.parent}"
+        return f"{shutil.disk_usage(self.folder).free / 1e9:.2f} GB free under {self.folder.parent}"
 
     def check(self, path: str) -> None:
         """Raise RunError where a swap file is gone, short, or has a hole, which reads as zeros.
@@ -191,18 +185,16 @@ class SwapSpace:
         Takes some ten microseconds.
         """
         size = self.files.get(path, 0)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                written = file.seek(0, os.SEEK_END)
-                if written:  # an empty file has no hole to look for
-                    written = file.seek(0, os.SEEK_HOLE)
-        except OSError as error:
-            raise RunError(
+        with (
+            disk_errors(
                 f"a swap file is gone: {path}",
-                found=error.strerror,
                 fix="resume from the last checkpoint; nobody else may touch the swap directory",
                 code=FAILED,
-            ) from None
+            ),
+            open(path, "rb", buffering=0) as file,
+        ):
+            # An empty file has no hole to look for.
+            written = file.seek(0, os.SEEK_END) and file.seek(0, os.SEEK_HOLE)
         if written < size:
             raise RunError(
                 f"a swap file is damaged: {path}",
