@@ -14,7 +14,7 @@ from trainer.console import say
 from trainer.distributed import is_main_process
 from trainer.modeling import linear
 from trainer.modeling import load as modeling
-from trainer.modeling.activations import AUTO, SelectiveCheckpointing
+from trainer.modeling.kept_layers import AUTO, SelectiveCheckpointing
 from trainer.monitor.stopping import PreemptionCallback
 from trainer.monitor.telemetry import Telemetry
 from trainer.monitor.tracking import Tracker

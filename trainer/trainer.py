@@ -24,7 +24,7 @@ from trainer.engine import cpu_step, patches
 from trainer.engine.activation_offload import offload_inputs
 from trainer.errors import FAILED, RunError
 from trainer.export.evaluation import evaluate
-from trainer.modeling.activations import SelectiveCheckpointing
+from trainer.modeling.kept_layers import SelectiveCheckpointing
 from trainer.modeling.loss import ChunkedHead, whole_logits
 from trainer.monitor import progress
 from trainer.monitor.guards import Guards

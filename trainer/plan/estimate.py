@@ -18,7 +18,7 @@ from trainer.plan.workload import Workload
 GIB = 2**30
 MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
 # The share of a GPU that stays free: for gaps in the allocator's blocks, and for what libraries
-# allocate by themselves. The run keeps to it too (modeling/activations.py).
+# allocate by themselves. The run keeps to it too (modeling/kept_layers.py).
 SPARE_GPU = 0.05
 SPARE_RAM = 0.03
 # NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.

@@ -6,8 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.engine.activation_offload import offload_inputs
 from trainer.errors import RunError
-from trainer.modeling import activations
-from trainer.modeling.activations import AUTO, SelectiveCheckpointing
+from trainer.modeling import kept_layers
+from trainer.modeling.kept_layers import AUTO, SelectiveCheckpointing
 
 
 class Layer(torch.nn.Module):
@@ -79,14 +79,14 @@ def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(monkeypatch, ca
         "reset_peak_memory_stats": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(activations, "all_gather_object", lambda value: [value])
+    monkeypatch.setattr(kept_layers, "all_gather_object", lambda value: [value])
     layers = [Layer() for _ in range(20)]
     selective = SelectiveCheckpointing(layers, AUTO, 10, False)
     counts = []
     for step, retries in enumerate([0, 0, 0, 0, 3, 2, 1, 1, 0, 0, 5, 5], 1):
         stats["num_alloc_retries"] += 7  # an evaluation's, which do not count
         selective.before_step()
-        if step == activations.MEASURE:
+        if step == kept_layers.MEASURE:
             layers[-1](torch.ones(1, 16))
         stats["num_alloc_retries"] += retries
         selective.after_step(10)
