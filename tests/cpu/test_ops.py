@@ -31,8 +31,9 @@ def test_a_run_goes_on(trains, tmp_path):
     """torch alone would wait for the lock for ever."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    built = Path(_get_build_directory("cpu_adam", verbose=False))
-    shutil.copytree(built, tmp_path / "cpu_adam")  # times included, so nothing is compiled again
+    for name in ("cpu_adam", "pin_memory"):  # times included, so nothing is compiled again
+        built = Path(_get_build_directory(name, verbose=False))
+        shutil.copytree(built, tmp_path / name)
     (tmp_path / "cpu_adam" / "lock").touch()
     run = trains(
         "run", *FLAGS, launcher=False, timeout=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}
