@@ -159,7 +159,7 @@ test: setup-aio ## unit and cpu tests, and the quick part of the faults
 	$(BIN)/python -m pytest -q tests/unit tests/cpu tests/faults -m "not long and (quick or not fault)"
 
 test-unit: $(VENV)/.ready ## unit tests: under a minute, nothing is built
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests/unit
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/unit
 
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
 	$(BIN)/python -m pytest -q tests/faults tests/cpu/test_resume.py
