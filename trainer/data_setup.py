@@ -68,7 +68,7 @@ class DataPlan:
 def plan_data(settings: Settings, show: Progress) -> DataPlan:
     """Look at every row once and return the plan. Raise RunError for what cannot be used."""
     specs, share = settings.dataset, settings.validation_split
-    if specs is None:
+    if not specs:
         specs = [str(SAMPLES / "train.jsonl")]
         share = str(SAMPLES / "validation.jsonl") if share is None else share
     plan = DataPlan(source.resolve(specs, settings.dataset_dir), [], share)

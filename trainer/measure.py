@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help=f"in all {shown}")
     parser.add_argument("--out", type=Path, help="the disk's result as JSON")
     parser.add_argument("--no_links", action="store_true", help="nothing between the GPUs")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         if options.command == "machine":
             print(json.dumps(machine(not options.no_links)))

@@ -381,6 +381,7 @@ def test_before_every_run(tmp_path, monkeypatch, capsys):
         ([".", "--bytes", "lots"], "is not a size"),
         ([".", "--bytes", "900TB"], "free RAM"),
         ([".", "--seconds", "-5"], "1 to 3600"),
+        (["--seconds", "-5", "."], "1 to 3600"),
         ([".", "--out", "/no/such/x.json"], "cannot be written"),
     ],
 )

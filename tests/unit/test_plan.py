@@ -566,6 +566,7 @@ def test_picture_without_matplotlib(tmp_path, monkeypatch, capsys):
         (["--model", "nothing/here"], "no model"),
         (["--model", "./nowhere"], "nothing at"),
         (["--gpu_memory", "80", "--ram", "1TB"], "--gpu_memory is not a size"),
+        (["--gpu_tflops", "1,5"], "--gpu_tflops is not a number"),
         (["--gpu_memory", "80GB"], "--ram is missing"),
         (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50GB"], "--pcie is not a rate"),
         (["--gpu_memory", "80GB", "--ram", "1TB", "--pcie", "50"], "--pcie is not a rate"),

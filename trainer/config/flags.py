@@ -235,7 +235,7 @@ def training_keys() -> dict[str, Key]:
             fix="make setup, then use .venv/bin/deepspeed",
             code=DOES_NOT_FIT,
         )
-    source = (Path(spec.origin).parent / "training_args.py").read_text()
+    source = (Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8")
     definition = next(
         node
         for node in ast.parse(source).body

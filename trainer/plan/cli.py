@@ -21,7 +21,7 @@ def number(least: float, most: float = 1e18, whole: bool = True) -> Callable[[st
 
     def converter(text: str, flag: str) -> float:
         try:
-            value = float(text.replace(",", ""))
+            value = float(text.replace(",", "") if whole else text)
         except ValueError:
             value = math.nan
         if not least <= value <= most or (whole and not value.is_integer()):
