@@ -66,13 +66,7 @@ class PlannedRun:
         job = TrainingJob.of_run(settings, model, self.precision, self.gpu)
         job.longest = None if settings.packing else int(self.lengths.max())
         job.mean, job.labelled = self.mean_length(), self.labelled_share
-        return Prediction(
-            job,
-            machine,
-            self.config,
-            settings.per_device_train_batch_size,
-            settings.gradient_accumulation_steps,
-        )
+        return Prediction(job, machine, self.config, *_batch(settings))
 
     def mean_length(self) -> float:
         """Return the tokens of an average row with its padding."""
@@ -97,14 +91,7 @@ class PlanReport:
         """
         self.path = run.plan
         self.predicted: dict[str, float] = {}
-        settings = planned.settings
-        choices = all_gather_object(
-            [
-                settings.deepspeed,
-                settings.per_device_train_batch_size,
-                settings.gradient_accumulation_steps,
-            ]
-        )
+        choices = all_gather_object([planned.settings.deepspeed, *_batch(planned.settings)])
         if any(choice != choices[0] for choice in choices):
             raise RunError(
                 "--deepspeed auto chose differently on the machines of this run",
@@ -177,3 +164,7 @@ class PlanReport:
             if abs(relative) > LIMIT:
                 warnings += f"\nwarning: {name} is {relative:+.0%} off the plan ({self.path})"
         say(f"\n{table(rows)}{warnings}")
+
+
+def _batch(settings: Settings) -> tuple[int, int]:
+    return settings.per_device_train_batch_size, settings.gradient_accumulation_steps
