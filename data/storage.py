@@ -20,6 +20,7 @@ from data.errors import RunError, disk_errors, one_line
 from data.files import hash_file, locked, new_file, user_cache, write_atomically
 
 ATTEMPTS = 4  # of one download; the waits between them double from a second
+# What the names of their types begin with.
 NETWORK_FILESYSTEMS = (
     "nfs",
     "cifs",
@@ -29,8 +30,9 @@ NETWORK_FILESYSTEMS = (
     "ceph",
     "glusterfs",
     "beegfs",
-    "fuse.s3fs",
-    "fuse.gcsfuse",
+    "orangefs",
+    "fuse",  # sshfs, s3fs, gcsfuse, rclone and the like; none of them is a disk
+    "virtiofs",
     "9p",
     "afs",
 )
@@ -75,12 +77,33 @@ def shown(path: str) -> str:
 
 # -- the cache -------------------------------------------------------------------------------------
 def filesystem_of(path: str | Path) -> str:
-    """Return the type of the path's file system, as /proc/mounts names it, or "" if unknown."""
-    import psutil
+    """Return the type of the path's file system, as the kernel names it, or "" if unknown.
 
-    types = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
-    path = Path(path).resolve()
-    return next((types[str(p)] for p in (path, *path.parents) if str(p) in types), "")
+    Of a path that does not exist: that of the nearest directory above it.
+    """
+    path = Path(os.path.realpath(path))  # unlike Path.resolve it knows links in a circle
+    while not os.path.exists(path):
+        path = path.parent
+    try:
+        # The kernel says which mount it is: names with blanks, binds and mounts over mounts need no
+        # thought of ours.
+        handle = os.open(path, os.O_PATH)
+        try:
+            about = Path(f"/proc/self/fdinfo/{handle}").read_text(encoding="utf-8")
+        finally:
+            os.close(handle)
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        return mount_type(mounts, about.partition("mnt_id:")[2].split()[0])
+    except (OSError, IndexError):
+        return ""
+
+
+def mount_type(mountinfo: str, number: str) -> str:
+    """Return the type of the mount of this number in the text of /proc/<pid>/mountinfo, or ""."""
+    for line in mountinfo.splitlines():
+        if line.startswith(f"{number} "):
+            return line.partition(" - ")[2].split()[0]
+    return ""
 
 
 def cache_directory() -> Path:
@@ -123,7 +146,7 @@ def sealed(value: Any) -> str:
 def unsealed(path: Path) -> Any:
     """Return the value of a sealed file, or None where it is missing, half-written or damaged."""
     try:
-        checksum, _, text = path.read_text().partition("\n")
+        checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
         return json.loads(text) if checksum == digest(text) else None
     except (OSError, ValueError):
         return None
@@ -138,7 +161,7 @@ def remembered(kind: str, key: str, make: Callable[[], Any]) -> Any:
             value = make()
             needed = f"space and the right to write; {_OTHER_CACHE}"
             with disk_errors(f"{path.parent} cannot be written to", needed=needed):
-                write_atomically(path, sealed(value))
+                write_atomically(path, sealed(value), durable=False)
     return value
 
 
@@ -165,7 +188,7 @@ def _checksums(directory: Path) -> dict[str, str]:
 def write_manifest(directory: Path, content: dict) -> None:
     """Write manifest.json: the content, and the checksums of the directory's files."""
     manifest = sealed({"content": content, "files": _checksums(directory)})
-    (directory / "manifest.json").write_text(manifest)
+    (directory / "manifest.json").write_text(manifest, encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict | None:

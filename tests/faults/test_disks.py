@@ -5,9 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+
+from trainer.system import ops
 
 NVME = ["--deepspeed", "ds_z3_nvme.json"]
 SAVES = ["--max_steps", 6, "--save_steps", 2]
@@ -31,7 +35,6 @@ def test_swap_disk_too_small(starts, disk, row):
     row("swap disk too small", "refused at the start with found and needed, exit 3")
 
 
-@pytest.mark.quick
 def test_swap_disk_fills_up(starts, disk, solo, row):
     """Somebody takes all that is left, as soon as the run has begun: its own space was reserved."""
     place = disk(130)
@@ -66,8 +69,7 @@ def test_no_room_for_a_file(disk):
     assert not space.folder.exists()
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("damage", ["hole", "short", "gone"])
+@pytest.mark.parametrize("damage", [pytest.param("hole", marks=pytest.mark.quick), "short", "gone"])
 def test_damaged_swap_file(starts, row, damage):
     run = starts(
         "run", *NVME, "--max_steps", 4000, "--save_steps", 4000, supervised=False
@@ -159,10 +161,7 @@ def test_checkpoint_disk_full(starts, disk, row):
     assert (
         run.output.count("was not saved") == 3 and "earlier checkpoints are untouched" in run.output
     )
-    assert (
-        "the last checkpoint is of step 1; to go on from it: deepspeed launch/train.py --config"
-        in run.output
-    )
+    assert "the last checkpoint is of step 1; to go on from it: cd " in run.output
     assert (
         "3 checkpoints in a row could not be saved" in run.output
         and "checkpoint-1" in run.output.split("in a row")[1]
@@ -383,3 +382,51 @@ def test_wandb_unreachable(starts, row):
     ).ends(0, 180)
     assert len(run.records) == 3 and all(r["step_s"] < 5 for r in run.records)
     row("W&B is unreachable", "the run goes on without it, no step is slower")
+
+
+# -- compiled ops ------------------------------------------------------------------------------
+LOAD = """
+from trainer.config.command_line import command
+from trainer.system import ops
+ops.use_own_ninja()
+raise SystemExit(command(lambda: ops.ensure([{name!r}]) or 0)())
+"""
+
+
+@pytest.mark.parametrize(
+    "name, fault, words",
+    [
+        ("async_io", "a library is missing", "libaio-dev"),
+        ("cpu_adam", "cut short", "cpu_adam, then make setup"),
+        ("cpu_adam", "ours is cut short", "our AdamW cannot be loaded"),
+        ("cpu_adam", "read-only", "export TORCH_EXTENSIONS_DIR=DIR"),
+    ],
+)
+def test_an_op_that_cannot_be_loaded(tmp_path, row, name, fault, words):
+    """Refused with a fix, and not by three restarts. A library that is cut short kills a process.
+
+    The cache is a copy in a mount namespace of its own: elsewhere it would be built anew.
+    """
+    cache = ops.cache_directory()
+    if os.getuid() or not list(cache.glob(f"**/{name}.so")):
+        pytest.skip("needs root and the built ops")
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    library = next(copy.glob("zero*/*.so" if "ours" in fault else f"**/{name}.so"))
+    times = library.stat()
+    if fault == "a library is missing":
+        library.write_bytes(library.read_bytes().replace(b"libaio.so.1", b"libno0.so.1"))
+    elif "cut short" in fault:
+        os.truncate(library, 4096)
+    os.utime(library, ns=(times.st_atime_ns, times.st_mtime_ns))
+    mount = 'mount --bind "$1" "$2"; [ "$3" != read-only ] || mount -o remount,bind,ro "$2"; '
+    load = [sys.executable, "-c", LOAD.format(name=name)]
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", f'{mount} exec "${{@:4}}"', "-", copy, cache, fault, *load],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3 and words in done.stderr, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    row(f"a compiled op that cannot be loaded: {fault}", "refused with the fix, exit 3")

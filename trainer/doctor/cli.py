@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from trainer.console import say, table
+from trainer.config.command_line import command
+from trainer.console import answered, say, table
 from trainer.distributed import ranks_on_this_machine
 from trainer.doctor import build, gpu, network, resources
 from trainer.doctor.check import FAILURE, OK, WARNING, Check, Options, from_error
@@ -67,6 +68,7 @@ def quick(use_gpus: bool, nvme: bool) -> None:
             say(f"warning: {name}: {check.found}; needed: {check.needed}; fix: {check.fix}")
 
 
+@command
 def main() -> int:
     """Return the exit code of launch/doctor.py: DOES_NOT_FIT where a check failed."""
     parser = argparse.ArgumentParser(
@@ -95,4 +97,4 @@ def main() -> int:
             if check.status != OK:
                 print(f"\n{check.as_error(f'{check.status}: {name}')}")
         print(f"\n{statuses.count(FAILURE)} failure(s), {statuses.count(WARNING)} warning(s)")
-    return DOES_NOT_FIT if FAILURE in statuses else DONE
+    return answered(DOES_NOT_FIT if FAILURE in statuses else DONE)

@@ -103,7 +103,9 @@ def aio_requests(options: Options) -> Check:
             options.nvme,
         )
     try:
-        most, used = (int(Path(f"/proc/sys/fs/aio-{n}").read_text()) for n in ("max-nr", "nr"))
+        most, used = (
+            int(Path(f"/proc/sys/fs/aio-{n}").read_text(encoding="utf-8")) for n in ("max-nr", "nr")
+        )
     except OSError:
         return judge(not options.nvme, "this kernel does not say", "/proc/sys/fs/aio-max-nr", "")
     return judge(

@@ -7,16 +7,19 @@ This module goes to the optimizer itself, and so to one version of it.
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+from trainer.engine import aio
 from trainer.engine.cpu_step import CpuStepOptimizer
+from trainer.engine.finite import is_finite
 from trainer.errors import FAILED, RunError
 from trainer.system.swap_dir import SwapSpace
+from trainer.system.swap_stamps import BLOCK, damaged
 
-CHUNK_BYTES = 2**24  # that are read or written at once
+CHUNK_BYTES = 4 * BLOCK  # that are read or written at once
 WEIGHT = "weight"
 
 
@@ -43,11 +46,12 @@ class OptimizerState:
 
     State keys: "weight", the fp32 master, and what the optimizer keeps of the same size: exp_avg
     and exp_avg_sq. shapes: {parameter: shape} of all that is trained. sub_groups: the slices of
-    each sub-group. dtype: of an element. space: the run's swap files, with the optimizer on NVMe.
+    each sub-group. dtype: of an element. space: the run's swap files; none: those that are watched.
     """
 
     def __init__(self, engine: Any, space: SwapSpace | None = None) -> None:
-        self.zero, self.space = engine.optimizer, space
+        self.zero = engine.optimizer
+        self.space: Any = space or aio.watched
         self.dtype = self._flat(0).dtype
         if isinstance(self.zero, CpuStepOptimizer):
             self.zero.cpu_step.wait_for_all()
@@ -84,10 +88,22 @@ class OptimizerState:
         return {k: float(v) for k, v in self._state(0).items() if k not in tensors}
 
     def read(self, i: int, state_key: str, shard_slice: ShardSlice) -> Iterator[Any]:
-        """Yield the bytes of one slice, in order."""
+        """Yield the bytes of one slice, in order. Raises RunError where they are not finite."""
+        for chunk in self._chunks(i, state_key, shard_slice):
+            if not is_finite(torch.frombuffer(chunk, dtype=self.dtype)):
+                raise RunError(
+                    f"the weights are not finite: {state_key} of {shard_slice.name}",
+                    needed="numbers that a run can go on from; nothing was saved",
+                    fix="a lower --learning_rate, from the last checkpoint on",
+                    code=FAILED,
+                )
+            yield chunk
+
+    def _chunks(self, i: int, state_key: str, shard_slice: ShardSlice) -> Iterator[Any]:
         if self._is_swapped(i):
             path, size = self._swap_paths(i)[state_key], self.dtype.itemsize
-            yield from _read_file(path, shard_slice.offset * size, shard_slice.numel * size)
+            begin, length = shard_slice.offset * size, shard_slice.numel * size
+            yield from _read_file(path, begin, length, self.space)
             return
         tensor = self._flat(i) if state_key == WEIGHT else self._state(i)[state_key]
         tensor = tensor.detach().narrow(0, shard_slice.offset, shard_slice.numel)
@@ -161,8 +177,7 @@ class OptimizerState:
             info.add_state_tensors(moments)
         total = swapper._io_aligned_numel(info.numel()) * self.dtype.itemsize
         for key, path in self._swap_paths(i).items():
-            if self.space:
-                self.space.prepare(path, total)
+            self.space.prepare(path, total)
             self._write_swap_file(i, path, total, key, fill)
         # Swapped in once, to make the low-precision copy of it.
         zero._optimizer_states_and_gradient_swap_in(i)
@@ -176,35 +191,45 @@ class OptimizerState:
             for shard_slice in self.sub_groups[i]:
                 # ZeRO's padding is written too, as zeros: nothing may look as if it was never
                 # written.
-                file.write(bytes(shard_slice.offset * size - file.tell()))
+                self._put(file, path, bytes(shard_slice.offset * size - file.tell()))
                 length = shard_slice.numel * size
                 for at in range(0, length, CHUNK_BYTES):
                     block = bytearray(min(CHUNK_BYTES, length - at))
                     fill(key, shard_slice, at, memoryview(block))
-                    file.write(block)
-            file.write(bytes(total - file.tell()))
+                    self._put(file, path, block)
+            self._put(file, path, bytes(total - file.tell()))
             file.flush()
             os.fsync(file.fileno())
 
+    def _put(self, file: BinaryIO, path: str, block: bytes | bytearray) -> None:
+        for stamped in self.space.stamps.written(path, memoryview(block), file.tell()):
+            stamped.result()
+        file.write(block)
 
-def _read_file(path: str, begin: int, size: int) -> Iterator[bytes]:
-    """Yield `size` bytes of a swap file. Raises RunError where the file ends before."""
+
+def _read_file(path: str, begin: int, size: int, space: SwapSpace) -> Iterator[Any]:
+    """Yield `size` bytes of a swap file, each block of it compared with what was written.
+
+    Raises RunError where they differ, or the file ends before.
+    """
     end = begin + size
     with open(path, "rb", buffering=0) as file:
-        file.seek(begin)
         while begin < end:
+            # Whole blocks are read: a checksum needs them.
+            first = begin // BLOCK * BLOCK
+            os.lseek(file.fileno(), first, os.SEEK_SET)
+            block = memoryview(bytearray(min(CHUNK_BYTES, -(-end // BLOCK) * BLOCK - first)))
+            block = block[: file.readinto(block)]
             # The next blocks are read while the caller writes this one.
-            ahead = begin + CHUNK_BYTES
+            ahead = first + CHUNK_BYTES
             os.posix_fadvise(file.fileno(), ahead, 2 * CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
-            block = file.read(min(CHUNK_BYTES, end - begin))
-            if not block:
-                raise RunError(
-                    f"a swap file is too short: {path}",
-                    found=f"it ends at byte {begin:,}",
-                    needed=f"{end:,} bytes",
-                    code=FAILED,
-                )
-            # Not twice in memory: the page cache need not keep it.
-            os.posix_fadvise(file.fileno(), begin, len(block), os.POSIX_FADV_DONTNEED)
-            begin += len(block)
-            yield block
+            for compared in space.stamps.read(path, block, first):
+                compared.result()
+            found = block[begin - first : end - first]
+            if not found:
+                raise damaged(path, f"it ends at byte {begin:,}", f"{end:,} bytes")
+            begin += len(found)
+            # Not twice in memory: the page cache keeps only the block that the next slice shares.
+            if done := begin // BLOCK * BLOCK - first:
+                os.posix_fadvise(file.fileno(), first, done, os.POSIX_FADV_DONTNEED)
+            yield found

@@ -104,7 +104,7 @@ def cpu_has_bf16() -> bool:
 def existing(path: str | Path) -> Path:
     """Return the absolute path, or the nearest directory above it that exists."""
     path = Path(path).absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # Path.exists raises where a name is too long or forbidden
         path = path.parent
     return path
 
@@ -112,7 +112,7 @@ def existing(path: str | Path) -> Path:
 def _read(path: str) -> str:
     """Return the text of one of the kernel's files; "" where it is not there."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
 

@@ -22,8 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from data.errors import disk_errors
 from data.files import locked, new_file, user_cache
-from trainer.console import report
+from trainer.console import guard_output, report
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, one_line
 from trainer.system.hardware import gpu_count
 
@@ -37,6 +38,7 @@ CPU_RANKS_ONLY = ("shm_comm", "pin_memory")  # all-reduce and page locking witho
 SECONDS = {"cpu_adam": 84, "shm_comm": 45, "pin_memory": 45, "async_io": 307}  # on two slow cores
 ADAM_SOURCE = Path(__file__).parent.parent / "engine" / "adam.c"
 CannotBuild = partial(RunError, code=DOES_NOT_FIT)
+_SECTION_HEADERS = (40, 48), (58, 60), (60, 62)  # in the ELF header: e_shoff, e_shentsize, e_shnum
 COMPILER_FLAGS = "-O3 -fno-math-errno -ffp-contract=off -fopenmp -shared -fPIC"
 
 
@@ -194,11 +196,21 @@ def is_stale(lock: Path) -> bool:
 
 
 def ensure(names: list[str]) -> None:
-    """Build the ops that a run lacks, with progress, and remove the locks of killed builds."""
+    """Load the ops of a run. What it lacks is built first, with progress.
+
+    The locks of killed builds are removed. Raises RunError where an op cannot be built or loaded.
+    """
     gpu = gpu_count() > 0
-    directories = [_directory(_builder(name)) for name in names if not installed(name, gpu)]
-    if any(is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
-        build(names)
+    what = f"the directory of compiled ops {cache_directory()} cannot be used"
+    elsewhere = "export TORCH_EXTENSIONS_DIR=DIR, which this user can write to"
+    with disk_errors(what, fix=elsewhere, code=DOES_NOT_FIT):
+        directories = [_directory(_builder(name)) for name in names if not installed(name, gpu)]
+        if any(is_stale(d / "lock") or not (d / f"{d.name}.so").exists() for d in directories):
+            build(names)
+        for name in names:
+            _load(name, f"DeepSpeed's {name} cannot be loaded")
+        if "cpu_adam" in names and adam_is_built():
+            adam()  # else it is compiled where it is needed
 
 
 def build(names: list[str]) -> None:
@@ -256,15 +268,43 @@ def _build_one(name: str) -> None:
     print(f"building DeepSpeed's {name}", flush=True)
     threading.Thread(target=print_progress, daemon=True).start()
     try:
-        builder.load(verbose=False)
-    except Exception as error:
-        raise CannotBuild(
-            f"DeepSpeed's {name} could not be built",
-            found=one_line(error, None)[-600:],
-        ) from None
+        _load(name, f"DeepSpeed's {name} could not be built")
     finally:
         done.set()
     print(f"  {name}: ready after {time.time() - started:.0f} s", flush=True)
+
+
+def _load(name: str, failed: str) -> None:
+    """Load an op; DeepSpeed builds it where it is missing. Raises RunError, or OSError of a disk.
+
+    failed: what the error says.
+    """
+    builder = _builder(name)
+    try:
+        folder = _directory(builder)
+        for library in (*folder.glob("*.so"), *folder.with_name("pin_memory").glob("*.so")):
+            _check_whole(library)  # async_io loads pin_memory too
+        builder.load(verbose=False)
+    except OSError:
+        raise
+    except Exception as error:  # it is damaged, of another Python or machine, or lacks a library
+        fix = f"rm -r {_directory(builder)}, then make setup"
+        if name == "async_io":
+            fix = f"apt-get install libaio-dev (it brings libaio.so.1); or {fix}-aio"
+        raise CannotBuild(failed, found=one_line(error, None)[-600:], fix=fix) from None
+
+
+def _check_whole(library: Path) -> None:
+    """Raise ImportError for a library that is cut short: to load it would kill the process.
+
+    The headers of its sections come last (System V ABI, ELF header; 64 bits, little-endian).
+    """
+    with open(library, "rb") as file:
+        header = file.read(64)
+    begin, size, count = (int.from_bytes(header[a:b], "little") for a, b in _SECTION_HEADERS)
+    needed, found = max(begin + size * count, 64), library.stat().st_size
+    if found < needed:
+        raise ImportError(f"{library} is cut short: {found:,} of {needed:,} bytes")
 
 
 # -- our own AdamW (engine/adam.c) --------------------------------------------------------------
@@ -278,7 +318,13 @@ def adam() -> ctypes.CDLL:
     library_path = _adam_library(cache_directory())
     if not library_path.exists():
         _compile_adam(library_path)
-    library = ctypes.CDLL(str(library_path))
+    try:
+        _check_whole(library_path)
+        library = ctypes.CDLL(str(library_path))
+    except (OSError, ImportError) as error:
+        raise CannotBuild(
+            "our AdamW cannot be loaded", found=error, fix=f"rm {library_path}, and start again"
+        ) from None
     library.adam_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     library.adam_wait.argtypes = [ctypes.c_void_p]
     return library
@@ -318,6 +364,7 @@ def main() -> int:
         prog="python -m trainer.system.ops", description="Build DeepSpeed's compiled ops once."
     )
     parser.add_argument("ops", nargs="+", choices=BUILDERS)
+    guard_output()
     try:
         build(parser.parse_args().ops)
     except RunError as error:
