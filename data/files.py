@@ -1,14 +1,18 @@
 """Atomic writes and locks: the one place that knows how a file or folder becomes visible whole."""
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from data.errors import RunError
 
@@ -19,67 +23,175 @@ def user_cache() -> Path:
 
 
 @contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """Give a name beside the target to write to. At the end of the block it becomes the target.
+def new_file(target: Path, durable: bool = True) -> Iterator[Path]:
+    """Give a name to write to. At the end of the block it becomes the target.
 
-    An old target is replaced. After an exception nothing is left, and the old target stays.
+    An old target is replaced. After an exception nothing is left, and the old target stays. The
+    mode is the umask's. durable: it is on the disk once the block has ended; False for what is made
+    again after a power cut. Raises OSError. A device such as /dev/null is written to in place.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    if target.parent == Path("/dev") or (target.exists() and not target.is_file()):
+        yield target
+        return
+    with _made(target, durable, target.name) as path:
+        yield path
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write the file so that a reader sees the old content or the new one. Raises OSError."""
-    with new_file(path) as partial:
+def write_atomically(path: Path, content: str, durable: bool = True) -> None:
+    """Write the file so that a reader sees the old content or the new one. Raises OSError.
+
+    durable: see new_file.
+    """
+    with new_file(path, durable) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
-@contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """Give an empty directory beside the target. At the end of the block it becomes the target.
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, whole or not at all. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end, data = file.seek(0, os.SEEK_END), f"{line}\n".encode()
+        if file.write(data) != len(data):  # the last block of the disk took a part
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    An old target is replaced. After an exception nothing is left, and the old target stays.
-    """
-    work = target.with_name(f".making-{target.name}")
-    shutil.rmtree(work, ignore_errors=True)  # what a killed process left
-    work.mkdir(parents=True)
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises OSError; ValueError where it holds none."""
     try:
-        yield work
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.rename(work, target)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"an object is needed, not a {type(content).__name__}")
+    return content
+
+
+def new_directory(target: Path, durable: bool = True) -> AbstractContextManager[Path]:
+    """Give an empty directory to fill. At the end of the block it becomes the target.
+
+    An old target is replaced, and removed last. Otherwise as new_file.
+    """
+    return _made(target, durable)
+
+
+_OLD = "old"
+
+
+@contextmanager
+def _made(target: Path, durable: bool, name: str = "") -> Iterator[Path]:
+    """Give a path for the new target: a directory, or a file of that name in it.
+
+    It is made beside the target in a directory of random name that only this user can enter:
+    nobody can put a link there. Host, pid and lock tell the next writer whether we live.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = f".tmp-{target.name[:40]}-{os.uname().nodename}-"
+    if durable or not name:  # small files of a cache are many, and looking for leftovers takes time
+        _clear_leftovers(target, mark)
+    work = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-", dir=target.parent))
+    lock = try_lock(work, os.O_RDONLY)
+    new = work / "new"
+    try:
+        new.mkdir()
+        yield new / name
+        mode = new.stat().st_mode & 0o666  # safetensors makes its files private
+        for where, _, files in os.walk(new):
+            for file in files:
+                _settle(Path(where, file), durable, mode)
+            _settle(where, durable)
+        _put(new / name, target, work / _OLD)
+        if durable:
+            _settle(target.parent, durable)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors' and tokenizers' own, where a disk is full
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _settle(path: str | Path, durable: bool, mode: int | None = None) -> None:
+    """Give a file or directory a mode, and write it to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if mode is not None:
+            os.fchmod(handle, mode)
+        if durable:
+            os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory
+            raise
+    finally:
+        os.close(handle)
+
+
+def _put(new: Path, target: Path, old: Path) -> None:
+    """Rename the new one to the target. An old directory is kept under `old` until then."""
+    aside = new.is_dir() and os.path.lexists(target)
+    if aside:
+        os.rename(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        if aside:
+            os.rename(old, target)
+        raise
+
+
+def _clear_leftovers(target: Path, mark: str) -> None:
+    """Remove what killed processes of this user and host left. What cannot be judged stays."""
+    with suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            pid = entry.name.removeprefix(mark).partition("-")[0]
+            if (
+                not (entry.name.startswith(mark) and pid.isdigit())
+                or not entry.is_dir(follow_symlinks=False)
+                or entry.stat(follow_symlinks=False).st_uid != os.geteuid()
+                or Path("/proc", pid).exists()
+                # Killed between two renames: the old target is there and nowhere else.
+                or (not target.exists() and Path(entry.path, _OLD).exists())
+            ):
+                continue
+            lock = try_lock(Path(entry.path), os.O_RDONLY | os.O_NOFOLLOW)
+            if lock is not None:  # else it lives in another container, which has pids of its own
+                shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(lock)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Wait for the lock file and hold it. The kernel frees the lock when its process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with open(path, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def try_lock(path: Path) -> int | None:
-    """Return the descriptor of the locked file, or None where another process holds it."""
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+def try_lock(path: Path, flags: int = os.O_CREAT | os.O_RDWR) -> int | None:
+    """Return the descriptor of the locked file or directory, or None where a process holds it.
+
+    flags: how it is opened.
+    """
+    handle = os.open(path, flags, 0o644)
+    # `is_locked` of another process holds it for a moment.
+    for pause in (0.02, 0.05, 0):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError:
+            time.sleep(pause)
+    os.close(handle)
+    return None
 
 
 def is_locked(path: Path) -> bool:
     """Return whether a living process holds the lock. The right to read the file is enough."""
-    with open(path) as lock:
+    with open(path, "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -97,9 +209,9 @@ def lock_or_refuse(path: Path, what: str, fix: str) -> int:
     handle = try_lock(path)
     if handle is None:
         try:
-            holder = json.loads(path.read_text())
+            holder = read_json(path)
             found = f"pid {holder['pid']} on {holder['host']}, started {holder['started']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError):
             found = "another process"
         raise RunError(f"{what} is in use", found=f"{found} holds {path}", fix=fix)
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(psutil.Process().create_time()))

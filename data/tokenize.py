@@ -109,7 +109,7 @@ def tokenized(source: Source, encoder: Encoder, progress: Progress = iter) -> To
                         f"the tokens of {source.shown} cannot be written to {folder.parent}",
                         needed="4 bytes a token; ZERO_OFFLOAD_CACHE names another place",
                     ),
-                    new_directory(folder) as work,
+                    new_directory(folder, durable=False) as work,  # it has checksums
                 ):
                     manifest = _make(work, source, encoder, progress)
             finally:

@@ -19,6 +19,7 @@ from trainer import data_setup
 from trainer.config.command_line import command, split_own, words
 from trainer.config.flags import all_keys, help_text
 from trainer.config.settings import Settings, check_model, resolve
+from trainer.console import answered
 from trainer.errors import BAD_INPUT, DONE, RunError
 from trainer.system import default_model
 
@@ -40,6 +41,7 @@ rejected.jsonl (or --rejected FILE).
 """
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `launch/data.py` and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--help" in argv:
             print(help_text())
         return DONE if argv else BAD_INPUT
-    return command(check)(argv)
+    return check(argv)
 
 
 def check(argv: Sequence[str]) -> int:
@@ -101,7 +103,7 @@ def check(argv: Sequence[str]) -> int:
         raise RunError(
             "no row can be trained on", needed="rows with an answer within max_length tokens"
         )
-    return DONE
+    return answered(DONE)
 
 
 def _settings(argv: Sequence[str]) -> Settings:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import source, storage
+from data.files import new_file
 from data.source import Progress, Source
 from trainer import ROOT
 from trainer.config.settings import Settings
@@ -206,7 +207,8 @@ def check_vocabulary(tokenizer: Any, vocabulary: int | None) -> None:
 
 def write_rejected(path: str | Path, rejected: list["TokenFile"]) -> None:
     """Write {"path", "line", "reason", "row"} of every rejected row. Raises OSError."""
-    with open(path, "w", encoding="utf-8") as lines:
+    Path(path).parent.stat()  # one that is missing is a slip of the pen
+    with new_file(Path(path)) as partial, open(partial, "w", encoding="utf-8") as lines:
         for file in rejected:
             for entry in file.rejected():
                 lines.write(json.dumps({"path": file.shown, **entry}, ensure_ascii=False) + "\n")
@@ -215,7 +217,7 @@ def write_rejected(path: str | Path, rejected: list["TokenFile"]) -> None:
 def vocabulary_of(directory: str | Path) -> int | None:
     """Return the rows of the embedding by a local model's config.json, or None."""
     try:
-        config = json.loads((Path(directory) / "config.json").read_text())
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")

@@ -2,30 +2,96 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.errors import RunError
 
 if TYPE_CHECKING:
+    import psutil
     import torch
 
 T = TypeVar("T")
+# What a launcher sets for each rank.
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
+LAUNCHER = (*_NUMBERS, "MASTER_ADDR")
+
+
+def _number(name: str, default: int) -> int:
+    """Return a number of the environment. `check_launcher` refuses what is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
+def check_launcher() -> None:
+    """Raise RunError where the environment does not describe a rank of a run."""
+    given = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
+    wrong = [f"{n}={given[n]}" for n in _NUMBERS if n in given and not given[n].isdecimal()]
+    world = _number("WORLD_SIZE", 1)
+    if world > 1:  # else the process is a world of its own
+        names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        wrong += [f"no {name}" for name in names if name not in given]
+    if wrong or not _number("RANK", 0) < world:
+        found = ", ".join(wrong) or f"RANK={given.get('RANK', 0)}, WORLD_SIZE={world}"
+        raise RunError(
+            "the environment does not say which rank this is",
+            found=found,
+            needed="RANK < WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as launchers set "
+            "them; or none of them",
+            fix=f"start it with launch/supervise.py, or: unset {' '.join(LAUNCHER)}",
+        )
 
 
 def is_main_process() -> bool:
     """Return whether this is rank 0, which talks to the user."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return _number("RANK", 0) == 0
+
+
+@cache
+def first_rank_here() -> "psutil.Process | None":
+    """Return the process of this machine's first rank, where the same launcher has started it."""
+    import psutil
+
+    try:
+        for process in psutil.Process(os.getppid()).children():
+            with suppress(psutil.Error):  # it has ended
+                if process.environ().get("LOCAL_RANK") == "0":
+                    return process
+    except psutil.Error:
+        pass
+    return None
+
+
+def first_rank_ends(seconds: float) -> bool:
+    """Return whether this machine's first rank has ended, or does so in the next seconds.
+
+    Where it cannot be found it may have ended before this one began. Then the launcher ends this
+    rank too, while it waits here.
+    """
+    import psutil
+
+    process = first_rank_here()
+    if process is None:
+        time.sleep(seconds)
+        return False
+    try:
+        process.wait(seconds)
+    except psutil.TimeoutExpired:
+        return False
+    return True
 
 
 def ranks_on_this_machine() -> int:
     """Return the number of ranks here, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return _number("LOCAL_WORLD_SIZE", 0) or _number("LOCAL_SIZE", 0) or 1
 
 
 def local_rank() -> int:
     """Return this rank's number on this machine."""
-    return int(os.environ.get("LOCAL_RANK") or 0)
+    return _number("LOCAL_RANK", 0)
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -19,9 +19,11 @@ from pathlib import Path
 from timeit import timeit
 from typing import Any
 
+from data.files import write_atomically
 from trainer import ROOT
 from trainer.config.command_line import Parser, command
 from trainer.config.flags import parse_size
+from trainer.console import answered
 from trainer.distributed import local_rank
 from trainer.errors import DONE, FAILED, RunError
 from trainer.plan.machine import disk_of, remember
@@ -69,7 +71,7 @@ def io(path: str, size: int, seconds: float, out: Path | None = None) -> None:
     if out:
         tried = [{**aio, "write_gbps": write, "read_gbps": read} for aio, write, read in rows]
         result = {"aio": aio, "write_gbps": write, "read_gbps": read, "rows": tried}
-        out.write_text(json.dumps(result, indent=1))
+        write_atomically(out, json.dumps(result, indent=1))
     print(
         f"best: {write:.2f} GB/s written, {read:.2f} read; for the DeepSpeed JSON:\n"
         f'  "aio": {json.dumps(aio)}'
@@ -81,7 +83,7 @@ def _check_io(path: str, size: int, seconds: float, out: Path | None) -> None:
         raise RunError("--seconds is not in its range", found=seconds, needed="1 to 3600")
     if out and not out.absolute().parent.is_dir():
         raise RunError("--out cannot be written", found=f"no directory {out.absolute().parent}")
-    swap_dir.check_directory(path)
+    swap_dir.check_directory(path, any_filesystem=True)
     # A page-locked buffer of the size, and its copies.
     most = min(hardware.free_memory() / 3, shutil.disk_usage(hardware.existing(path)).free)
     if not 64e6 <= size <= most:
@@ -253,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=("machine", "io"), help=what + "op: the best aio block")
     shown = "(default: %(default)s)"
-    parser.add_argument("path", nargs="?", default=".swap", help=f"directory on the disk {shown}")
+    parser.add_argument("path", nargs="?", default=".swap", help="directory on the disk (.swap)")
     parser.add_argument("--bytes", default="1GB", help=f"of the file {shown}")
     parser.add_argument("--seconds", type=float, default=60, help=f"in all {shown}")
     parser.add_argument("--out", type=Path, help="the disk's result as JSON")
@@ -266,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             io(options.path, parse_size(options.bytes, "bytes"), options.seconds, options.out)
     except OSError as error:
         raise RunError("it could not be measured", found=error) from None
-    return DONE
+    return answered(DONE)
 
 
 if __name__ == "__main__":

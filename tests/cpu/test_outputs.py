@@ -6,6 +6,7 @@ An evaluation does not depend on the batch. Plain transformers loads the export.
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 
@@ -74,7 +75,7 @@ def test_full_run(trains, rows_file, tiny_model):
         export / "chat_template.jinja"
     ).is_file()
     assert "base_model" in (export / "README.md").read_text() and not list(
-        run.directory.glob(".making-*")
+        run.directory.glob(".tmp-*")
     )
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(export),
@@ -129,8 +130,12 @@ def test_lora_and_merge(trains, tmp_path):
         export / "model.safetensors"
     ).exists()
     merge = [sys.executable, "launch/export.py", "--merge"]
-    done = subprocess.run([*merge, run.directory], cwd=ROOT, capture_output=True, text=True)
+    small = [*merge, run.directory, "--max_shard_size", "4MB"]
+    done = subprocess.run(small, cwd=ROOT, capture_output=True, text=True, umask=0o27)
     assert done.returncode == 0, done.stderr
+    weights = [p.stat() for p in (run.directory / "export-merged").glob("*.safetensors")]
+    assert len(weights) > 2 and all(s.st_size < 4.1e6 for s in weights)
+    assert {stat.S_IMODE(s.st_mode) for s in weights} == {0o640}
     tokenizer = AutoTokenizer.from_pretrained(export)
     inputs = tokenizer("hello there", return_tensors="pt")
     with torch.no_grad():

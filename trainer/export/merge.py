@@ -6,18 +6,22 @@ from typing import Any
 
 import yaml
 
-from data.files import new_directory
+from data.files import new_directory, read_json
+from trainer.checkpoint.base import fingerprint
 from trainer.config.command_line import Parser, command
+from trainer.config.flags import all_keys, parse_size
 from trainer.config.settings import RESOLVED
 from trainer.console import say
-from trainer.errors import DOES_NOT_FIT, DONE, RunError
+from trainer.errors import DOES_NOT_FIT, DONE, FAILED, RunError, one_line
+from trainer.export import BASE, not_written
 from trainer.system.hardware import free_memory
 
 
-def merge(run: Path, output: Path) -> None:
+def merge(run: Path, output: Path, limit: int) -> None:
     """Merge a run's adapter into its base model, in RAM, and write a new model directory.
 
-    run: a run directory, or a directory that holds an adapter.
+    run: a run directory, or a directory that holds an adapter. limit: bytes of one file. Raises
+    RunError where that cannot be done.
     """
     adapter = run / "export" if (run / "export").is_dir() else run
     if not (adapter / "adapter_config.json").is_file():
@@ -28,29 +32,78 @@ def merge(run: Path, output: Path) -> None:
             fix="a full fine-tune's export/ is a whole model already" if whole else None,
         )
     from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    try:
+        base = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"the adapter in {adapter} cannot be read", found=one_line(error)) from None
     _check_base(base, adapter)
     if output.exists():
         raise RunError(f"{output} exists", fix="choose another --output, or remove it")
     say(f"loading {base}")
     resolved = run / RESOLVED
-    settings = yaml.safe_load(resolved.read_text()) if resolved.is_file() else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype="auto",
-        revision=settings.get("model_revision", "main"),
-        trust_remote_code=settings.get("trust_remote_code", False),
-    )
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    settings = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.is_file() else {}
+    revision = settings.get("model_revision", "main")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype="auto",
+            revision=revision,
+            trust_remote_code=settings.get("trust_remote_code", False),
+        )
+        _check_same_base(base, revision, adapter)
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    # RuntimeError: the adapter is of a model of other shapes.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{base} with the adapter in {adapter} cannot be read", found=one_line(error)
+        ) from None
+    _check_finite(model, base)
     model.config.use_cache = True
-    with new_directory(output) as work:
-        model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(work)
-        if (adapter / "README.md").is_file():
-            shutil.copy(adapter / "README.md", work)
+    try:
+        with new_directory(output) as work:
+            model.save_pretrained(work, max_shard_size=limit)
+            tokenizer.save_pretrained(work)
+            if (adapter / "README.md").is_file():
+                shutil.copy(adapter / "README.md", work)
+    except OSError as error:
+        raise not_written(output, error) from None
     say(f"merged model: {output}")
+
+
+def _check_same_base(base: str, revision: str, adapter: Path) -> None:
+    """Raise RunError where the base model is not the one that the adapter was trained on.
+
+    An adapter that is not of this trainer does not say which that is.
+    """
+    if not (adapter / BASE).is_file():
+        return
+    needed, found = read_json(adapter / BASE).get("fingerprint"), fingerprint(base, revision)
+    if needed not in (found, "random"):
+        raise RunError(
+            f"the adapter in {adapter} belongs to another base model",
+            found=f"{base} with fingerprint {found}",
+            needed=f"the weights with fingerprint {needed}",
+            fix="put them back, or set base_model_name_or_path in "
+            f"{adapter / 'adapter_config.json'}",
+        )
+
+
+def _check_finite(model: Any, base: str) -> None:
+    """Raise RunError where a merged weight is not finite: fp16 may not hold the sum."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+            raise RunError(
+                f"the merged weights are not finite: {name}",
+                found=f"{base} is in {str(weight.dtype).removeprefix('torch.')}",
+                needed="a base model and an adapter whose sum is finite; nothing was written",
+                code=FAILED,
+            )
 
 
 def _check_base(base: str, adapter: Path) -> None:
@@ -91,6 +144,11 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="where to write the model (default RUN/export-merged)",
     )
+    key = all_keys()["max_shard_size"]
+    parser.add_argument(
+        "--max_shard_size", default=key.default, help=f"{key.help} (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
-    merge(args.merge, args.output or args.merge / "export-merged")
+    limit = parse_size(args.max_shard_size, "max_shard_size")
+    merge(args.merge, args.output or args.merge / "export-merged", limit)
     return DONE

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,33 @@ from typing import Any
 import deepspeed
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data.files import new_directory
 from trainer.checkpoint.save import persistent_buffers
 from trainer.distributed import is_main_process
-from trainer.errors import FAILED, RunError
+from trainer.export import BASE, not_written
 
 
-def export(model: Any, tokenizer: Any, target: Path, card: str, limit: int) -> None:
+class BrokenOff(Exception):
+    """Somebody asked the run to stop."""
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    target: Path,
+    card: str,
+    limit: int,
+    breaks_off: Callable[[], bool] = lambda: False,
+    base: str | None = None,
+) -> None:
     """Write the model, or its adapter, into a new directory. Every rank calls it; rank 0 writes.
 
     model: the transformers or PEFT model under ZeRO-3. card: the text of README.md. limit: bytes
-    of one file. Raises RunError where it cannot be written.
+    of one file. breaks_off: asked before each file, on all ranks. base: the fingerprint of an
+    adapter's base model. Raises RunError where it cannot be written, and BrokenOff; then nothing is
+    left of it.
     """
     try:
         with new_directory(target) if is_main_process() else nullcontext() as folder:
@@ -30,23 +44,19 @@ def export(model: Any, tokenizer: Any, target: Path, card: str, limit: int) -> N
                 trained = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad}
                 if folder:
                     model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
+                    (folder / BASE).write_text(json.dumps({"fingerprint": base}), encoding="utf-8")
             else:
-                _write_model(model, folder, limit)
+                _write_model(model, folder, limit, breaks_off)
             if folder:
                 tokenizer.save_pretrained(folder)
-                (folder / "README.md").write_text(card)
-                for file in folder.iterdir():
-                    file.chmod(0o644)  # safetensors are made for their owner only
-    except (OSError, SafetensorError) as error:  # a full disk can be either
-        raise RunError(
-            f"the export could not be written to {target}",
-            found=error,
-            fix="free space there; the run's checkpoints and metrics are untouched",
-            code=FAILED,
-        ) from None
+                (folder / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise not_written(target, error) from None
 
 
-def _write_model(model: Any, folder: Path | None, limit: int) -> None:
+def _write_model(
+    model: Any, folder: Path | None, limit: int, breaks_off: Callable[[], bool]
+) -> None:
     """Write weights and configuration; one file of at most `limit` bytes is in memory at a time.
 
     A tied parameter comes once; it is tied again when the model is loaded. folder: None on a rank
@@ -61,6 +71,8 @@ def _write_model(model: Any, folder: Path | None, limit: int) -> None:
     }
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=limit)
     for filename, names in split.filename_to_tensors.items():
+        if breaks_off():
+            raise BrokenOff
         shard = {name: _whole(tensors[name]) for name in names}
         if folder:
             save_file(shard, folder / filename, metadata={"format": "pt"})
@@ -71,7 +83,9 @@ def _write_model(model: Any, folder: Path | None, limit: int) -> None:
             "metadata": split.metadata,
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2), encoding="utf-8"
+        )
     config = copy.deepcopy(model.config)
     config.use_cache = True  # training switched it off
     config.architectures = [type(model).__name__]

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from data.files import append_line
 from trainer.console import say
 from trainer.distributed import all_reduce_sum, is_main_process
 from trainer.run_dir import RunDirectory
@@ -134,7 +135,7 @@ def ram_in_use() -> int:
 
     Mapped files are left out: their pages are the page cache's, which gives way to others.
     """
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", status, re.MULTILINE)))
 
 
@@ -158,7 +159,7 @@ class RamSampler:
 
 def pinned_gib() -> float:
     """Return the pinned RAM of this process, GiB: torch's on a GPU, and libaio's locked buffers."""
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     locked = sum(int(line.split()[1]) * 1024 for line in status if line.startswith("VmLck:"))
     # Empty where CUDA is not in use.
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
@@ -270,8 +271,7 @@ class Telemetry:
         if not is_main_process():
             return
         try:
-            with open(self.run.metrics, "a") as file:
-                file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+            append_line(self.run.metrics, json.dumps({k: finite(v) for k, v in record.items()}))
         except OSError as error:  # the run can go on without its diary
             say(f"warning: {self.run.metrics}: {error.strerror}")
 

@@ -65,7 +65,7 @@ def _model(name: str | None) -> model_shapes.ModelSpec:
     try:
         from huggingface_hub import hf_hub_download
 
-        content = json.loads(Path(hf_hub_download(name, "config.json")).read_text())
+        content = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
         return model_shapes.from_dict(content, name, f"{name}/config.json")
     except RunError:
         raise
@@ -85,7 +85,7 @@ def _machine(settings: Settings, gpu: bool) -> Machine:
     machine.cpu_ranks = ranks_here
     machine.nodes = max(1, int(os.environ.get("WORLD_SIZE") or ranks_here) // ranks_here)
     try:
-        swap_dir.check_directory(settings.nvme_path)
+        swap_dir.check_directory(settings.nvme_path, settings.allow_any_swap_filesystem)
     except RunError:
         machine.nvme = 0
     return machine

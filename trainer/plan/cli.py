@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config.command_line import WHERE, Parser, command
 from trainer.config.flags import all_keys, convert, parse_size
+from trainer.console import answered
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, did_you_mean
 from trainer.plan import output
 from trainer.plan.machine import Machine, from_flags, probe
@@ -161,4 +162,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(output.as_text(predictions))
     if picture:
         output.draw(predictions, picture)
-    return DONE if predictions[0].fits else DOES_NOT_FIT
+    return answered(DONE if predictions[0].fits else DOES_NOT_FIT)

@@ -90,7 +90,7 @@ def measured_path() -> Path:
 def measured() -> dict[str, Any]:
     """Return what was measured on this machine; {} where nothing was."""
     try:
-        values = json.loads(measured_path().read_text())
+        values = json.loads(measured_path().read_text(encoding="utf-8"))
         if values["host"] != os.uname().nodename:
             return {}
         return {
@@ -136,7 +136,7 @@ def probe(nvme_path: str, use_gpus: int | None = None, measure: bool = True) -> 
         )
     nvme = 0
     try:
-        swap_dir.check_place(nvme_path)
+        swap_dir.check_place(nvme_path, any_filesystem=True)  # the run refuses it
         nvme = shutil.disk_usage(hardware.existing(nvme_path)).free
     except RunError as error:
         notes.append(f"no NVMe: {error.found}")

@@ -305,7 +305,7 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
     shapes, names = {}, ["model.safetensors"]
     try:
         if path.is_file():
-            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         for path in (folder / name for name in names):
             if path.is_file():
                 with safe_open(path, framework="np") as file:

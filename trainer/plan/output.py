@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from data.files import new_file
 from trainer.console import table
 from trainer.errors import DOES_NOT_FIT, RunError
 from trainer.plan.estimate import GIB, MODES, Prediction, config_of
@@ -216,6 +218,8 @@ def draw(predictions: list[Prediction], path: str) -> None:
         axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     figure.suptitle(f"{best.model.name}, {best.job.method}, rows of {best.job.max_length} tokens")
     try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+        Path(path).parent.stat()  # one that is missing is a slip of the pen
+        with new_file(Path(path)) as partial:
+            figure.savefig(partial, dpi=110, bbox_inches="tight")
     except OSError as error:
         raise RunError("the plan could not be written", found=error) from None

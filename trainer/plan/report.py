@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from data.files import write_atomically
 from trainer.config.ds_config import DeepSpeedConfig
 from trainer.config.settings import Settings
 from trainer.console import say, table
@@ -135,7 +136,7 @@ class PlanReport:
             **self.details,
         }
         try:
-            self.path.write_text(json.dumps(content, indent=1))
+            write_atomically(self.path, json.dumps(content, indent=1))
         except OSError as problem:  # a full disk: the run can go on without it
             say(f"warning: {self.path}: {problem.strerror}")
         return error
