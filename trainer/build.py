@@ -2,16 +2,19 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from data import storage
+from data.errors import disk_errors
+from trainer.checkpoint.base import fingerprint
 from trainer.checkpoint.files import SavedCheckpoint
 from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
-from trainer.distributed import is_main_process
+from trainer.distributed import is_main_process, on_all_ranks
+from trainer.errors import RunError
 from trainer.modeling import linear
 from trainer.modeling import load as modeling
 from trainer.modeling.kept_layers import AUTO, SelectiveCheckpointing
@@ -52,12 +55,13 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
     if keep and settings.gradient_checkpointing:
         largest_batch = settings.per_device_train_batch_size * settings.max_length
         selective = SelectiveCheckpointing(layers, keep, largest_batch, plan.attention == "eager")
+    base = base_of(parts)
     telemetry = _telemetry(parts)
     resources.callback(telemetry.close)
     tracker = _tracker(parts)
     if tracker:
         resources.callback(tracker.finish)
-    checkpointer = _checkpointer(parts)
+    checkpointer = _checkpointer(parts, base)
     resources.callback(checkpointer.finish)
     return OffloadTrainer(
         model,
@@ -105,6 +109,32 @@ def load_model(parts: RunParts) -> PreTrainedModel:
     return model
 
 
+def base_of(parts: RunParts) -> str | None:
+    """Return the fingerprint of the frozen weights beside an adapter; None for a full fine-tune.
+
+    Raises RunError where the checkpoint's adapter belongs to other weights.
+    """
+    settings, saved = parts.run.settings, parts.saved
+    if settings.method != "lora":
+        return None
+
+    def read() -> str:
+        with disk_errors(f"the weights of {parts.run.model} cannot be read"):
+            return fingerprint(parts.run.model, settings.model_revision)
+
+    base = "random"
+    if not settings.random_weights:
+        base, *_ = on_all_ranks(lambda: read() if is_main_process() else None)
+    if saved and saved.manifest["base"] != base:
+        raise RunError(
+            f"the adapter in {saved.folder} belongs to another base model",
+            found=f"{parts.run.model} with fingerprint {base}",
+            needed=f"the weights with fingerprint {saved.manifest['base']}",
+            fix="--model_name_or_path of the run that saved it, unchanged; or a new run",
+        )
+    return base
+
+
 def _telemetry(parts: RunParts) -> Telemetry:
     summary, text = parts.inputs.data.summary, parts.inputs.model_config.get_text_config()
     flops = flops_per_token(
@@ -122,10 +152,11 @@ def _tracker(parts: RunParts) -> Tracker | None:
     settings = parts.run.settings
     if not is_main_process() or not {"wandb", "all"} & set(trackers(settings)):
         return None
-    return Tracker(parts.run.directory, parts.run.directory.path.name, settings.public())
+    config = {**settings.public(), "run": asdict(parts.run.identity)}
+    return Tracker(parts.run.directory, parts.run.directory.path.name, config)
 
 
-def _checkpointer(parts: RunParts) -> Checkpointer:
+def _checkpointer(parts: RunParts, base: str | None) -> Checkpointer:
     settings, data = parts.run.settings, parts.inputs.data
     if parts.saved and parts.saved.manifest["data"] != data.key:
         say(
@@ -137,9 +168,11 @@ def _checkpointer(parts: RunParts) -> Checkpointer:
         "settings": public,
         "versions": versions(),
         "data": data.key,
+        "base": base,
         "config_hash": storage.digest(json.dumps(public, sort_keys=True)),
     }
-    return Checkpointer(parts.run.directory.path, settings.save_total_limit, description)
+    run = parts.run
+    return Checkpointer(run.directory.path, run.identity, settings.save_total_limit, description)
 
 
 def _preemption(parts: RunParts, checkpointer: Checkpointer) -> PreemptionCallback:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer import ROOT
+from trainer.checkpoint import resume
 from trainer.config.flags import parse_size
 from trainer.console import say
 from trainer.distributed import all_gather_object, is_main_process
-from trainer.export.model import export
+from trainer.errors import DONE, FAILED, RunError
+from trainer.export.model import BrokenOff, export
 from trainer.export.model_card import model_card
+from trainer.monitor import stopping
 from trainer.plan.report import PlanReport
 from trainer.run_dir import Phase
 from trainer.stages import Run
@@ -20,13 +23,21 @@ from trainer.trainer import OffloadTrainer
 
 def finish(
     run: Run, trainer: OffloadTrainer, prediction: PlanReport, space: SwapSpace | None
-) -> None:
-    """Evaluate once more, export, and say how the run went."""
+) -> int:
+    """Evaluate once more, export, and say how the run went. Returns the exit code."""
     if len(trainer.data.validation) and trainer.evaluated_at != trainer.state.global_step:
         trainer.evaluate()
+    if code := stopping.exit_code(trainer):
+        return code
+    step = trainer.state.global_step
+    trainer.guards.check_some_step_was_made(step)
+    trainer.check_weights()
     if run.settings.export:
         trainer.write_heartbeat(Phase.EXPORT)
-        export_model(run, trainer)
+        try:
+            export_model(run, trainer)
+        except BrokenOff:
+            return stopping.exit_code(trainer)
     peak = run.ram.peak()
     peaks = all_gather_object(peak)
     if is_main_process():
@@ -35,6 +46,22 @@ def finish(
         swap_bytes = space.size() if space else 0
         prediction.compare(trainer.state.log_history, host_bytes, swap_bytes)
         _print_summary(run, trainer, peak)
+    if trainer.failed_saves:
+        stands = [str(trainer.last_saved)] if trainer.last_saved else []
+        stands += [str(run.directory.export)] if run.settings.export else []
+        raise RunError(
+            "the last checkpoint could not be saved",
+            found=f"on disk: {', '.join(stands) or 'nothing of this run'}",
+            fix=f"free space under {run.directory}, then {resume.command(run.directory)}",
+            code=FAILED,
+        )
+    saved = trainer.last_saved and trainer.last_saved.name == f"checkpoint-{step}"
+    if not (run.settings.export or saved):
+        say(
+            f"note: the weights after step {step} are not on disk, as --export is false and "
+            f"--save_strategy is {run.settings.save_strategy}"
+        )
+    return DONE
 
 
 def _evaluations(trainer: OffloadTrainer) -> list[dict[str, Any]]:
@@ -53,7 +80,9 @@ def export_model(run: Run, trainer: OffloadTrainer) -> None:
     )
     card = model_card(settings, base, data, _evaluations(trainer), run.directory)
     limit = parse_size(settings.max_shard_size, "max_shard_size")
-    export(trainer.model, trainer.processing_class, target, card, limit)
+    breaks_off = trainer.parts.preemption.breaks_off
+    base = trainer.parts.checkpointer.description["base"]
+    export(trainer.model, trainer.processing_class, target, card, limit, breaks_off, base)
 
 
 def _print_summary(run: Run, trainer: OffloadTrainer, peak: int) -> None:

@@ -4,6 +4,8 @@
 """
 
 import os
+import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 from trainer.checkpoint import resume
 from trainer.config.flags import help_text
 from trainer.config.settings import resolve
-from trainer.console import report, say
+from trainer.console import drop_when_blocked, guard_output, report, say, tell_at_once, to_stderr
 from trainer.distributed import is_main_process
 from trainer.errors import CRASHED, DONE, FAILED, STOPPED, RunError, one_line
 from trainer.prepare import Prepared, prepare
@@ -24,18 +26,25 @@ from trainer.run_dir import RunDirectory
 if TYPE_CHECKING:
     from trainer.stages import Run
 
+_EARLY = "stopped before the first optimizer step"
+
 
 # -- what launch/train.py calls ----------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code of a run. Bad input ends before torch is imported, where it can."""
+    guard_output()
     argv = sys.argv[1:] if argv is None else argv
     if any(word in ("-h", "--help") for word in argv):
         print(help_text())
         return DONE
+    drop_when_blocked()
+    if "ZERO_OFFLOAD_SUPERVISED" not in os.environ:  # a supervisor says it in its ranks' place
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, _stopped_early)
 
     def from_flags() -> int:
         prepared = prepare(resolve(argv))
-        return _guarded(lambda: train(prepared), every_rank=True)
+        return train(prepared)
 
     return _guarded(from_flags)
 
@@ -51,42 +60,48 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _guarded(
-    stage: Callable[[], int], run: RunDirectory | None = None, every_rank: bool = False
-) -> int:
-    """Return the stage's exit code; an error is printed and becomes its code.
+def _guarded(stage: Callable[[], int], run: RunDirectory | None = None) -> int:
+    """Return the stage's exit code; an error is printed, once for all ranks, and becomes its code.
 
-    every_rank: an error may be known to one rank only, so each prints its own. What is decided
-    from flags and files is the same on all ranks.
+    run: set once the run directory is ours; then it is said how the run goes on.
     """
     try:
         return stage()
     except RunError as error:
-        report(error, every_rank)
-        if error.code == FAILED:
+        if report(error) and error.code == FAILED:
             _say_how_to_resume(run)
         return error.code
     except KeyboardInterrupt:
-        say("\nstopped before the first optimizer step")
+        say(f"\n{_EARLY}{_how_to_begin()}")
         return STOPPED
     except Exception:
         traceback.print_exc()
-        _say_how_to_resume(run)
+        if is_main_process():
+            _say_how_to_resume(run)
         # A supervisor tries again after an unforeseen failure, and not after a refusal.
         return CRASHED if os.environ.get("ZERO_OFFLOAD_SUPERVISED") else FAILED
 
 
+def _stopped_early(number: int, frame: object) -> None:
+    """End the process for a signal that comes before PreemptionCallback takes them."""
+    if is_main_process():
+        tell_at_once(f"\n{signal.Signals(number).name}: {_EARLY}{_how_to_begin()}\n")
+    os._exit(STOPPED)
+
+
+def _how_to_begin() -> str:
+    """Return what is left to say where no supervisor does: the line that starts the run again."""
+    if "ZERO_OFFLOAD_SUPERVISED" in os.environ:
+        return ""
+    here = f"cd {shlex.quote(os.getcwd())}"
+    return f"\nto go on: {here} && {shlex.join([sys.executable, *sys.argv])}"
+
+
 def _say_how_to_resume(run: RunDirectory | None) -> None:
     """Name the last checkpoint of a run that failed, and the line that resumes it."""
-    if run is not None and is_main_process():
-        last = resume.newest(run.path)
-        if last is not None:
-            print(
-                f"the last checkpoint is of step {last}; to go on from it: "
-                f"{resume.command(run.path)}",
-                file=sys.stderr,
-                flush=True,
-            )
+    if run is not None and (last := resume.newest(run.path)) is not None:
+        how = resume.command(run)
+        to_stderr(f"the last checkpoint is of step {last}; to go on from it: {how}")
 
 
 # -- the run -----------------------------------------------------------------------------------
@@ -98,7 +113,7 @@ def train(prepared: Prepared) -> int:
     from trainer.stages import open_run
 
     run = open_run(prepared, ranks)
-    return _guarded(lambda: _train(run), run.directory, every_rank=True)
+    return _guarded(lambda: _train(run), run.directory)
 
 
 def _train(run: "Run") -> int:
@@ -114,17 +129,23 @@ def _train(run: "Run") -> int:
     stages.bind_cores(run)
     plan = stages.plan_engine(run, inputs, saved)
     arguments = stages.training_arguments(run, inputs, plan, saved)
-    stages.write_run_files(run, inputs, arguments, saved)
+    stages.show_settings(run)
+    at_once = saved is None or run.is_new
+    if at_once:
+        stages.write_run_files(run, inputs, arguments, saved)
     prediction = stages.predict(run, inputs, plan)
     try:
         with ExitStack() as resources:
             space = stages.reserve_swap_space(run, plan, resources)
             parts = build.RunParts(run, inputs, plan, arguments, saved, space)
             trainer = build.build_trainer(parts, resources)
+            if not at_once:
+                stages.write_run_files(run, inputs, arguments, saved)
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
             if code := stopping.exit_code(trainer):
                 return code
-            finish.finish(run, trainer, prediction, space)
+            if code := finish.finish(run, trainer, prediction, space):
+                return code
     except torch.OutOfMemoryError as error:
         raise RunError(
             "the GPU is out of memory",

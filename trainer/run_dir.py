@@ -2,14 +2,21 @@
 
 import errno
 import json
+import math
+import os
 import sys
 import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from data.files import is_locked, lock_or_refuse, write_atomically
+from data.files import is_locked, lock_or_refuse, read_json, write_atomically
 from trainer import __version__
 from trainer.config.settings import Settings
+from trainer.console import say
 from trainer.errors import RunError
 from trainer.system import default_model
 
@@ -24,6 +31,80 @@ PACKAGES = (
     "safetensors",
     "wandb",
 )
+
+
+# What only a run leaves: a directory with any of it is not taken for a new one.
+TRACES = (
+    "run.json",
+    "metrics.jsonl",
+    "resolved_config.yaml",
+    "resolved_ds_config.json",
+    "plan.json",
+    "versions.json",
+    "*checkpoint-*",
+    "export",
+    "report.html",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run this is, and which line of it: in run.json, in every manifest, in W&B.
+
+    id: of the run, for as long as it lives. created: ISO 8601, with the time zone. line: 0, and one
+    more each time the run goes back to an earlier checkpoint. parent: the checkpoint that this line
+    goes on from, {"id", "line", "step", "checkpoint", "parent"}, where the last one is that line's
+    own parent. None: the line begins with the model's weights.
+    """
+
+    id: str
+    created: str
+    line: int = 0
+    parent: dict[str, Any] | None = None
+
+    @classmethod
+    def new(cls, parent: dict[str, Any] | None = None) -> "RunIdentity":
+        """Return the identity of a new run. parent: where it goes on from another run."""
+        return cls(uuid.uuid4().hex, time.strftime("%Y-%m-%dT%H:%M:%S%z"), 0, parent)
+
+    @classmethod
+    def read(cls, content: Any) -> "RunIdentity":
+        """Return the identity that JSON content describes. Raises ValueError where it is none."""
+        try:
+            identity = cls(**content)
+            line, kinds = asdict(identity), {"id": str, "created": str, "line": int}
+            while line is not None:
+                for key, kind in kinds.items():
+                    if not isinstance(line[key], kind):
+                        raise ValueError(f"{key} is {line[key]!r}")
+                line = line["parent"]
+                kinds = {"id": str, "line": int, "step": int, "checkpoint": str}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        return identity
+
+    @staticmethod
+    def after(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Return the parent of a line that goes on from this checkpoint."""
+        run = manifest["run"]
+        at = {"step": manifest["step"], "checkpoint": str(folder.absolute())}
+        return {"id": run["id"], "line": run["line"], **at, "parent": run["parent"]}
+
+    def owns(self, manifest: dict[str, Any]) -> bool:
+        """Return whether a checkpoint is of this line, or of those before it until they were left.
+
+        manifest: its "run" and "step" count.
+        """
+        run, step = manifest["run"], manifest["step"]
+        line: dict[str, Any] | None = asdict(self)
+        limit = math.inf
+        while line is not None:
+            if (run["id"], run["line"]) == (line["id"], line["line"]):
+                return step <= limit
+            line = line["parent"]
+            limit = min(limit, line["step"]) if line else limit
+        return False
 
 
 class Phase:
@@ -55,6 +136,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.identity = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.plan = self.path / "plan.json"
         self.versions = self.path / "versions.json"
@@ -64,6 +146,7 @@ class RunDirectory:
         self.export = self.path / "export"
         self.log = self.path / "train.log"
         self.heartbeat = self.path / "heartbeat.json"
+        self.heartbeat_lost = False  # it could not be written
         self.rank_lock = self.path / ".running"  # held by rank 0
         self.supervisor_lock = self.path / ".supervised"
         self.silence_limit_file = self.path / ".patience"
@@ -87,24 +170,33 @@ class RunDirectory:
         return RunError(
             f"the run directory {self} cannot be written to",
             found=error.strerror,
-            fix="--output_dir",
+            fix="free space there, or --output_dir on another disk"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "--output_dir",
         )
 
     def beat(self, step: int, phase: str) -> None:
-        """Write heartbeat.json: step, phase, time."""
+        """Write heartbeat.json: step, phase, time.
+
+        Raises OSError while the run loads: it cannot begin. Later a warning is printed, once.
+        """
         text = json.dumps({"step": step, "phase": phase, "time": time.time()})
         try:
-            write_atomically(self.heartbeat, text)
+            # In place, and always as long: it is quick, and a full disk has room for it.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+            with open(os.open(self.heartbeat, flags, 0o666), "wb") as file:
+                file.write(f"{text:<100}\n".encode())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.heartbeat.exists():
+            if phase == Phase.LOAD:
                 raise
-            with open(self.heartbeat, "r+") as file:  # the old file's place has room
-                file.write(text + " " * 20)
+            if not self.heartbeat_lost:
+                say(f"warning: {self.heartbeat}: {error.strerror}; the supervisor may see a hang")
+            self.heartbeat_lost = True
 
     def read_heartbeat(self) -> dict:
         """Return the last heartbeat; {} where there is none."""
         try:
-            return json.loads(self.heartbeat.read_text())
+            return read_json(self.heartbeat)
         except (OSError, ValueError):
             return {}
 
@@ -113,19 +205,68 @@ class RunDirectory:
         locks = (self.rank_lock, self.supervisor_lock)
         return any(lock.exists() and is_locked(lock) for lock in locks)
 
+    def last_supervisor(self) -> int | None:
+        """Return the pid of the run's last supervisor; None where there was none."""
+        try:
+            return json.loads(self.supervisor_lock.read_text(encoding="utf-8"))["pid"]
+        except (OSError, ValueError, LookupError, TypeError):  # not there yet, or half-written
+            return None
+
     def silence_limit(self, phase: str) -> float:
         """Return the seconds that the run may be silent: its supervisor's limit, or the phase's."""
         try:
             if is_locked(self.supervisor_lock):
-                return float(self.silence_limit_file.read_text())
+                return float(self.silence_limit_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             pass
         return SILENCE_LIMITS.get(phase, SILENCE_LIMITS[Phase.LOAD])
 
-    def withdraw_requests(self) -> None:
-        """Remove the files STOP and SAVE."""
+    def traces(self) -> list[str]:
+        """Return the names of what a run has left here.
+
+        Raises RunError where there cannot be such a directory: its name is too long, for one.
+        """
+        try:
+            return sorted({path.name for trace in TRACES for path in self.path.glob(trace)})
+        except OSError as error:
+            raise self.not_writable(error) from None
+
+    def read_identity(self) -> RunIdentity | None:
+        """Return the identity in run.json; None where there is no such file.
+
+        Raises RunError for a file that is none of ours.
+        """
+        try:
+            return RunIdentity.read(read_json(self.identity))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.identity} does not say which run this is",
+                found=f"{type(error).__name__}: {error}"[:200],
+                fix='take the value of "run" from the manifest.json of the run\'s last checkpoint',
+            ) from None
+
+    def write_identity(self, identity: RunIdentity) -> None:
+        """Write run.json. Raises OSError."""
+        write_atomically(self.identity, json.dumps(asdict(identity), indent=1))
+
+    def withdraw_requests(self, before: float = math.inf) -> None:
+        """Remove the files STOP and SAVE, or those that were made before a time."""
         for name in (STOP, SAVE):
-            (self.path / name).unlink(missing_ok=True)
+            path = self.path / name
+            with suppress(OSError):  # what cannot be removed asks again
+                if path.lstat().st_mtime < before:
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def withdraw_old_requests(self) -> None:
+        """Remove the files STOP and SAVE from before this process began: of an earlier run.
+
+        What is asked while a run starts is asked of this one.
+        """
+        import psutil
+
+        self.withdraw_requests(psutil.Process().create_time())
 
 
 def all_runs() -> list[RunDirectory]:

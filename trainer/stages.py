@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import write_atomically
 from trainer import data_setup
 from trainer.checkpoint import load, resume
 from trainer.checkpoint.files import SavedCheckpoint, supersede
@@ -25,7 +26,14 @@ from trainer.monitor.telemetry import RamSampler
 from trainer.plan.report import PlannedRun, PlanReport
 from trainer.prepare import Prepared
 from trainer.process_group import Ranks
-from trainer.run_dir import Phase, RunDirectory, default_run_name, run_directory, versions
+from trainer.run_dir import (
+    Phase,
+    RunDirectory,
+    RunIdentity,
+    default_run_name,
+    run_directory,
+    versions,
+)
 from trainer.system import default_model, hardware, swap_dir
 from trainer.system.swap_dir import SwapSpace
 
@@ -37,7 +45,8 @@ if TYPE_CHECKING:
 class Run:
     """A run that has its directory. swap: its swap directory. model: a directory or hub name.
 
-    ram: measures this rank's RAM from the start on.
+    is_new: the directory holds nothing of a run yet. ram: measures this rank's RAM from the start
+    on. identity: known once the checkpoint to resume from is.
     """
 
     prepared: Prepared
@@ -45,7 +54,9 @@ class Run:
     directory: RunDirectory
     swap: Path
     model: str
+    is_new: bool
     ram: RamSampler
+    identity: RunIdentity
 
     @property
     def settings(self) -> Settings:
@@ -64,16 +75,16 @@ def open_run(prepared: Prepared, ranks: Ranks) -> Run:
     model = settings.model_name_or_path or str(default_model.ensure())
     name = settings.run_name or default_run_name(settings)
     directory = RunDirectory(broadcast_object(str(run_directory(settings, name))))
-    name = directory.path.name
-    swap = broadcast_object(f"{Path(settings.nvme_path).absolute()}/{name}-{os.getpid()}")
+    name, is_new = directory.path.name, broadcast_object(not directory.traces())
+    # A part of the name: with the pid behind it, it must be a name as well.
+    swap = broadcast_object(f"{Path(settings.nvme_path).absolute()}/{name[:40]}-{os.getpid()}")
 
     def begin() -> None:
         directory.lock(directory.rank_lock)
         try:
             directory.beat(0, Phase.LOAD)
-            # What was asked of a run stays asked when its supervisor restarts it.
-            if os.environ.get("ZERO_OFFLOAD_SUPERVISED", "1") == "1":
-                directory.withdraw_requests()
+            if "ZERO_OFFLOAD_SUPERVISED" not in os.environ:  # else its supervisor has done it
+                directory.withdraw_old_requests()
         except OSError as error:
             raise directory.not_writable(error) from None
 
@@ -84,21 +95,21 @@ def open_run(prepared: Prepared, ranks: Ranks) -> Run:
     say(f"configuration: {prepared.config.where}")
     device = "CUDA" if prepared.gpu else "CPU"
     say(f"precision: {prepared.precision} ({prepared.reason}); {device}, {ranks.world} rank(s)")
-    return Run(prepared, ranks, directory, Path(swap), model, RamSampler())
+    identity = RunIdentity.new()
+    return Run(prepared, ranks, directory, Path(swap), model, is_new, RamSampler(), identity)
 
 
 def find_checkpoint(run: Run) -> SavedCheckpoint | None:
     """Return the checkpoint to resume from, and let it decide the settings that belong to it."""
-    requested = run.settings.resume_from_checkpoint
-    if not requested:
-        return None
-    saved = load.choose(run.directory.path, requested)
+    directory, requested = run.directory, run.settings.resume_from_checkpoint
+    saved = None
+    if requested:
+        saved = load.choose(directory.path, requested, directory.read_identity())
+    run.identity = broadcast_object(resume.identify(directory, requested, saved))
     if saved is None:
-        say("resume: no checkpoint yet, so from the beginning")
+        if requested:
+            say("resume: no checkpoint yet, so from the beginning")
         return None
-    if is_main_process() and requested != "auto":
-        for path in supersede(run.directory.path, saved.step):
-            say(f"resume: {path.name} is of the line that is left here")
     differences = resume.reconcile(run.settings, saved.manifest, run.ranks.world)
     if differences:
         rows = resume.difference_table(differences)
@@ -220,26 +231,46 @@ def trackers(settings: Settings) -> list[str]:
 def write_run_files(
     run: Run, inputs: Inputs, arguments: "TrainingArguments", saved: SavedCheckpoint | None
 ) -> None:
-    """Write what runs into the run directory, on rank 0, and show it."""
-    if not is_main_process():
-        return
-    directory, settings = run.directory, run.settings
-    resume.trim_metrics(directory.metrics, saved.step if saved else 0)
-    public = settings.public()
-    write_yaml(directory.resolved_config, {**public, "model_name_or_path": run.model})
+    """Write what runs into the run directory, on rank 0, and leave what was after the checkpoint.
+
+    Where the directory holds a run, it comes when nothing can refuse this start any more: until
+    then nothing there is touched.
+    """
+    directory, public = run.directory, run.settings.public()
     engine_config: Any = arguments.hf_deepspeed_config
-    directory.resolved_ds_config.write_text(json.dumps(engine_config.config, indent=2))
-    directory.versions.write_text(json.dumps(versions(), indent=2))
-    if inputs.data.rejected:
-        data_setup.write_rejected(directory.rejected, inputs.data.rejected)
-        say(f"rejected rows: {directory.rejected}")
+
+    def write() -> None:
+        try:
+            # Before a checkpoint is renamed: a run that is killed in between passes it over.
+            directory.write_identity(run.identity)
+            resume.trim_metrics(directory.metrics, saved.step if saved else 0)
+            if saved and run.settings.resume_from_checkpoint != "auto":
+                for path in supersede(directory.path, saved.step):
+                    say(f"resume: {path.name} is of the line that is left here")
+            write_yaml(directory.resolved_config, {**public, "model_name_or_path": run.model})
+            write_atomically(
+                directory.resolved_ds_config, json.dumps(engine_config.config, indent=2)
+            )
+            write_atomically(directory.versions, json.dumps(versions(), indent=2))
+            if inputs.data.rejected:
+                data_setup.write_rejected(directory.rejected, inputs.data.rejected)
+                say(f"rejected rows: {directory.rejected}")
+        except OSError as error:
+            raise directory.not_writable(error) from None
+
+    on_all_ranks(lambda: is_main_process() and write())
+
+
+def show_settings(run: Run) -> None:
+    """Print the settings that are not the defaults, and where they come from."""
+    settings, public = run.settings, run.settings.public()
     rows = [("key", "value", "from")]
     rows += [
         (key, str(public[key]), source)
         for key, source in settings.sources.items()
         if key in public and source != "run" and settings.values[key] != all_keys()[key].default
     ]
-    print(f"\n{table(rows)}\n", flush=True)
+    say(f"\n{table(rows)}\n")
 
 
 def predict(run: Run, inputs: Inputs, plan: EnginePlan) -> PlanReport:
@@ -268,7 +299,7 @@ def reserve_swap_space(run: Run, plan: EnginePlan, resources: ExitStack) -> Swap
     """
     if not plan.config.uses_nvme():
         return None
-    space, ranks, first_here = SwapSpace(run.swap), run.ranks, run.ranks.local == 0
+    space, ranks, first_here = SwapSpace(run.swap, run.identity.id), run.ranks, run.ranks.local == 0
     resources.callback(space.close)
     size = plan.config.swap_bytes(
         plan.parameters, plan.shapes, ranks.world, run.prepared.fused_step

@@ -5,6 +5,7 @@ export/evaluation.py, monitor/guards.py, monitor/progress.py and checkpoint/cont
 """
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from trainer.checkpoint.files import SavedCheckpoint
 from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
 from trainer.data_setup import TrainingData
-from trainer.engine import cpu_step, patches
+from trainer.engine import cpu_step, finite, patches
 from trainer.engine.activation_offload import offload_inputs
 from trainer.errors import FAILED, RunError
 from trainer.export.evaluation import evaluate
@@ -175,9 +176,10 @@ class OffloadTrainer(Trainer):
         loss, _ = self._loss_and_correct(model, inputs)
         # ZeRO averages gradients over the ranks; the sum was divided by the tokens of all of them.
         loss = loss / num_items_in_batch.clamp(min=1) * self.args.world_size
-        # An infinite loss can have finite gradients. NaN has none, and ZeRO-3 then skips the
-        # optimizer step on every rank.
-        loss = torch.where(torch.isfinite(loss), loss, torch.full_like(loss, float("nan")))
+        # An infinite loss can have finite gradients. Times NaN it has none, and ZeRO-3 then skips
+        # the optimizer step on every rank. The factor is not chosen after the product: torch.where
+        # gives what it leaves out a gradient of 0.
+        loss = loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
         clock.stop("forward")
         clock.start("backward")
         return loss
@@ -211,10 +213,16 @@ class OffloadTrainer(Trainer):
                 self.parts.space.audit()
                 self.audited = True
             self.guards.step_was_made(step)
-        elif optimizer.dtype == torch.float16 and float(optimizer.loss_scale) > 1:
+        elif getattr(scaler := optimizer.loss_scaler, "dynamic", False) and (
+            scaler.cur_scale > scaler.min_scale
+        ):
             return  # fp16's loss scale is being lowered, as it should be
         else:
             self.guards.step_was_skipped(step, self._rows_of_step(), self.batches)
+            if error := self.guards.too_many(step):
+                # Now, whatever is logged and when.
+                self.log({"step": step, "loss": math.nan, "grad_norm": math.nan})
+                raise error
 
     def _rows_of_step(self) -> list[dict[str, Any]]:
         """Return file and line of this rank's rows in the optimizer step that is being made."""
@@ -281,6 +289,17 @@ class OffloadTrainer(Trainer):
         self.write_heartbeat(Phase.TRAIN)
         self.telemetry.pause(time.perf_counter() - began)
 
+    def check_weights(self) -> None:
+        """Raise RunError where a trained weight is not finite: it is not exported."""
+        name = finite.first_nonfinite(self.model_wrapped)
+        if name is not None:
+            raise RunError(
+                f"the weights are not finite after step {self.state.global_step}: {name}",
+                found=f"the last checkpoint is {self.last_saved or 'none'}",
+                fix="a lower --learning_rate, from that checkpoint on",
+                code=FAILED,
+            )
+
     def write_heartbeat(self, phase: str) -> None:
         """Write heartbeat.json, on rank 0."""
         if self.is_world_process_zero():
@@ -305,16 +324,29 @@ class OffloadTrainer(Trainer):
             ),
             lambda batch: self._collate([[rows[i]] for i in batch]),
             args.device,
+            self.parts.preemption.breaks_off,
         )
+        if metrics is None:
+            # Training ends after this, with a checkpoint; the saved run evaluates again.
+            self.parts.preemption.on_step_end(args, self.state, self.control)
+            say("the evaluation was broken off, as the run stops")
+            return {}
         self.evaluated_at, self.metrics = self.state.global_step, metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         self.telemetry.pause(time.perf_counter() - began)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise RunError(
+                f"the validation loss is not finite after step {self.state.global_step}",
+                found=f"the last checkpoint is {self.last_saved or 'none'}",
+                fix="a lower --learning_rate, from an earlier checkpoint, or another --precision",
+                code=FAILED,
+            )
         return metrics
 
     # -- logging -------------------------------------------------------------------------------
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Write one record to metrics.jsonl, W&B and the callbacks, and let the guards decide."""
+        """Write one record to metrics.jsonl, W&B and the callbacks, and let the guards watch it."""
         if "train_runtime" in logs:
             return  # transformers' closing summary: its speed counts evaluation and export too
         record = {"step": self.state.global_step, **logs}
@@ -327,4 +359,4 @@ class OffloadTrainer(Trainer):
         self.state.log_history.append(record)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
         if "loss" in logs:
-            self.guards.check(self.state.global_step, record["loss"])
+            self.guards.watch(self.state.global_step, record["loss"])

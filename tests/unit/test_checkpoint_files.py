@@ -2,18 +2,21 @@
 
 import errno
 import json
+import math
 import os
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.checkpoint import files, resume
+from trainer.checkpoint import base, files, resume
 from trainer.checkpoint.files import (
     SHARD,
     SavedCheckpoint,
@@ -21,20 +24,27 @@ from trainer.checkpoint.files import (
     read_checkpoint,
     shard_chunks,
 )
-from trainer.config.settings import resolve
+from trainer.config.settings import resolve, write_yaml
 from trainer.errors import FAILED, RunError
+from trainer.run_dir import RunDirectory, RunIdentity, versions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def save(directory, step, eval_loss=None, **content):
+RUN = RunIdentity.new()
+
+
+def save(directory, step, eval_loss=None, run=RUN, **content):
     """Write a small checkpoint as a run does."""
     work = files.temporary(directory, step)
     work.mkdir()
     names = {"rng-00000.json": b"{}", files.TRAINER_STATE: b'{"global_step": 1}'}
     entries = {name: files.write_file(work / name, [data]) for name, data in names.items()}
     target = directory / f"checkpoint-{step}"
-    files.publish(work, target, {"step": step, "files": entries, "eval_loss": eval_loss, **content})
+    keys = {key: kinds[-1]() for key, kinds in files.KEYS.items()}
+    keys |= {"run": asdict(run), "versions": versions(), "evaluated": None}
+    keys |= {"step": step, "files": entries, "eval_loss": eval_loss}
+    files.publish(work, target, keys | content)
     return target
 
 
@@ -90,10 +100,10 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     saved = read_checkpoint(folder)
     assert isinstance(saved, SavedCheckpoint)
     assert (saved.folder, saved.step) == (folder, 3)
-    assert saved.manifest["format"] == 1
+    assert saved.manifest["format"] == 2
     assert saved.manifest["scheduler"] == {"1": [2, 3]}
     assert saved.first_damage(saved.manifest["files"]) is None
-    assert files.is_whole(folder)
+    assert files.read_whole(folder)
     assert names(tmp_path) == ["checkpoint-3"]
 
 
@@ -104,7 +114,7 @@ def test_the_first_damaged_file_is_named(tmp_path):
     assert isinstance(saved, SavedCheckpoint)
     assert saved.first_damage([files.TRAINER_STATE]) is None
     assert "rng-00000.json" in saved.first_damage([files.TRAINER_STATE, "rng-00000.json"])
-    assert not files.is_whole(folder)
+    assert not files.read_whole(folder)
 
 
 @pytest.mark.parametrize(
@@ -112,20 +122,46 @@ def test_the_first_damaged_file_is_named(tmp_path):
     [
         (lambda folder: (folder / files.MANIFEST).unlink(), "it was never finished"),
         (lambda folder: os.truncate(folder / files.MANIFEST, 50), "not readable (JSONDecodeError)"),
-        (lambda folder: (folder / files.MANIFEST).write_text("[]"), "not readable (TypeError)"),
+        (lambda folder: (folder / files.MANIFEST).write_text("[]"), "not readable (ValueError)"),
+        (lambda folder: (folder / files.MANIFEST).write_text("[" * 10**5), "(ValueError)"),
         (lambda folder: (folder / files.MANIFEST).write_text("{}"), "not readable (KeyError)"),
         (lambda folder: (folder / files.MANIFEST).write_bytes(b"\xff"), "(UnicodeDecodeError)"),
-        (lambda folder: rewrite(folder, format=2), "format 2; needed: 1"),
+        (lambda folder: rewrite(folder, format=3), "needed: 2"),
         (lambda folder: rewrite(folder, files={"../x": {}}), "names files outside"),
         (lambda folder: rewrite(folder, files={"/etc/passwd": {}}), "names files outside"),
     ],
-    ids=["missing", "cut", "list", "empty", "binary", "format", "outside", "absolute"],
+    ids=["missing", "cut", "list", "deep", "empty", "binary", "format", "outside", "absolute"],
 )
 def test_a_damaged_manifest_says_why(tmp_path, damage, problem):
     folder = save(tmp_path, 3)
     damage(folder)
     assert problem in read_checkpoint(folder)
-    assert not files.is_whole(folder)
+    assert not files.read_whole(folder)
+
+
+@pytest.mark.parametrize("key", sorted(files.KEYS))
+def test_a_key_of_another_type_is_named(tmp_path, key):
+    folder = save(tmp_path, 3)
+    rewrite(folder, **{key: {"a": 1} if list in files.KEYS[key] else [1]})
+    assert read_checkpoint(folder) == f"manifest.json has another type of {key}"
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"run": {}}, "not readable (ValueError)"),
+        ({"run": asdict(RUN) | {"parent": {}}}, "not readable (ValueError)"),
+        ({"files": {"..": {"bytes": 1, "xxh3_128": ""}}}, "outside"),
+        ({"files": {"a\0.json": {"bytes": 1, "xxh3_128": ""}}}, "outside"),
+        ({"files": {"a.json": {}}}, "not readable (KeyError)"),
+        ({"files": {"a.json": {"bytes": "1", "xxh3_128": ""}}}, "no size and hash of a.json"),
+        ({"step": 2}, "a checkpoint of step 2 under another name"),
+    ],
+)
+def test_a_manifest_that_nobody_could_have_written(tmp_path, changes, problem):
+    folder = save(tmp_path, 3)
+    rewrite(folder, **changes)
+    assert problem in read_checkpoint(folder)
 
 
 def test_a_changed_manifest_has_another_hash(tmp_path):
@@ -134,26 +170,176 @@ def test_a_changed_manifest_has_another_hash(tmp_path):
     assert "its hash differs" in read_checkpoint(path.parent)
 
 
-def test_a_damaged_checkpoint_is_replaced(tmp_path):
+def test_a_damaged_checkpoint_is_put_aside(tmp_path):
     folder = save(tmp_path, 3)
     (folder / files.TRAINER_STATE).unlink()
     assert save(tmp_path, 3) == folder
-    assert files.is_whole(folder)
+    assert files.read_whole(folder)
     files.remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["checkpoint-3"]
+    kept, damaged = names(tmp_path)
+    assert kept == "checkpoint-3" and damaged.startswith("damaged-checkpoint-3-")
+    assert files.checkpoints(tmp_path) == [(3, folder)]
 
 
-def test_a_checkpoint_of_the_first_releases_is_read(tmp_path):
-    """The format on disk stays: this manifest was written before the code was split."""
-    folder = tmp_path / "checkpoint-2"
-    folder.mkdir()
-    (folder / files.MANIFEST).write_text(
-        '{"format": 1, "step": 2, "world_size": 1, "files": {"trainer_state.json": {"bytes": 2, '
-        '"xxh3_128": "dc7048f8f8747f561349cde127705c16"}}, "kinds": ["weight"], "scalars": {}, '
-        '"eval_loss": null, "hash": "5b648efe983305d0989ff3f54bae7ffa"}'
-    )
-    (folder / "trainer_state.json").write_text("{}")
-    assert files.is_whole(folder), read_checkpoint(folder)
+def test_a_whole_checkpoint_in_the_way_is_not_deleted(tmp_path):
+    save(tmp_path, 3, 0.5)
+    save(tmp_path, 3, 0.7)
+    files.remove_leftovers(tmp_path)
+    _, aside = names(tmp_path)
+    assert aside.startswith("superseded-") and files.read_whole(tmp_path / aside)
+
+
+def test_another_format_is_named(tmp_path):
+    """A checkpoint from before runs had an identity: which version wrote it, and what is needed."""
+    folder = save(tmp_path, 2)
+    rewrite(folder, format=1)
+    assert "format 1, saved by version" in read_checkpoint(folder)
+    rewrite(folder, format=1, versions=None)
+    assert "version unknown" in read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("key", sorted(files.KEYS))
+def test_a_key_that_is_missing_is_named(tmp_path, key):
+    folder = save(tmp_path, 2)
+    manifest = json.loads((folder / files.MANIFEST).read_text())
+    del manifest[key], manifest["hash"]
+    (folder / files.MANIFEST).write_text(json.dumps({**manifest, "hash": files._digest(manifest)}))
+    assert read_checkpoint(folder) == f"manifest.json lacks {key}"
+
+
+# -- which run a checkpoint belongs to ---------------------------------------------------------
+def saved_by(directory, step, run):
+    return read_checkpoint(save(directory, step, run=run))
+
+
+def test_a_line_owns_what_came_before_it_was_left(tmp_path):
+    first = RunIdentity.new()
+    at = {step: saved_by(tmp_path, step, first) for step in (10, 20, 30)}
+    second = replace(first, line=1, parent=RunIdentity.after(at[20].manifest, at[20].folder))
+    assert [second.owns(at[step].manifest) for step in (10, 20, 30)] == [True, True, False]
+    late = saved_by(tmp_path, 40, second)
+    third = replace(first, line=2, parent=RunIdentity.after(late.manifest, late.folder))
+    owned = [third.owns(saved.manifest) for saved in (*at.values(), late)]
+    assert owned == [True, True, False, True]
+    assert not RunIdentity.new().owns(at[10].manifest)
+
+
+def test_a_new_run_goes_on_from_anothers_checkpoint(tmp_path):
+    (tmp_path / "a").mkdir()
+    saved = saved_by(tmp_path / "a", 5, RUN)
+    directory = RunDirectory(tmp_path / "b")
+    identity = resume.identify(directory, str(saved.folder), saved)
+    assert identity.id != RUN.id and identity.parent["id"] == RUN.id
+    assert identity.parent["step"] == 5 and identity.owns(saved.manifest)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    saved, directory = saved_by(tmp_path / "a", 5, RUN), RunDirectory(tmp_path / "b")
+    directory.write_identity(RunIdentity.new())
+    with pytest.raises(RunError, match="is of another run") as error:
+        resume.check_same_run(directory, saved)
+    assert error.value.code == 2 and RUN.id in str(error.value)
+    directory.identity.unlink()
+    directory.metrics.write_text("")  # somebody's, from before runs had an identity
+    with pytest.raises(RunError, match="is of another run"):
+        resume.identify(directory, str(saved.folder), saved)
+
+
+def test_going_back_begins_a_line(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write_identity(RUN)
+    early, late = (saved_by(tmp_path, step, RUN) for step in (5, 10))
+    assert resume.identify(directory, "auto", late) == RUN
+    assert resume.identify(directory, str(late.folder), late) == RUN
+    line = resume.identify(directory, str(early.folder), early)
+    assert (line.id, line.line, line.parent["step"]) == (RUN.id, 1, 5)
+    directory.write_identity(line)
+    (aside,) = files.supersede(tmp_path, 5)
+    # The same command again, as a supervisor gives it: not one more line.
+    assert resume.identify(directory, str(early.folder), early) == line
+    # Back to what was left: a line of its own.
+    back = resume.identify(directory, str(aside), read_checkpoint(aside))
+    assert (back.line, back.parent["step"]) == (2, 10)
+
+
+def test_a_lost_identity_is_the_checkpoints(tmp_path):
+    saved = saved_by(tmp_path, 5, RUN)
+    assert resume.identify(RunDirectory(tmp_path), "auto", saved) == RUN
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"id": 1, "x": 2}'])
+def test_a_damaged_identity_is_refused(tmp_path, content):
+    directory = RunDirectory(tmp_path)
+    directory.identity.write_text(content)
+    with pytest.raises(RunError, match="does not say which run"):
+        directory.read_identity()
+
+
+def test_commits_are_told_apart(tmp_path):
+    """The same step again is another commit: a step number says nothing of progress."""
+    save(tmp_path, 5)
+    before = files.commits(tmp_path)
+    files.supersede(tmp_path, 4)
+    assert files.commits(tmp_path) == {}
+    save(tmp_path, 5, run=replace(RUN, line=1))
+    assert files.commits(tmp_path).keys().isdisjoint(before)
+    assert list(files.commits(tmp_path).values()) == list(before.values()) == [5]
+
+
+@pytest.mark.parametrize(
+    "trace", ["run.json", "metrics.jsonl", "checkpoint-3", "export", "plan.json"]
+)
+def test_a_directory_with_anything_of_a_run_is_not_new(tmp_path, trace):
+    for harmless in ("heartbeat.json", "train.log", ".running"):
+        (tmp_path / harmless).touch()
+    settings = resolve(["--output_dir", str(tmp_path)])
+    resume.check_request(settings)
+    (tmp_path / trace).mkdir()
+    with pytest.raises(RunError, match="holds a run already") as error:
+        resume.check_request(settings)
+    assert trace in str(error.value) and "--resume_from_checkpoint auto" in str(error.value)
+
+
+def test_the_base_of_an_adapter(tmp_path, monkeypatch):
+    """One changed byte of a small file, any header, and a large file that was trained on."""
+    monkeypatch.setattr(base, "WHOLE", 2**16)
+    (tmp_path / "config.json").write_text('{"rope_theta": 1, "_name_or_path": "/a"}')
+    small, large = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    small.write_bytes(bytes(1000))
+    large.write_bytes(bytes(2**25))
+    seen = {base.fingerprint(str(tmp_path), "main")}
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    (moved / "config.json").write_text('{"_name_or_path": "/b", "rope_theta": 1}')
+    assert base.fingerprint(str(moved), "main") in seen
+    (moved / "config.json").write_text('{"rope_theta": 2}')
+    seen.add(base.fingerprint(str(moved), "main"))
+    for path, offset, block in ((small, 999, b"x"), (large, 100, b"x"), (large, 0, b"y" * 2**25)):
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            file.write(block)
+        seen.add(base.fingerprint(str(tmp_path), "main"))
+    large.rename(tmp_path / "c.safetensors")
+    assert len(seen | {base.fingerprint(str(tmp_path), "main")}) == 6
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_base_is_the_files_that_are_loaded(tmp_path, sharded):
+    """Others, such as an optimizer's or an adapter's, may come and go."""
+    (tmp_path / "config.json").write_text("{}")
+    name = "model.safetensors"
+    if sharded:
+        name = "model-1-of-1.safetensors"
+        index = {"weight_map": {"a": name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / name).write_bytes(b"1")
+    before = base.fingerprint(str(tmp_path), "main")
+    (tmp_path / "training_args.bin").touch()
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert base.fingerprint(str(tmp_path), "main") == before
+    (tmp_path / name).write_bytes(b"2")
+    assert base.fingerprint(str(tmp_path), "main") != before
 
 
 # -- the checkpoints of a run ------------------------------------------------------------------
@@ -173,12 +359,13 @@ def test_checkpoints_are_listed_by_number(tmp_path):
         ([1.0, 2.0, 3.0, 4.0], [1, 3, 4]),
         ([None, 0.5, 0.5, 0.6], [3, 4]),
         ([None, 0.5, None, None], [2, 3, 4]),
+        ([math.nan, 0.5, math.nan, None], [2, 3, 4]),
     ],
 )
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, losses, kept):
     for step, loss in enumerate(losses, 1):
         latest = save(tmp_path, step, loss)
-    files.rotate(tmp_path, 2, latest)
+    files.rotate(tmp_path, 2, latest, RUN)
     assert sorted(step for step, _ in files.checkpoints(tmp_path)) == kept
     files.remove_leftovers(tmp_path)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
@@ -188,15 +375,35 @@ def test_rotation_keeps_the_one_that_was_just_saved(tmp_path):
     """After a resumption from an older checkpoint, later damaged ones may be left."""
     for step in (1, 2, 7, 8):
         save(tmp_path, step)
-    files.rotate(tmp_path, 2, tmp_path / "checkpoint-2")
+    files.rotate(tmp_path, 2, tmp_path / "checkpoint-2", RUN)
     assert names(tmp_path)[1:] == ["checkpoint-2", "checkpoint-7", "checkpoint-8"]
 
 
 def test_rotation_leaves_what_it_cannot_read(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     latest = [save(tmp_path, step) for step in (2, 3)][-1]
-    files.rotate(tmp_path, 1, latest)
+    files.rotate(tmp_path, 1, latest, RUN)
     assert [step for step, _ in files.checkpoints(tmp_path)] == [3, 1]
+
+
+def test_rotation_neither_counts_nor_deletes_another_runs(tmp_path):
+    save(tmp_path, 9, 0.1, run=RunIdentity.new())
+    latest = [save(tmp_path, step, loss) for step, loss in ((1, 0.5), (2, 0.7), (3, 0.8))][-1]
+    files.rotate(tmp_path, 1, latest, RUN)
+    assert [step for step, _ in files.checkpoints(tmp_path)] == [9, 3, 1]
+
+
+def test_a_checkpoint_that_is_a_link_is_rotated_without_what_it_names(tmp_path):
+    (tmp_path / "run").mkdir()
+    save(tmp_path, 1)
+    (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "checkpoint-1")
+    (tmp_path / "run" / "checkpoint-3").symlink_to(tmp_path / "nowhere")
+    latest = [save(tmp_path / "run", step) for step in (2, 3)][-1]
+    files.rotate(tmp_path / "run", 1, latest, RUN)
+    files.remove_leftovers(tmp_path / "run")
+    kept, aside = names(tmp_path / "run")
+    assert kept == "checkpoint-3" and aside.startswith("damaged-checkpoint-3-")
+    assert files.read_whole(tmp_path / "checkpoint-1")
 
 
 def test_later_checkpoints_are_superseded(tmp_path):
@@ -208,7 +415,7 @@ def test_later_checkpoints_are_superseded(tmp_path):
         "superseded-checkpoint-6",
         "superseded-checkpoint-4",
     ]
-    assert all(files.is_whole(path) for path in renamed)
+    assert all(files.read_whole(path) for path in renamed)
     assert files.supersede(tmp_path, 2) == []
 
 
@@ -237,7 +444,7 @@ def test_a_kill_leaves_a_whole_checkpoint_or_none(tmp_path, point, visible):
         env={**os.environ, "ZERO_OFFLOAD_KILL_AT": f"{point}:1", "RANK": "1"},
     )
     assert done.returncode == -signal.SIGKILL
-    assert files.is_whole(tmp_path / "checkpoint-5") == visible
+    assert bool(files.read_whole(tmp_path / "checkpoint-5")) == visible
     files.remove_leftovers(tmp_path)
     assert names(tmp_path) == (["checkpoint-5"] if visible else [])
 
@@ -332,7 +539,8 @@ def settings_of(*flags):
 
 
 def manifest_of(settings, rows=8, **changes):
-    return {"settings": {**settings.public(), **changes}, "update_rows": rows}
+    public = {**settings.public(), **changes}
+    return {"settings": public, "update_rows": rows, "versions": versions()}
 
 
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
@@ -382,13 +590,19 @@ def test_rows_that_the_ranks_cannot_share_are_refused():
 
 def test_what_is_kept_and_what_is_new():
     saved = manifest_of(settings_of(*BATCH), seed=42, run_name="a", learning_rate=1e-3, gone_flag=1)
-    settings = settings_of(*BATCH, "--seed", 1, "--learning_rate", 5e-4, "--run_name", "b")
+    flags = ("--seed", 1, "--learning_rate", 5e-4, "--run_name", "b", "--lora_alpha", 99)
+    settings = settings_of(*BATCH, *flags)
+    alpha = saved["settings"]["lora_alpha"]
     differences = sorted(resume.reconcile(settings, saved, 1))
-    assert differences == [("learning_rate", 1e-3, 5e-4, 5e-4), ("seed", 42, 1, 42)]
+    assert differences == [
+        ("learning_rate", 1e-3, 5e-4, 5e-4),
+        ("lora_alpha", alpha, 99, alpha),
+        ("seed", 42, 1, 42),
+    ]
     assert (settings.seed, settings.learning_rate, settings.run_name) == (42, 5e-4, "b")
     lines = resume.difference_table(differences).splitlines()
     assert [cell.strip() for cell in lines[0].split(" | ")] == ["key", "saved", "now", "used"]
-    assert [cell.strip() for cell in lines[2].split(" | ")] == ["seed", "42", "1", "42"]
+    assert [cell.strip() for cell in lines[3].split(" | ")] == ["seed", "42", "1", "42"]
 
 
 def test_what_the_checkpoint_decides_reaches_the_trainer():
@@ -405,7 +619,7 @@ def test_metrics_are_trimmed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     resume.trim_metrics(path, 2)
     assert not path.exists()
-    path.write_text('{"step": 1}\n[]\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    path.write_bytes(b'{"step": 1}\n[]\n{"step": 2}\n\xff\xfe\n{"step": 3}\n{"step": 4, "lo')
     resume.trim_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert names(tmp_path) == ["metrics.jsonl"]
@@ -421,10 +635,85 @@ def test_the_request_to_resume(typed, requested, tmp_path):
 
 
 def test_a_path_names_the_run(tmp_path):
-    (tmp_path / "checkpoint-1").mkdir()
-    settings = settings_of("--resume_from_checkpoint", tmp_path / "checkpoint-1")
-    resume.check_request(settings)
-    assert settings.output_dir == str(tmp_path)
+    """Also by a link, a relative path and with a slash at its end."""
+    (tmp_path / "run").mkdir()
+    folder = save(tmp_path / "run", 1)
+    (tmp_path / "best").symlink_to(folder)
+    for name in (folder, tmp_path / "best", os.path.relpath(folder), f"{folder}/"):
+        settings = settings_of("--resume_from_checkpoint", name)
+        resume.check_request(settings)
+        assert settings.output_dir == str(tmp_path / "run")
+
+
+def test_a_path_that_is_no_checkpoint_is_refused_at_once(tmp_path):
+    """The run directory in place of its checkpoint: the one above would become a run's."""
+    save(tmp_path, 1)
+    with pytest.raises(RunError, match="cannot be used"):
+        resume.check_request(settings_of("--resume_from_checkpoint", tmp_path))
+    other = RunIdentity.new()
+    RunDirectory(tmp_path).write_identity(other)
+    with pytest.raises(RunError, match="is of another run"):
+        resume.check_request(settings_of("--resume_from_checkpoint", tmp_path / "checkpoint-1"))
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
+    (tmp_path / "a").mkdir()
+    RunDirectory(tmp_path / "a").write_identity(RUN)
+    resolved = tmp_path / "a" / "resolved_config.yaml"
+    write_yaml(resolved, settings_of("--output_dir", tmp_path / "a").public())
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    (tmp_path / "a").rename(tmp_path / "b")
+    for name in ("copy", "b"):
+        config = str(tmp_path / name / resolved.name)
+        assert resolve(["--config", config]).output_dir == str(tmp_path / name)
+    assert resolve(["--config", config, "--output_dir", "/x"]).output_dir == "/x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "3", '{"id": "a"}', "[" * 10**5, "\udcff"]
+    + [
+        json.dumps(asdict(RUN) | changes)
+        for changes in ({"id": None}, {"line": "1"}, {"parent": "x"}, {"parent": {}}, {"x": 1})
+    ],
+)
+def test_a_run_json_that_is_none(tmp_path, text):
+    (tmp_path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
+    settings = settings_of("--output_dir", tmp_path, "--resume_from_checkpoint", "auto")
+    with pytest.raises(RunError, match="does not say which run this is"):
+        resume.check_request(settings)
+
+
+def test_a_line_begins_with_its_parent(tmp_path):
+    """`auto` tries the checkpoint that a line began with before older ones, wherever it lies."""
+    from trainer.checkpoint import load
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for step in (2, 6):
+        save(tmp_path / "b", step)
+    folder = save(tmp_path / "a", 4)
+    parent = RunIdentity.after({"run": asdict(RUN), "step": 4}, folder)
+    line = replace(RUN, line=1, parent=parent)
+    found = load._candidates(tmp_path / "b", line)
+    assert [path.name for path in found] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    assert load._candidates(tmp_path / "a", line) == [folder]
+
+
+def test_going_back_to_a_copy_begins_a_line(tmp_path):
+    """The same run's checkpoint of that step, from a copy of its directory."""
+    (tmp_path / "a").mkdir()
+    run = RunDirectory(tmp_path / "a")
+    run.write_identity(RUN)
+    for place in (tmp_path, tmp_path / "a"):
+        save(place, 4)
+    here = read_checkpoint(tmp_path / "a" / "checkpoint-4")
+    there = read_checkpoint(tmp_path / "checkpoint-4")
+    assert resume.identify(run, str(here.folder), here) == RUN
+    line = resume.identify(run, str(there.folder), there)
+    assert (line.line, line.parent["checkpoint"]) == (1, str(there.folder))
+    run.write_identity(line)  # and a crash before the first checkpoint
+    assert resume.identify(run, str(there.folder), there) == line
 
 
 def test_requests_that_are_refused(tmp_path):
@@ -438,10 +727,49 @@ def test_requests_that_are_refused(tmp_path):
             resume.check_request(settings_of(*flags))
 
 
-def test_the_printed_command():
-    assert resume.command("runs/a").endswith(
-        "--config runs/a/resolved_config.yaml --resume_from_checkpoint auto"
-    )
+@pytest.mark.parametrize(
+    "environment, argv, ranks, start",
+    [
+        ({}, [], None, "python launch/train.py"),
+        ({}, ["--local_rank=0"], None, "deepspeed --num_gpus 1 launch/train.py"),
+        ({"LOCAL_SIZE": "4"}, ["--local_rank=0"], None, "deepspeed --num_gpus 4 launch/train.py"),
+        (
+            {"LOCAL_SIZE": "4", "WORLD_SIZE": "8"},
+            ["--local_rank=0"],
+            None,
+            "deepspeed --hostfile HOSTFILE launch/train.py",
+        ),
+        (
+            {"LOCAL_SIZE": "2", "WORLD_SIZE": "4"},
+            ["train.py", "--local_rank=0", "--launcher_hostfile", "/my hosts"],
+            None,
+            "python launch/supervise.py --hostfile '/my hosts'",
+        ),
+        (
+            {"LOCAL_SIZE": "2", "ZERO_OFFLOAD_SUPERVISED": "1"},
+            [],
+            None,
+            "python launch/supervise.py --num_gpus 2",
+        ),
+        ({}, [], 3, "python launch/supervise.py --num_gpus 3"),
+    ],
+)
+def test_the_printed_command(monkeypatch, environment, argv, ranks, start):
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "ZERO_OFFLOAD_SUPERVISED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", *argv])
+    line = resume.command(RunDirectory("runs/it's a"), ranks)
+    cd, folder, and_, program, *words = shlex.split(line)
+    assert (cd, folder, and_) == ("cd", str(Path.cwd()), "&&")
+    short = [Path(program).name.rstrip("0123456789.")]
+    short += [word.removeprefix(f"{ROOT}/") for word in words]
+    config = str(Path("runs/it's a/resolved_config.yaml").absolute())
+    assert short == [*shlex.split(start), "--config", config.removeprefix(f"{ROOT}/")] + [
+        "--resume_from_checkpoint",
+        "auto",
+    ]
 
 
 @pytest.mark.parametrize("module", ["files", "resume"])

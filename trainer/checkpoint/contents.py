@@ -81,7 +81,7 @@ def restore_rng(folder: Path) -> None:
     path = folder / RNG.format(torch.distributed.get_rank())
     if not path.exists():
         return
-    state = json.loads(path.read_text())
+    state = json.loads(path.read_text(encoding="utf-8"))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))

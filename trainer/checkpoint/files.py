@@ -11,6 +11,7 @@ checkpoint-<step>/ holds
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -19,17 +20,40 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from data.files import hash_file
+from data.files import hash_file, read_json
 from trainer.errors import FAILED, RunError
+from trainer.run_dir import RunIdentity
 
 if TYPE_CHECKING:
     from trainer.engine.optimizer_state import OptimizerState, ShardSlice
 
-FORMAT = 1
+FORMAT = 2  # 1 had no run's identity
+KEYS: dict[str, tuple[type, ...]] = {
+    "base": (str, NoneType),
+    "data": (str,),
+    "eval_loss": (float, int, NoneType),
+    "evaluated": (list, NoneType),
+    "files": (dict,),
+    "kinds": (list,),
+    "loss_scaler": (dict,),
+    "parameters": (dict,),
+    "precision": (str,),
+    "run": (dict,),
+    "scalars": (dict,),
+    "schedule": (list,),
+    "scheduler": (dict,),
+    "settings": (dict,),
+    "step": (int,),
+    "tokens": (int,),
+    "update_rows": (int,),
+    "versions": (dict,),
+    "world_size": (int,),
+}
 MANIFEST, TRAINER_STATE, BUFFERS = "manifest.json", "trainer_state.json", "buffers.safetensors"
 RNG = "rng-{:05}.json"  # rank
 SHARD = "rank-{:05}-group-{:05}.safetensors"  # rank, sub-group
@@ -38,6 +62,7 @@ Chunks = Iterable[bytes | memoryview]
 Json = dict[str, Any]
 _PREFIX = "checkpoint-"
 _TEMPORARY = ".tmp-checkpoint-"
+_NAME = re.compile(r"[\w-]+\.(json|safetensors)")  # of a file: nothing that leaves the folder
 _CHANGED = "is not what was written (its hash differs)"
 _DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
@@ -102,24 +127,41 @@ class SavedCheckpoint:
 def read_checkpoint(folder: Path) -> SavedCheckpoint | str:
     """Return the checkpoint in a folder, or the sentence that says why its manifest is no good."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         if manifest.pop("hash") != _digest(manifest):
             return f"{MANIFEST} {_CHANGED}"
         if manifest["format"] != FORMAT:
-            return f"{MANIFEST}: format {manifest['format']}; needed: {FORMAT}"
-        if any(Path(name).name != name for name in manifest["files"]):
-            return f"{MANIFEST} names files outside the checkpoint"
+            saved_by = (manifest.get("versions") or {}).get("zero-offload-trainer", "unknown")
+            return (
+                f"{MANIFEST} has format {manifest['format']}, saved by version {saved_by} of this "
+                f"trainer; needed: {FORMAT}"
+            )
+        if missing := KEYS - manifest.keys():
+            return f"{MANIFEST} lacks {', '.join(sorted(missing))}"
+        if wrong := [k for k, kinds in KEYS.items() if not isinstance(manifest[k], kinds)]:
+            return f"{MANIFEST} has another type of {', '.join(wrong)}"
+        RunIdentity.read(manifest["run"])
+        for name, entry in manifest["files"].items():
+            if not _NAME.fullmatch(name):
+                return f"{MANIFEST} names files outside the checkpoint"
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["xxh3_128"], str)):
+                return f"{MANIFEST} has no size and hash of {name}"
+        named = folder.name.removeprefix(_PREFIX)
+        if named != folder.name and named.isdecimal() and int(named) != manifest["step"]:
+            return f"it is a checkpoint of step {manifest['step']} under another name"
     except FileNotFoundError:
         return f"no {MANIFEST}: it was never finished, or is no checkpoint of this trainer"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is not readable ({type(error).__name__})"
     return SavedCheckpoint(folder, manifest)
 
 
-def is_whole(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint with all its files as they were written."""
+def read_whole(folder: Path) -> SavedCheckpoint | None:
+    """Return the checkpoint in a folder where all its files are as they were written."""
     saved = read_checkpoint(folder)
-    return isinstance(saved, SavedCheckpoint) and not saved.first_damage(saved.manifest["files"])
+    if isinstance(saved, str) or saved.first_damage(saved.manifest["files"]):
+        return None
+    return saved
 
 
 def publish(work: Path, target: Path, content: Json) -> None:
@@ -134,8 +176,8 @@ def publish(work: Path, target: Path, content: Json) -> None:
     write_file(work / MANIFEST, [text.encode()])
     _sync_folder(work)
     kill_point("before-rename")
-    if target.exists():  # but is damaged
-        os.rename(target, temporary(target.parent, "damaged"))
+    if os.path.lexists(target):
+        put_aside(target, "superseded" if read_whole(target) else "damaged")
     os.rename(work, target)
     _sync_folder(target.parent)
     kill_point("after-rename")
@@ -158,7 +200,10 @@ def _sync_folder(path: Path) -> None:
 # parameter, without ZeRO's padding, as a flat tensor `<state key>/<parameter>`. Its metadata gives
 # the slice's first element within the whole parameter, so any number of ranks can read the shards.
 def shard_chunks(state: "OptimizerState", i: int) -> Iterator[bytes | memoryview]:
-    """Yield the content of sub-group i's shard."""
+    """Yield the content of sub-group i's shard.
+
+    Raises RunError (FAILED) where a weight or a moment is not finite.
+    """
     slices = [s for s in state.sub_groups[i] if s.numel]
     contents = [(state_key, s) for state_key in state.state_keys(i) for s in slices]
     header: Json = {}
@@ -240,17 +285,18 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return sorted(((int(n), p) for n, p in folders.items() if n.isdecimal()), reverse=True)
 
 
-def rotate(directory: Path, limit: int, latest: Path) -> None:
+def rotate(directory: Path, limit: int, latest: Path, identity: RunIdentity) -> None:
     """Hide all checkpoints but the newest `limit`, the best by evaluation loss, and the latest.
 
-    latest: the one that was just saved. remove_leftovers then deletes the hidden ones.
+    latest: the one that was just saved. identity: of the run; those of others count for nothing,
+    and stay. remove_leftovers then deletes the hidden ones.
     """
-    losses = {}  # the newest first; infinite where the step was not evaluated
+    losses = {}  # the newest first; infinite where the step has no evaluation that is a number
     for _, folder in checkpoints(directory):
         saved = read_checkpoint(folder)
-        if isinstance(saved, SavedCheckpoint):
+        if isinstance(saved, SavedCheckpoint) and identity.owns(saved.manifest):
             loss = saved.manifest["eval_loss"]
-            losses[folder] = math.inf if loss is None else loss
+            losses[folder] = math.inf if loss is None or math.isnan(loss) else loss
     best = min(losses, key=losses.__getitem__, default=latest)
     for folder in losses.keys() - {latest, best, *list(losses)[:limit]}:
         # Renamed at once: nobody ever sees half of a checkpoint.
@@ -263,11 +309,24 @@ def supersede(directory: Path, step: int) -> list[Path]:
 
     The run goes on from that step with other results; `auto` must not take the old ones again.
     """
-    return [
-        path.rename(path.with_name(f"superseded-{path.name}-{uuid.uuid4().hex[:8]}"))
-        for later, path in checkpoints(directory)
-        if later > step
-    ]
+    later = [path for other, path in checkpoints(directory) if other > step]
+    return [put_aside(path, "superseded") for path in later]
+
+
+def put_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint to <why>-checkpoint-…: nothing takes, counts or deletes it any more."""
+    return folder.rename(folder.with_name(f"{why}-{folder.name}-{uuid.uuid4().hex[:8]}"))
+
+
+def commits(directory: Path) -> dict[str, int]:
+    """Return {hash: step} of the checkpoints in a run directory: no two commits have one hash."""
+    found = {}
+    for step, folder in checkpoints(directory):
+        try:
+            found[read_json(folder / MANIFEST)["hash"]] = step
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def temporary(directory: Path, purpose: object) -> Path:
@@ -278,4 +337,7 @@ def temporary(directory: Path, purpose: object) -> Path:
 def remove_leftovers(directory: Path) -> None:
     """Delete the temporary folders: of killed saves, and of checkpoints that were rotated away."""
     for folder in directory.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_symlink():  # a checkpoint that somebody has put elsewhere: it stays there
+            folder.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -7,53 +7,79 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from trainer.checkpoint import resume
 from trainer.checkpoint.files import (
     BUFFERS,
     SavedCheckpoint,
     ShardIndex,
     checkpoints,
+    put_aside,
     read_checkpoint,
 )
 from trainer.console import say
-from trainer.distributed import all_gather_object, broadcast_object
+from trainer.distributed import all_gather_object, broadcast_object, is_main_process
 from trainer.engine.optimizer_state import OptimizerState
 from trainer.errors import RunError
+from trainer.run_dir import RunIdentity
 
 if TYPE_CHECKING:
     from trainer.system.swap_dir import SwapSpace
 
 
-def choose(directory: Path, requested: str) -> SavedCheckpoint | None:
+def choose(
+    directory: Path, requested: str, identity: RunIdentity | None = None
+) -> SavedCheckpoint | None:
     """Return the checkpoint to resume from, verified by all ranks together.
 
-    requested: "auto" for the newest one that is whole, or a path. Returns None where the run has no
-    checkpoint. Raises RunError where the path is not a whole checkpoint, or no checkpoint is whole.
+    requested: "auto" for the newest one that is whole, or a path. identity: of the run in this
+    directory, which takes its own checkpoints only, and the one that it began with; None where it
+    is not known. Returns None where the run has no checkpoint. Damaged ones that are newer than the
+    chosen one are put aside. Raises RunError where the path is not a whole checkpoint, or no
+    checkpoint is whole.
     """
     if requested != "auto":
         saved = _verify(Path(requested))
         if isinstance(saved, str):
-            raise RunError(
-                f"the checkpoint {requested} cannot be used",
-                found=saved,
-                needed="the files as they were written",
-                fix="--resume_from_checkpoint auto takes the newest one that is whole",
-            )
+            raise resume.unusable(requested, saved)
         return saved
-    skipped = []
-    for folder in broadcast_object([folder for _, folder in checkpoints(directory)]):
+    skipped, damaged = [], []
+    for folder in broadcast_object(_candidates(directory, identity)):
         saved = _verify(folder)
-        if isinstance(saved, SavedCheckpoint):
+        if isinstance(saved, str):
+            if folder.parent == directory:
+                damaged.append(folder)
+        elif identity is None or identity.owns(saved.manifest):
+            for other in damaged if is_main_process() else ():
+                say(f"resume: {other.name} is {put_aside(other, 'damaged').name} now")
             return saved
-        skipped.append(f"{folder.name}: {saved}")
+        else:
+            saved = "it is of another run, or of a line that this run has left"
+        name = folder.name if folder.parent == directory else folder
+        skipped.append(f"{name}: {saved}")
         say(f"resume: skipped {skipped[-1]}")
     if skipped:
         raise RunError(
-            f"no checkpoint of {directory} is whole",
+            f"no checkpoint of {directory} can be used",
             found="; ".join(skipped),
             fix="another --run_name starts anew; move the damaged ones away to start this run from "
             "its beginning",
         )
     return None
+
+
+def _candidates(directory: Path, identity: RunIdentity | None) -> list[Path]:
+    """Return the checkpoints that `auto` tries, the first one first.
+
+    They are those of the directory, and the one that this line began with, which may lie elsewhere:
+    a line that has no checkpoint yet must not begin with another one, or with the model's weights.
+    """
+    found = checkpoints(directory)
+    folders = [folder for _, folder in found]
+    parent = identity.parent if identity else None
+    if parent and Path(parent["checkpoint"]).resolve() not in [f.resolve() for f in folders]:
+        later = sum(step > parent["step"] for step, _ in found)
+        folders.insert(later, Path(parent["checkpoint"]))
+    return folders
 
 
 def _verify(folder: Path) -> SavedCheckpoint | str:

@@ -18,19 +18,21 @@ from trainer.checkpoint.files import Json
 from trainer.console import say
 from trainer.distributed import broadcast_object, is_main_process, on_all_ranks
 from trainer.engine.optimizer_state import OptimizerState
-from trainer.errors import RunError
+from trainer.errors import FAILED, RunError
+from trainer.run_dir import RunIdentity
 
 
 @dataclass
 class Checkpointer:
     """Saves one run.
 
-    directory: the run's. limit: checkpoints that are kept besides the best by evaluation loss, or
-    None for all. description: keys of every manifest: settings, versions, data. seconds: that the
-    last save took.
+    directory: the run's. identity: which run and line it is. limit: checkpoints that are kept
+    besides the best by evaluation loss, or None for all. description: keys of every manifest:
+    settings, versions, data, base. seconds: that the last save took.
     """
 
     directory: Path
+    identity: RunIdentity
     limit: int | None
     description: Json
     seconds: float | None = None
@@ -41,12 +43,13 @@ class Checkpointer:
         """Write checkpoint-<step> and return its path. All ranks call it.
 
         position: more keys of the manifest, see contents.position. Where the checkpoint cannot be
-        written, print why, leave the earlier ones and return None.
+        written, print why, leave the earlier ones and return None. Raises RunError where what is to
+        be saved is damaged or not finite.
         """
         began = time.monotonic()
         step = trainer_state.global_step
         target = self.directory / f"checkpoint-{step}"
-        if broadcast_object(is_main_process() and files.is_whole(target)):
+        if broadcast_object(is_main_process() and self._is_saved(target)):
             return target  # a resumed run comes to this step again
         work = broadcast_object(files.temporary(self.directory, step))
         state = OptimizerState(engine)
@@ -56,6 +59,7 @@ class Checkpointer:
             entries = self._on_all_ranks(lambda: _write_files(work, engine, state, text))
             content = {
                 "step": step,
+                "run": asdict(self.identity),
                 "world_size": dist.get_world_size(),
                 "files": {name: entry for rank in entries for name, entry in rank.items()},
                 "parameters": state.shapes,
@@ -66,8 +70,10 @@ class Checkpointer:
             }
             self._on_all_ranks(lambda: is_main_process() and files.publish(work, target, content))
             if is_main_process() and self.limit is not None:
-                files.rotate(self.directory, self.limit, target)
+                files.rotate(self.directory, self.limit, target, self.identity)
         except RunError as error:
+            if error.code == FAILED:  # not the disk that is written to
+                raise
             say(f"{target.name} was not saved: {error}; earlier checkpoints are untouched")
             return None
         finally:
@@ -76,6 +82,11 @@ class Checkpointer:
         self.seconds = time.monotonic() - began
         dist.barrier()
         return target
+
+    def _is_saved(self, target: Path) -> bool:
+        """Return whether this step of this line stands there, as it was written."""
+        saved = files.read_whole(target)
+        return saved is not None and self.identity.owns(saved.manifest)
 
     def _on_all_ranks(self, step: Callable[[], Any]) -> list[Any]:
         """Run a step on all ranks and return their results. An OSError becomes a RunError."""

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from trainer.console import say
-from trainer.errors import FAILED, RunError
+from data.files import new_file, write_atomically
+from trainer.console import say, to_stderr
+from trainer.errors import FAILED, RunError, one_line
 
 DUMPS = 10  # optimizer steps that were not finite whose rows are written down
 SPIKE = 6  # standard deviations of the last losses
@@ -50,14 +51,36 @@ class Guards:
         if self.skipped > DUMPS:
             return
         path = self.directory / f"nonfinite-{step}-rank-{self.rank}"
-        path.with_suffix(".json").write_text(json.dumps({"step": step, "rows": rows}, indent=1))
         tensors = {
-            f"{i}/{name}": value.contiguous().cpu()
+            # Copies: two of a batch may be one tensor, which safetensors refuses.
+            f"{i}/{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for i, batch in enumerate(batches)
             for name, value in batch.items()
             if torch.is_tensor(value)
         }
-        save_file(tensors, path.with_suffix(".safetensors"))
+        try:
+            write_atomically(
+                path.with_suffix(".json"), json.dumps({"step": step, "rows": rows}, indent=1)
+            )
+            with new_file(path.with_suffix(".safetensors")) as partial:
+                save_file(tensors, partial)
+        except Exception as error:  # the guard decides without them
+            why = getattr(error, "strerror", None) or one_line(error)
+            to_stderr(f"warning: the rows of step {step} are not in {path}: {why}")
+
+    def check_some_step_was_made(self, step: int) -> None:
+        """Raise RunError where a run ends after this step, and all of its steps were skipped.
+
+        fp16's loss scale may have been lowered in each of them, which is no fault by itself.
+        """
+        if step > self.last_good_step == 0:
+            raise RunError(
+                "no optimizer step changed the weights",
+                found=f"a loss or gradient was not finite in all {step}",
+                fix="a lower --learning_rate, another --precision, more steps with fp16, or a look "
+                "at the rows (nonfinite-… in the run directory)",
+                code=FAILED,
+            )
 
     def mask(self, record: Record) -> None:
         """Write null for loss and norm where a step since the last record was skipped."""
@@ -65,11 +88,8 @@ class Guards:
             record["loss"] = record["grad_norm"] = None
         self.skipped_since_log = 0
 
-    def check(self, step: int, loss: float | None) -> None:
-        """Stop the run after too many skipped steps in a row. Here a NaN stops a run.
-
-        Raises RunError with exit code 1, on every rank alike.
-        """
+    def watch(self, step: int, loss: float | None) -> None:
+        """Report a loss that jumps."""
         if loss is not None and math.isfinite(loss):
             if len(self.recent) >= ENOUGH:
                 mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
@@ -79,12 +99,19 @@ class Guards:
                         f"{len(self.recent)} were {mean:.4f} ± {deviation:.4f}"
                     )
             self.recent.append(loss)
-        if self.skipped >= self.limit:
-            raise RunError(
-                f"the loss or a gradient was not finite in {self.skipped} optimizer step(s) in a "
-                "row; none of them was applied",
-                found=f"step {step}; the last good step was {self.last_good_step}",
-                fix="a lower --learning_rate, a look at the rows of this step (nonfinite-… in the "
-                "run directory), or --max_nonfinite_steps N to go on longer",
-                code=FAILED,
-            )
+
+    def too_many(self, step: int) -> RunError | None:
+        """Return the error that stops the run after too many skipped steps in a row, or None.
+
+        Here a NaN stops a run, on every rank alike: they all skip the same steps.
+        """
+        if self.skipped < self.limit:
+            return None
+        return RunError(
+            f"the loss or a gradient was not finite in {self.skipped} optimizer step(s) in a "
+            "row; none of them was applied",
+            found=f"step {step}; the last good step was {self.last_good_step}",
+            fix="a lower --learning_rate, a look at the rows of this step (nonfinite-… in the "
+            "run directory), or --max_nonfinite_steps N to go on longer",
+            code=FAILED,
+        )
