@@ -9,6 +9,7 @@ from trainer.config.ds_config import DeepSpeedConfig
 from trainer.config.flags import parse_size
 from trainer.config.settings import Settings, check_model
 from trainer.data_setup import DataPlan
+from trainer.distributed import check_launcher
 from trainer.doctor import cli as doctor
 from trainer.engine.version import check_version
 from trainer.errors import RunError
@@ -52,6 +53,7 @@ class Prepared:
 
 def prepare(settings: Settings) -> Prepared:
     """Refuse all that can be refused without torch. Raises RunError."""
+    check_launcher()
     check_version()
     if settings.deepspeed == auto.AUTO:
         auto.choose(settings)
@@ -69,7 +71,7 @@ def prepare(settings: Settings) -> Prepared:
         )
     resume.check_request(settings)
     if config.uses_nvme():
-        swap_dir.check_directory(settings.nvme_path)
+        swap_dir.check_directory(settings.nvme_path, settings.allow_any_swap_filesystem)
     doctor.quick(gpu, config.uses_nvme())
     data = data_setup.plan_data(settings, data_setup.progress("looking at rows"))
     return Prepared(settings, config, data, gpu, precision, reason)

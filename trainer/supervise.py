@@ -5,10 +5,13 @@ at a time, thirty seconds apart, and leaves its ranks alive when it is killed it
 """
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -16,14 +19,18 @@ from typing import NoReturn
 import psutil
 
 from data import storage
+from data.errors import disk_errors
+from trainer import ROOT
 from trainer.checkpoint import resume
-from trainer.config.command_line import WHERE, command, split_own
+from trainer.checkpoint.files import commits
+from trainer.config.command_line import LAUNCHER_HOSTFILE, WHERE, command, split_own
 from trainer.config.device import uses_gpu
 from trainer.config.flags import help_text
 from trainer.config.settings import Settings, resolve
-from trainer.console import drop_lost_terminals, say, table, terminals, to_stderr
-from trainer.distributed import free_port
+from trainer.console import answered, drop_when_blocked, say, table, to_stderr
+from trainer.distributed import LAUNCHER, free_port
 from trainer.errors import BAD_INPUT, CRASHED, DOES_NOT_FIT, DONE, FAILED, STOPPED, RunError
+from trainer.prepare import prepare
 from trainer.run_dir import (
     RUNS,
     SILENCE_LIMITS,
@@ -49,6 +56,7 @@ exit code 75. Twice: at once.
 --stop RUN: stop that run.   --status: what the runs here are doing.
 
 """
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that ask to stop
 FINAL = (FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED)  # exit codes that a restart would not change
 POLL = 0.2  # seconds
 SUSPENDED_LIMIT = 20  # seconds that a rank may be suspended (SIGSTOP, a debugger)
@@ -63,7 +71,7 @@ class Options:
     hostfile: str = ""
     max_restarts: int = 3
     hang_timeout: int = SILENCE_LIMITS[Phase.TRAIN]  # seconds
-    script: str = "launch/train.py"
+    script: str = str(ROOT / "launch" / "train.py")
     stop: str = ""
     detach: bool | None = None
     status: bool | None = None
@@ -74,7 +82,7 @@ def parse_options(argv: list[str]) -> tuple[Options, list[str]]:
     values, flags = split_own(argv, vars(Options()))
     for name in ("num_gpus", "max_restarts", "hang_timeout"):
         number = str(values[name])
-        if not number.isdigit():
+        if not number.isdecimal():
             raise RunError(f"{WHERE}: --{name} is not a whole number", found=number)
         values[name] = int(number)
     return Options(**values), flags
@@ -84,6 +92,8 @@ def parse_options(argv: list[str]) -> tuple[Options, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says, and return the exit code, that of a supervised run."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in LAUNCHER:  # of a launcher around this one: it is no rank
+        os.environ.pop(name, None)
     if {"-h", "--help"} & {*argv}:
         say(USAGE + help_text())
         return DONE
@@ -100,9 +110,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = resolve(flags)
     directory, identity = identify(settings)
     if options.detach:
+        prepare(settings)  # here it can still be said what is wrong
         return detach([*argv, *identity], directory)
     ranks = options.num_gpus or (hardware.gpu_count() if uses_gpu(settings) else 1)
-    return Supervisor(directory, options, ranks).run([*flags, *identity])
+    from_path = settings.resume_from_checkpoint not in (None, "auto")
+    return Supervisor(directory, options, ranks, from_path).run([*flags, *identity])
 
 
 def become_deepspeed(options: Options, flags: list[str]) -> NoReturn:
@@ -117,10 +129,33 @@ def become_deepspeed(options: Options, flags: list[str]) -> NoReturn:
             f"{', '.join(refused)}: only for one machine",
             fix="without --hostfile; or inside tmux or nohup",
         )
+    check_hostfile(Path(options.hostfile))
     say("several machines: started by deepspeed; nothing restarts them")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     gpus = ["--num_gpus", str(options.num_gpus)] if options.num_gpus else []
-    os.execv(launcher, [launcher, "--hostfile", options.hostfile, *gpus, options.script, *flags])
+    start = [launcher, "--hostfile", options.hostfile, *gpus, options.script, *flags]
+    os.execv(launcher, [*start, f"--{LAUNCHER_HOSTFILE}", str(Path(options.hostfile).absolute())])
+
+
+def check_hostfile(path: Path) -> None:
+    """Raise RunError for a hostfile that deepspeed cannot read.
+
+    Where there is none it would train on this machine alone.
+    """
+    needed = "a line `HOST slots=GPUS` for each machine"
+    with disk_errors(f"the hostfile {path} cannot be read", needed=needed):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    hosts: set[str] = set()
+    for line in filter(None, map(str.strip, lines)):
+        entry = re.match(r"(\S+)\s+slots=[1-9]", line)
+        if line.startswith("#"):
+            continue
+        if not entry or entry[1] in hosts:
+            what = "names a machine twice" if entry else "has a line that is none of a machine"
+            raise RunError(f"the hostfile {path} {what}", found=line, needed=needed)
+        hosts.add(entry[1])
+    if not hosts:
+        raise RunError(f"the hostfile {path} names no machine", needed=needed)
 
 
 def identify(settings: Settings) -> tuple[RunDirectory, list[str]]:
@@ -144,7 +179,8 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
         )
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
-        with open(directory.log, "a") as log:
+        with open(directory.log, "ab") as log:
+            began = log.tell()
             process = subprocess.Popen(
                 [sys.executable, sys.argv[0], *(word for word in argv if word != "--detach")],
                 stdin=subprocess.DEVNULL,
@@ -154,10 +190,18 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
             )
     except OSError as error:
         raise directory.not_writable(error) from None
+    # It takes the run's lock first of all, or says why it cannot.
+    while process.poll() is None and directory.last_supervisor() != process.pid:
+        time.sleep(POLL)
+    if process.returncode:
+        to_stderr(directory.log.read_bytes()[began:].decode(errors="replace").rstrip())
+        return process.returncode
+    path = directory.path.absolute()
+    stop_line = [sys.executable, f"{ROOT}/launch/supervise.py", "--stop", str(path)]
     say(
         f"in the background, pid {process.pid}\n"
-        f"log:  tail -f {directory.log}\n"
-        f"stop: make stop RUN={directory.path.name}"
+        f"log:  {shlex.join(['tail', '-f', str(path / directory.log.name)])}\n"
+        f"stop: {shlex.join(stop_line)}"
     )
     return DONE
 
@@ -172,7 +216,10 @@ def stop(directory: RunDirectory) -> int:
     if not directory.is_alive():
         say(f"{directory} is not running ({directory.read_heartbeat().get('phase')})")
         return DONE
-    (directory.path / STOP).touch()
+    try:
+        (directory.path / STOP).touch()
+    except OSError as error:
+        raise directory.not_writable(error) from None
     say(f"{directory} stops after its optimizer step, with a checkpoint")
     while directory.is_alive():
         time.sleep(POLL)
@@ -189,15 +236,15 @@ def status() -> int:
         state = beat.get("phase", "?")
         if not run.is_alive() and state not in (Phase.DONE, Phase.STOPPED):
             state = f"ended in {state}"
-        ago = f"{time.time() - beat.get('time', 0):,.0f} s ago"
+        ago = f"{max(0, time.time() - beat.get('time', 0)):,.0f} s ago"
         rows.append((run.path.name, state, str(beat.get("step")), ago))
     say(table(rows, "  "))
-    return DONE
+    return answered(DONE)
 
 
 def oom_kills() -> int:
     """Return how many processes the kernel has killed because RAM ran out, since it started."""
-    lines = Path("/proc/vmstat").read_text().splitlines()
+    lines = Path("/proc/vmstat").read_text(encoding="utf-8").splitlines()
     return int(dict(line.split() for line in lines).get("oom_kill", 0))
 
 
@@ -208,11 +255,10 @@ def position(beat: dict) -> str:
 
 @dataclass
 class Attempt:
-    """One start of the ranks, and what was seen of them. Times but `began` are monotonic."""
+    """One start of the ranks, and what was seen of them. Times are monotonic: clocks may jump."""
 
-    first_step: int = 0  # of the checkpoint that it resumes from
+    heartbeat_before: dict = field(default_factory=dict)  # an earlier attempt's
     processes: list[psutil.Popen] = field(default_factory=list)  # by rank
-    began: float = field(default_factory=time.time)
     oom_kills: int = field(default_factory=oom_kills)  # before it began
     lowest_free: float = field(default_factory=hardware.free_memory)  # bytes of RAM
     sizes: dict[int, int] = field(default_factory=dict)  # rank: bytes of RAM
@@ -220,10 +266,19 @@ class Attempt:
     heartbeat: dict = field(default_factory=dict)
     heartbeat_seen: float = 0.0
     longest_step: float = 0.0  # seconds
+    asked_to_stop: bool = False
+    starting: bool = False  # when it was asked, there was no heartbeat yet
 
     def running(self) -> list[psutil.Popen]:
         """Return the ranks that have not ended."""
         return [process for process in self.processes if process.poll() is None]
+
+    def send(self, *numbers: int) -> None:
+        """Send signals to the ranks that have not ended."""
+        for process in self.running():
+            with suppress(psutil.Error):  # it ends just now
+                for number in numbers:
+                    process.send_signal(number)
 
     def check_processes(self) -> str | None:
         """Measure the memory of the ranks. Return what is wrong where one is suspended too long."""
@@ -280,9 +335,12 @@ class Supervisor:
     directory: RunDirectory
     options: Options
     ranks: int
+    from_path: bool = False  # the user has named a checkpoint
+    flags: list[str] = field(default_factory=list)  # of launch/train.py
+    settings_before: tuple[int, int] | None = None  # the version of an earlier start
     starts: int = 0
     attempt: Attempt = field(default_factory=Attempt)
-    stop_requested: bool = False  # by a signal
+    stop_signal: int = 0  # the last one that asked to stop
     published_limit: float = 0.0  # seconds
 
     def run(self, flags: list[str]) -> int:
@@ -291,42 +349,84 @@ class Supervisor:
         Return the exit code. Raise RunError after max_restarts restarts without a new checkpoint.
         """
         self.directory.lock(self.directory.supervisor_lock)
-        self.terminals = terminals()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._pass_on)
-        say(f"{self.ranks} rank(s): {self.options.script} {' '.join(map(storage.shown, flags))}")
-        checkpoint = first_checkpoint = resume.newest(self.directory.path)
+        self.directory.withdraw_old_requests()
+        drop_when_blocked()
+        for number in SIGNALS:
+            # nohup ignores it: the run is to outlive its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        self.flags, self.settings_before = flags, self._settings_version()
+        try:
+            return self._run()
+        finally:
+            for number in SIGNALS:  # one that comes now must not change the exit code
+                signal.signal(number, signal.SIG_IGN)
+
+    def _run(self) -> int:
+        shown = " ".join(map(storage.shown, self.flags))
+        say(f"{self.ranks} rank(s): {self.options.script} {shown}")
+        at_first = before = commits(self.directory.path)
         restarts, most, resume_flags = 0, self.options.max_restarts, []
-        while True:
-            self._start([*flags, *resume_flags], checkpoint or 0)
+        while not self.stop_signal:
+            self._start([*self.flags, *resume_flags])
             code, fault = self._watch()
             if fault is None:
                 return code
             to_stderr(f"\n{fault}")
-            if self.stop_requested:
-                return code
-            previous, checkpoint = checkpoint, resume.newest(self.directory.path)
-            restarts = restarts + 1 if checkpoint == previous else 1
+            if self.stop_signal:
+                break
+            # Progress is a checkpoint that was not there. A step number is none: a run that went
+            # back makes the old ones again.
+            now = commits(self.directory.path)
+            restarts = 1 if now.keys() - before.keys() else restarts + 1
+            before = now
             begin = "no checkpoint yet, so from the beginning"
-            if checkpoint is not None:
-                begin = f"goes on from checkpoint-{checkpoint}"
+            if now.keys() - at_first.keys():
+                begin = f"goes on from checkpoint-{max(now.values())}"
+            elif now or self.from_path:
+                begin = "no new checkpoint yet, so as at first"
             progress = f"last seen {position(self.directory.read_heartbeat())}; {begin}"
             if restarts > most:
                 raise RunError(
                     f"{most} restarts without a new checkpoint",
                     found=progress,
-                    fix=f"remove the cause, then {resume.command(self.directory)}",
+                    fix=f"remove the cause, then {self._resume_command()}",
                     code=FAILED,
                 )
             to_stderr(f"restart {restarts} of {most}: {progress}")
             # Until the run has a checkpoint of its own, it starts as the user asked.
-            if checkpoint is None or checkpoint != first_checkpoint:
+            if now.keys() - at_first.keys() or not (now or self.from_path):
                 resume_flags = ["--resume_from_checkpoint", "auto"]
+        # No rank is there any more, or one had failed when the stop was asked for.
+        self._say_how_to_go_on()
+        return STOPPED
 
-    def _start(self, flags: list[str], step: int) -> None:
-        """Start a process for each rank. step: of the checkpoint that they resume from."""
+    def _say_how_to_go_on(self) -> None:
+        newest = max(commits(self.directory.path).values(), default=None)
+        last = "no checkpoint" if newest is None else f"checkpoint-{newest}"
+        to_stderr(f"stopped; {last}\nto go on: {self._resume_command()}")
+
+    def _settings_version(self) -> tuple[int, int] | None:
+        """Return what changes when a rank writes the run's settings; None without them."""
+        with suppress(FileNotFoundError):
+            status = self.directory.resolved_config.stat()
+            return status.st_ino, status.st_mtime_ns
+        return None
+
+    def _resume_command(self) -> str:
+        if self._settings_version() != self.settings_before:
+            return resume.command(self.directory, self.ranks)
+        # It has not come so far as to write its settings: as it was started.
+        start = [sys.executable, f"{ROOT}/launch/supervise.py", "--num_gpus", str(self.ranks)]
+        flags = [*self.flags]
+        if not self.from_path:
+            flags += ["--resume_from_checkpoint", "auto"]
+        return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([*start, *flags])}"
+
+    def _start(self, flags: list[str]) -> None:
+        """Start a process for each rank."""
         self.starts += 1
-        self.attempt = Attempt(step)
+        self.attempt = Attempt(self.directory.read_heartbeat())
         ranks = str(self.ranks)
         shared = {
             **os.environ,
@@ -348,20 +448,32 @@ class Supervisor:
                 )
             )
 
-    def _pass_on(self, number: int, frame: object) -> None:
-        """Send a signal on to all ranks; SIGHUP as SIGTERM."""
-        self.stop_requested = True
-        drop_lost_terminals(self.terminals)
-        for process in self.attempt.running():
-            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Note the signal and pass it on; _watch does that where not all ranks are there yet."""
+        self.stop_signal = number
+        if len(self.attempt.processes) == self.ranks:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Send the last signal on to all ranks; SIGHUP as SIGTERM, and SIGINT while they start."""
+        if not self.attempt.asked_to_stop:
+            beat = self.directory.read_heartbeat()
+            self.attempt.starting = not beat or beat == self.attempt.heartbeat_before
+        self.attempt.asked_to_stop = True
+        # Python that starts makes of SIGINT a traceback and FAILED.
+        early = self.stop_signal == signal.SIGINT and self.attempt.starting
+        as_sigterm = early or self.stop_signal == signal.SIGHUP
+        self.attempt.send(signal.SIGTERM if as_sigterm else self.stop_signal)
 
     def _watch(self) -> tuple[int, RunError | None]:
-        """Wait until all ranks have ended. Return the exit code, and the fault or None.
+        """Wait until all ranks have ended. Return the exit code, and None.
 
-        After a fault a restart may help: then the code counts only where a signal asked to stop.
+        Where a restart may help, return the fault in place of None.
         """
         next_check = 0.0
         while True:
+            if self.stop_signal and not self.attempt.asked_to_stop:
+                self._pass_on()
             codes = [process.poll() for process in self.attempt.processes]
             failures = [(rank, code) for rank, code in enumerate(codes) if code]
             if failures:
@@ -384,6 +496,12 @@ class Supervisor:
         where = position(self.directory.read_heartbeat())
         # A rank that knows of the stop ends alone; others wait in a collective for the lost one.
         self.attempt.end(60 if code == STOPPED else 5)
+        # Rank 0 says it, unless it was ended before that, or stopped before its first step.
+        killed = code == FAILED and self.attempt.processes[0].poll() == -signal.SIGKILL
+        beat = self.directory.read_heartbeat()
+        unsaid = beat == self.attempt.heartbeat_before or beat.get("phase") != Phase.STOPPED
+        if killed or (code == STOPPED and unsaid):
+            self._say_how_to_go_on()
         if code in FINAL:
             return code, None
         if code > 0:
@@ -397,7 +515,7 @@ class Supervisor:
         """
         attempt, now = self.attempt, time.monotonic()
         beat = self.directory.read_heartbeat()
-        if beat.get("time", 0) < attempt.began:  # none yet, or an earlier attempt's
+        if not beat or beat == attempt.heartbeat_before:
             beat = {"step": 0, "phase": Phase.LOAD}
         phase = beat["phase"]
         if beat != attempt.heartbeat:
@@ -406,14 +524,11 @@ class Supervisor:
             attempt.heartbeat, attempt.heartbeat_seen = beat, now
         limit = SILENCE_LIMITS[phase]
         if phase == Phase.TRAIN:
-            # Before the end of the first step nobody knows how long one takes.
-            first = beat["step"] <= attempt.first_step
-            longest = SILENCE_LIMITS[Phase.LOAD] if first else SLACK * attempt.longest_step
-            limit = max(self.options.hang_timeout, longest)
+            limit = max(self.options.hang_timeout, SLACK * attempt.longest_step)
         if limit != self.published_limit:
             self.published_limit = limit
             try:  # for others who watch the run, such as the image's health check
-                self.directory.silence_limit_file.write_text(str(limit))
+                self.directory.silence_limit_file.write_text(str(limit), encoding="utf-8")
             except OSError:  # a full disk: the ranks report it
                 pass
         silent = now - attempt.heartbeat_seen
@@ -424,8 +539,6 @@ class Supervisor:
 
     def _dump_stacks(self) -> None:
         """Make every rank write its stacks, suspended ranks too."""
-        for process in self.attempt.running():
-            process.send_signal(signal.SIGUSR2)
-            process.send_signal(signal.SIGCONT)
+        self.attempt.send(signal.SIGUSR2, signal.SIGCONT)
         time.sleep(2)
         to_stderr(f"stacks of all ranks: {self.directory}/stacks-*.txt")

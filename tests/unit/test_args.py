@@ -102,6 +102,7 @@ def test_spellings(argv, key, value):
         (["--fused_step", "false"], ["--disable_optimizations fused_step"]),
         (["--calibrate", "true"], ["--deepspeed auto"]),
         (["--disable_optimizations", "fused_stp"], ["did you mean fused_step", "fetch_ahead"]),
+        (["--lr_scheduler_kwargs", "{"], ["lr_scheduler_kwargs", "JSON object"]),
     ],
 )
 def test_refused(argv, words):
@@ -116,6 +117,17 @@ def test_refused(argv, words):
         ("a: [", ["not readable as YAML"]),
         ("max_steps: x", ["r.yaml", "max_steps"]),
         ("lora:\n  lora_rr: 1", ["lora_rr", "did you mean lora_r"]),
+        ("3: 1", ["unknown key 3"]),
+        ("null: 1", ["unknown key None"]),
+        ("yes: 1", ["unknown key True"]),
+        ("dataset: {a.jsonl: 0.5}", ["dataset has the wrong type", "a list of texts"]),
+        ("dataset: [null]", ["dataset", "None"]),
+        ("dataset: [3]", ["dataset", "3"]),
+        ("run_name: {a: 1}", ["run_name has the wrong type"]),
+        ("deepspeed: [1]", ["deepspeed has the wrong type", "a mapping"]),
+        ("max_steps: 1" + 400 * "0", ["max_steps has the wrong type"]),
+        ("max_steps: 1" + 5000 * "0", ["not readable as YAML"]),
+        ("a: " + 3000 * "[", ["not readable as YAML"]),
     ],
 )
 def test_recipe_refused(tmp_path, text, words):

@@ -152,6 +152,7 @@ def edit(path, value):
         ("optimizer", {"type": "AdamW"}, ["recipe"]),
         ("fp8", {"enabled": True}, ["fp8"]),
         ("bf16.enabled", "yes", ["bf16.enabled"]),
+        ("aio.use_gds", True, ["aio.use_gds is not supported"]),
     ],
 )
 def test_refused(path, value, words):
@@ -167,6 +168,21 @@ def test_contradiction_with_the_recipe():
     settings = resolve(["--model_name_or_path", "x", "--per_device_train_batch_size", "2"])
     with pytest.raises(RunError, match="contradicts"):
         config.agree_with(settings)
+
+
+def test_null_is_no_key():
+    config = shipped()
+    config["zero_optimization"]["offload_param"]["device"] = None
+    config["aio"] = {"queue_depth": None}
+    config["bf16"] = None
+    made = DeepSpeedConfig(config, "x.json")
+    assert made.device("param") == "none" and made.values["aio"] == {}
+
+
+def test_json_too_deep_to_read(tmp_path):
+    (tmp_path / "deep.json").write_text('{"a": ' * 5000)
+    with pytest.raises(RunError, match="not readable as JSON"):
+        read(tmp_path / "deep.json")
 
 
 def test_small_buffers_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from data.files import lock_or_refuse
 from trainer import supervise
 from trainer.errors import RunError
+from trainer.run_dir import RunDirectory
 from trainer.system import swap_dir
 
 
@@ -23,7 +25,7 @@ def test_options():
     assert flags == ["--lora_r", "8", "x.yaml"]
     options, flags = supervise.parse_options([])
     assert options == supervise.Options() and (options.max_restarts, flags) == (3, [])
-    assert not options.detach and options.script == "launch/train.py"
+    assert not options.detach and options.script.endswith("/launch/train.py")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,9 @@ def test_options():
         (["--num_gpus"], "--num_gpus needs a value"),
         (["--max_restarts", "many"], "--max_restarts is not a whole number\n  found:  many"),
         (["--hang_timeout=-1"], "--hang_timeout is not a whole number"),
+        (["--num_gpus", "²"], "--num_gpus is not a whole number"),
+        (["--stop="], "--stop needs a value"),
+        (["--detach=false"], "--detach takes no value"),
     ],
 )
 def test_wrong_options(argv, message):
@@ -46,8 +51,66 @@ def test_several_machines(capsys):
         assert f"{flag[0]}: only for one machine" in capsys.readouterr().err
 
 
-def test_which_directory_a_run_has(tmp_path):
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "cannot be read"),
+        ("# all\n\n", "names no machine"),
+        ("a slots=8\nb\n", "has a line that is none of a machine\n  found:  b"),
+        ("a slots=0\n", "has a line"),
+        ("a slots=8\na slots=8\n", "names a machine twice"),
+    ],
+)
+def test_a_bad_hostfile(tmp_path, capsys, text, words):
+    """deepspeed would train on this machine alone, or end with a traceback."""
+    hosts = tmp_path / "hosts"
+    if text is not None:
+        hosts.write_text(text)
+    assert supervise.main(["--hostfile", str(hosts)]) == 2
+    assert f"the hostfile {hosts} {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"RANK": "x"}, "RANK=x"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "RANK=0, WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "no LOCAL_RANK, no MASTER_ADDR, no MASTER_PORT"),
+        ({"RANK": "5"}, "RANK=5, WORLD_SIZE=1"),
+    ],
+)
+def test_an_environment_that_is_no_ranks(monkeypatch, values, words):
+    from trainer import distributed
+
+    for name in distributed.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    distributed.check_launcher()
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    distributed.is_main_process(), distributed.local_rank(), distributed.ranks_on_this_machine()
+    with pytest.raises(RunError, match=f"found:  {words}(?s:.*)fix:") as error:
+        distributed.check_launcher()
+    assert error.value.code == 2
+
+
+def test_requests_of_any_kind_are_withdrawn(tmp_path):
+    run = RunDirectory(tmp_path)
+    for make in (Path.touch, Path.mkdir, lambda path: path.symlink_to("/nowhere")):
+        make(tmp_path / "STOP")
+        run.withdraw_requests()
+        assert not os.path.lexists(tmp_path / "STOP")
+    (tmp_path / "STOP" / "full").mkdir(parents=True)
+    run.withdraw_requests()
+
+
+def test_which_directory_a_run_has(tmp_path, monkeypatch):
+    from trainer.checkpoint.files import SavedCheckpoint
     from trainer.config.settings import resolve
+
+    monkeypatch.setattr(
+        supervise.resume, "read_checkpoint", lambda folder: SavedCheckpoint(folder, {})
+    )
 
     def identify(*flags):
         return supervise.identify(resolve(["--model_name_or_path", "a/b", *flags]))
@@ -119,15 +182,32 @@ def test_a_killed_rank_is_restarted(supervised):
     assert "start 2" in output and output.count("--resume_from_checkpoint auto") == 2
 
 
+COMMIT = (
+    "folder = directory / f'checkpoint-{step}'\n"
+    "    folder.mkdir(exist_ok=True)\n"
+    "    (folder / 'manifest.json').write_text('{\"hash\": \"%d\"}' % start)\n"
+)
+
+
 def test_a_new_checkpoint_renews_the_restarts(supervised):
     code, output = supervised(
-        "if rank == '0' and start < 4: (directory / f'checkpoint-{start}').mkdir()\n"
-        "time.sleep(0.5)\nleave(70)",
+        f"if rank == '0' and start < 4:\n    step = start; {COMMIT}time.sleep(0.5)\nleave(70)",
         *("--max_restarts", 1),
     )
     assert code == 1 and output.count("restart 1 of 1") == 3, output
     assert "goes on from checkpoint-3" in output
     assert "error: 1 restarts without a new checkpoint" in output and "remove the cause" in output
+
+
+def test_the_same_step_again_is_progress(supervised):
+    """A run that went back makes the step of an old checkpoint: it goes on from the new one."""
+    code, output = supervised(
+        f"if rank == '0' and start in (1, 3):\n    step = 7; {COMMIT}time.sleep(0.5)\nleave(70)",
+        *("--max_restarts", 2),
+    )
+    assert code == 1 and "error: 2 restarts without a new checkpoint" in output, output
+    restarts = [line.split()[1] for line in output.splitlines() if line.startswith("restart ")]
+    assert restarts == ["1", "2", "1", "2"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 75])
@@ -140,6 +220,93 @@ def test_a_signal_reaches_all_ranks(supervised):
     for sent in (signal.SIGTERM, signal.SIGHUP):
         code, output = supervised("time.sleep(30)", sent=sent)
         assert code == 75 and "restart 1" not in output, output
+
+
+def test_nohup(supervised):
+    """A terminal that goes away does not stop what nohup has started."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the child inherits it
+    try:
+        code, output = supervised("time.sleep(2)", sent=signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert code == 0, output
+
+
+def test_a_stop_after_a_failure(supervised, tmp_path):
+    """It comes while the ranks of a crash are ended: 75, and nothing is started again."""
+    code, output = supervised(
+        "if rank == '0': time.sleep(0.8); leave(70)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(30)",
+        sent=signal.SIGTERM,
+    )
+    assert code == 75 and "start 2" not in output, output
+    assert "stopped; no checkpoint\nto go on: " in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_without_a_supervisor_is_stopped_early(tmp_path, number):
+    """It says how to go on also before it has a run directory."""
+    stub = (
+        "import os, sys; from trainer import run;"
+        f"run.prepare = lambda settings: os.kill(os.getpid(), {int(number)});"
+        "sys.exit(run.main())"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {n: v for n, v in os.environ.items() if n != "ZERO_OFFLOAD_SUPERVISED"}
+    command = [sys.executable, "-c", stub, "--run_name", "a b"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 75, done.stderr
+    assert f"{number.name}: stopped before the first optimizer step" in done.stderr
+    assert f"to go on: cd {tmp_path} && {sys.executable} " in done.stderr
+    assert "--run_name 'a b'" in done.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_the_ranks_have_begun(supervised, tmp_path, sent):
+    """The printed line starts it as the user did, as there are no settings to resume with."""
+    code, output = supervised(
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "try: time.sleep(30)\nexcept KeyboardInterrupt: leave(1)  # as Python does while it starts",
+        *("--run_name", "it's mine"),
+        sent=sent,
+    )
+    assert code == 75, output
+    line = output.partition("to go on: ")[2].strip()
+    (cd, folder, _, *words) = shlex.split(line)
+    assert (cd, words[1]) == ("cd", f"{folder}/launch/supervise.py")
+    options, flags = supervise.parse_options(words[2:])
+    assert options.num_gpus == 2 and flags == [
+        *("--output_dir", str(tmp_path), "--run_name", "it's mine"),
+        *("--resume_from_checkpoint", "auto"),
+    ]
+
+
+def test_detach_says_that_the_run_is_in_use(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import time\ntime.sleep(30)")
+    run = tmp_path / "run"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    flags = ["--script", script, "--output_dir", run, "--model_name_or_path", tmp_path / "model"]
+
+    def detach():
+        command = [sys.executable, "launch/supervise.py", "--detach", *map(str, flags)]
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+
+    first, second = detach(), detach()
+    pid = RunDirectory(run).last_supervisor()
+    os.kill(pid, signal.SIGKILL)
+    assert first.returncode == 0 and f"pid {pid}" in first.stdout, first.stderr
+    assert f"--stop {run}" in first.stdout
+    assert second.returncode == 2 and f"is in use\n  found:  pid {pid}" in second.stderr
 
 
 def test_silence_is_a_hang(supervised, tmp_path):
@@ -259,3 +426,49 @@ def test_the_image_is_as_patient_as_the_supervisor(tmp_path):
     assert health(99999, 14400, started=60) == 0
     assert health(99999, 14400, started=15000) == 1
     assert health(4000, host="another container") == 0
+
+
+# A signal to the supervisor at a moment of its n-th start of the ranks.
+AT = """
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+from trainer import supervise
+moment, start = os.environ["MOMENT"], int(os.environ["START"])
+def at(name, supervisor=None, count=[0]):
+    count[0] += name == "before"
+    if name == moment and count[0] == start:
+        os.kill(os.getpid(), signal.SIGTERM)
+stock_start, stock_popen = supervise.Supervisor._start, supervise.psutil.Popen
+def start_ranks(self, *args):
+    at("before")
+    stock_start(self, *args)
+    at("after")
+def popen(*args, **kwargs):
+    process = stock_popen(*args, **kwargs)
+    if kwargs["env"]["RANK"] == "0":
+        at("between ranks")
+    return process
+supervise.Supervisor._start, supervise.psutil.Popen = start_ranks, popen
+sys.exit(supervise.main())
+"""
+
+
+@pytest.mark.parametrize("start", [1, 2])
+@pytest.mark.parametrize("moment", ["before", "between ranks", "after"])
+def test_no_signal_is_lost(tmp_path, moment, start):
+    script, at = tmp_path / "rank.py", tmp_path / "at.py"
+    script.write_text(
+        RANK + "if start == 1 and os.environ['START'] == '2': leave(70)\ntime.sleep(60)"
+    )
+    at.write_text(AT)
+    own = ["--script", script, "--num_gpus", 2, "--output_dir", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, at, *map(str, own)],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "MOMENT": moment, "START": str(start)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "to go on: " in done.stderr and f"start {start + 1}" not in done.stdout

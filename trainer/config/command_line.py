@@ -1,31 +1,34 @@
 """The command line: words into flags, for all commands. Does not import torch."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer.config.flags import Key, all_keys, convert, find_key
-from trainer.console import report
-from trainer.errors import FAILED, RunError
+from trainer.console import guard_output, report, to_stderr
+from trainer.errors import STOPPED, RunError
 
 WHERE = "command line"
+LAUNCHER_HOSTFILE = "launcher_hostfile"  # a rank's flag: of the file that named the machines
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
-    """Return the main function of a command: it prints a RunError and returns its code."""
+    """Return the main function of a command: it prints a RunError and returns its code.
+
+    Ctrl-C ends it with a word, and STOPPED.
+    """
 
     def main(*argv: Any) -> int:
+        guard_output()
         try:
             return function(*argv)
         except RunError as error:
             report(error)
             return error.code
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILED
+        except KeyboardInterrupt:
+            to_stderr("\nstopped")
+            return STOPPED
 
     return main
 
@@ -78,10 +81,12 @@ def split_own(argv: Sequence[str], own: dict[str, str | None]) -> tuple[dict[str
         if name not in own:
             rest.append(text)
         elif own[name] is None:
+            if equals:
+                raise RunError(f"{WHERE}: {typed} takes no value", found=value)
             values[name] = True
         else:
-            values[name] = value if equals else next(pending, None)
-            if values[name] is None:
+            values[name] = value if equals else next(pending, "")
+            if not values[name]:
                 raise RunError(f"{WHERE}: {typed} needs a value")
     return values, rest
 
@@ -102,7 +107,7 @@ def parse_training_flags(argv: Sequence[str]) -> dict[str, Any]:
                     f"{WHERE}: --config needs a recipe", needed="--config launch/recipes/NAME.yaml"
                 )
             values["config"] = word.values[0]
-        elif word.name == "local_rank":  # of the launcher; the rank comes from the environment
+        elif word.name in ("local_rank", LAUNCHER_HOSTFILE):  # of the launchers, for themselves
             continue
         elif (key := _negated(word.name)) is not None:
             values[key.name] = False

@@ -57,6 +57,7 @@ class DeepSpeedConfig:
 
     def __init__(self, values: dict[str, Any], where: str | Path) -> None:
         """Raises RunError for what DeepSpeed would silently ignore, or this trainer cannot run."""
+        values = _without_nulls(values)
         _check_block(values, ds_schema.CONFIG, where)
         _check_zero(values.get("zero_optimization"), where)
         if values.get("optimizer") or values.get("scheduler"):
@@ -71,6 +72,12 @@ class DeepSpeedConfig:
                 raise RunError(
                     f"{where}: aio.{key} is too small", found=aio[key], needed="1 or more"
                 )
+        if aio.get("use_gds"):
+            raise RunError(
+                f"{where}: aio.use_gds is not supported",
+                found="GPUDirect Storage, whose reads nothing compares with what was written",
+                fix="leave the key out",
+            )
         self.values, self.where = values, where
 
     @classmethod
@@ -259,7 +266,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
     try:
         values = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # hjson's own is a ValueError
         raise RunError(f"{path} is not readable as JSON", found=error) from None
     if not isinstance(values, dict):
         raise RunError(
@@ -268,6 +275,15 @@ def read(path: str | Path) -> dict[str, Any]:
             needed="a JSON object",
         )
     return values
+
+
+def _without_nulls(block: dict[str, Any]) -> dict[str, Any]:
+    """Return the block without keys that are null: they say the same as no key."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in block.items()
+        if value is not None
+    }
 
 
 def _has_type(value: Any, kind: type) -> bool:
@@ -311,11 +327,11 @@ def _check_block(
                     needed="an object { … }",
                 )
             _check_block(value, kind, where, f"{name}.")
-        elif value is not None and not _has_type(value, kind):
+        elif not _has_type(value, kind):
             raise RunError(
                 f"{where}: {name} has the wrong type", found=repr(value), needed=kind.__name__
             )
-        elif kind is int and key != "stage" and value is not None and value < 0:
+        elif kind is int and key != "stage" and value < 0:
             raise RunError(f"{where}: {name} is negative", found=value, needed="0 or more")
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,11 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
         "bool",
     ),
     "nvme_path": (".swap", "directory for the NVMe configurations' swap files"),
+    "allow_any_swap_filesystem": (
+        False,
+        "swap files on a disk that is not ext4 or xfs: copy-on-write file systems cannot reserve "
+        "space, and a disk that others fill ends the run",
+    ),
     "grace_seconds": (
         GRACE_SECONDS,
         "seconds between a scheduler's SIGTERM and its kill; a save that would take longer is not "
@@ -302,14 +308,19 @@ def convert(key: Key, value: Any, where: str) -> Any:
     if key.type in ("int", "float"):
         return _to_number(key, value, where)
     if key.type == "dict":
-        return json.loads(value) if text and text.lstrip().startswith("{") else value
+        return _to_dict(key, value, where)
     if key.type == "list":
-        return value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [value]
+        for item in values:
+            if not isinstance(item, str):
+                raise _wrong_type(key, item, where, "a text, or a list of texts")
+        return values
     return _to_text(key, value, where)
 
 
 def _wrong_type(key: Key, value: Any, where: str, needed: str) -> RunError:
-    return RunError(f"{where}: {key.name} has the wrong type", found=repr(value), needed=needed)
+    found = reprlib.repr(value)  # short, whatever it is
+    return RunError(f"{where}: {key.name} has the wrong type", found=found, needed=needed)
 
 
 def _to_bool(key: Key, value: Any, where: str) -> bool:
@@ -324,7 +335,7 @@ def _to_bool(key: Key, value: Any, where: str) -> bool:
 def _to_number(key: Key, value: Any, where: str) -> int | float:
     try:
         number = float("bool" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _wrong_type(key, value, where, f"a number ({key.type})") from None
     if key.type == "int" and not number.is_integer():
         raise _wrong_type(key, value, where, "a whole number")
@@ -339,7 +350,21 @@ def _to_number(key: Key, value: Any, where: str) -> int | float:
     return int(number) if key.type == "int" else number
 
 
+def _to_dict(key: Key, value: Any, where: str) -> Any:
+    """Return a mapping as it is, or as JSON. Other texts stay: some keys take a name too."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise _wrong_type(key, value, where, "a JSON object, as '{\"name\": value}'") from None
+    if not isinstance(value, (dict, str)):
+        raise _wrong_type(key, value, where, "a mapping")
+    return value
+
+
 def _to_text(key: Key, value: Any, where: str) -> str:
+    if isinstance(value, dict):
+        raise _wrong_type(key, value, where, "a text")
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     choices = CHOICES.get(key.name)
     if choices is None or text in choices:

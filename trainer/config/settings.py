@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from data import storage
+from data.files import write_atomically
 from trainer import ROOT
 from trainer.config.command_line import parse_training_flags
 from trainer.config.flags import (
@@ -177,7 +178,7 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is not readable as YAML", found=one_line(error)) from None
     if content is None:
         content = {}
@@ -198,6 +199,9 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             and name not in REFUSED
             and (name == "learning_rate" or value != keys[name].default)
         }
+        if (path.parent / "run.json").exists():
+            # The run may have been moved or copied: it is where its settings are.
+            content["output_dir"] = str(path.parent)
     blocks = {
         method: content.pop(method) or {} for method in CHOICES["method"] if method in content
     }
@@ -212,7 +216,7 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     def converted(block: dict[str, Any]) -> dict[str, Any]:
         where = str(path)
         return {
-            name: convert(find_key(name, where, str(name)), value, where)
+            name: convert(find_key(str(name), where, str(name)), value, where)
             for name, value in block.items()
         }
 
@@ -220,8 +224,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
-    """Write a mapping as YAML, keys in their own order."""
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    """Write a mapping as YAML, keys in their own order. Raises OSError."""
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def check_model(name: str) -> None:
