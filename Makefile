@@ -164,8 +164,11 @@ test-unit: $(VENV)/.ready ## unit tests: under a minute, nothing is built
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
 	$(BIN)/python -m pytest -q tests/faults tests/cpu/test_resume.py
 
-test-soak: setup-aio ## sixty random kills in one run, which must end as if nothing had happened
+test-soak: setup-aio ## a hundred random faults of all kinds in one run, which must end as if nothing had happened (root)
 	$(BIN)/python tests/faults/soak.py
+
+test-signals: setup-aio ## SIGTERM at nine moments of a run, fifty times each
+	$(BIN)/python tests/faults/signal_storm.py
 
 test-gpu: setup-aio ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -q tests/gpu
@@ -196,5 +199,5 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: bench bench-machine bench-checkpoint bench-data bench-io clean data-check docker-build docker-lint docker-run doctor export help lint plan rebuild resume setup setup-aio status stop test \
-	 test-default test-docker test-faults test-gpu test-soak test-unit train-zero3 train-zero3-gpu train-zero3-nvme \
+	 test-default test-docker test-faults test-gpu test-signals test-soak test-unit train-zero3 train-zero3-gpu train-zero3-nvme \
 	 train-zero3-nvme-optimizer

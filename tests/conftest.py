@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tiny import flags as flags_of
+from tiny import swap_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -192,12 +193,13 @@ def command(*flags, env=None, timeout=600, **options):
 def inputs(model, rows_file, folder):
     """The flags for a model, its rows and the swap directory."""
     train_rows, validation_rows = rows_file
-    return flags_of(
+    own = flags_of(
         model_name_or_path=model,
         dataset=train_rows,
         validation_split=validation_rows,
         nvme_path=folder / "swap",
     )
+    return [*own, *swap_flags(folder)]
 
 
 @pytest.fixture
@@ -300,7 +302,10 @@ def calm(tiny_model, rows_file, tmp_path_factory):
     def go(*flags, ranks=1):
         folder = tmp_path_factory.mktemp("calm")
         own = [*inputs(tiny_model, rows_file, folder), *FLAGS, *flags]
-        run = train(folder / "run", *own, ranks=ranks)
+        # Not by deepspeed's launcher, which imports torch once more, for seconds.
+        script = "launch/supervise.py" if ranks > 1 else "launch/train.py"
+        own += ["--num_gpus", ranks] if ranks > 1 else []
+        run = train(folder / "run", *own, launcher=False, script=script)
         assert run.code == 0, run.output[-3000:]
         return run
 

@@ -6,6 +6,14 @@ def flags(**values):
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
+def swap_flags(folder):
+    """Return the flag for swap files in `folder`, where its file system needs one."""
+    from data.storage import filesystem_of
+    from trainer.system.swap_dir import RESERVING
+
+    return [] if filesystem_of(folder) in RESERVING else ["--allow_any_swap_filesystem"]
+
+
 def make_tokenizer(folder, text):
     """Train a byte-level BPE of 512 entries on `text` (lines), and save it in `folder`.
 

@@ -81,7 +81,6 @@ def test_killed_while_saving(starts, undisturbed, row, point):
     )
 
 
-@pytest.mark.quick
 def test_one_rank_killed_while_saving(starts, undisturbed, row):
     """The other rank waits in a collective; the supervisor ends it.
 
@@ -316,3 +315,75 @@ def test_bare_launcher(starts, row, tiny_model, rows_file, tmp_path):
         "SIGTERM to one rank under the deepspeed launcher",
         "all ranks stop after the same optimizer step, exit 75",
     )
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_stop_in_an_evaluation(starts, last, row):
+    """An evaluation of 11 s, with a checkpoint after it or before it."""
+    flags = ["--max_steps", 4, "--save_steps", 4, "--per_device_eval_batch_size", 1]
+    strategy = [] if last else ["--eval_strategy", "steps", "--eval_steps", 2]
+    run = starts(
+        "run",
+        *(*flags, *strategy),
+        ranks=2,
+        script="tests/cpu/inject.py",
+        env={"SLOW_EVALUATION": "2"},
+    )
+    run.until(lambda r: '"phase": "eval"' in heartbeat_of(r), 60, "an evaluation")
+    run.signal(signal.SIGTERM)
+    seconds = timed(run, 75)
+    assert "the evaluation was broken off" in run.output and seconds < 8, (seconds, run.output)
+    step = 4 if last else 2
+    assert (run.directory / f"checkpoint-{step}").exists() and "to go on: " in run.output
+    again = starts("run", *flags, "--resume_from_checkpoint", "auto", ranks=2).ends(0)
+    assert "validation loss" in again.output
+    row(f"SIGTERM in {'the last' if last else 'an'} evaluation", "broken off; exit 75", seconds)
+
+
+def heartbeat_of(run):
+    path = run.directory / "heartbeat.json"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("supervised", marks=pytest.mark.quick), "launcher", "plain"]
+)
+def test_the_printed_line_resumes_from_anywhere(tiny_model, rows_file, tmp_path, kind, row):
+    """Pasted into a shell in another folder: names with blanks and quotes, a relative data file."""
+    folder = tmp_path / "some where"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(rows_file[0].read_bytes())
+    directory, launch = folder / "it's a run", ROOT / "launch"
+    start = {
+        "supervised": [sys.executable, launch / "supervise.py", "--num_gpus", 2],
+        "launcher": [Path(sys.executable).with_name("deepspeed"), launch / "train.py"],
+        "plain": [sys.executable, launch / "train.py"],
+    }[kind]
+    own = ["--model_name_or_path", tiny_model, "--dataset", "rows.jsonl", "--validation_split", 0]
+    own += [*FLAGS, "--output_dir", directory, "--max_steps", 40]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        list(map(str, [*start, *own])),
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    while not (directory / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.1)
+    (directory / "STOP").touch()
+    output, _ = process.communicate(timeout=60)
+    (line,) = (line for line in output.splitlines() if line.startswith("to go on: "))
+    again = subprocess.run(
+        ["bash", "-c", line.removeprefix("to go on: ")],
+        cwd="/",
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert again.returncode == 0 and "resume: goes on after step" in again.stdout, (line, again)
+    assert ("2 rank(s)" in again.stdout) == (kind == "supervised")
+    row(f"the printed line, {kind}, from another folder", "resumes with its ranks")

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # What docs/benchmarks.md has, each run with a limit of its own. tests/gpu/measure.sh OUT [PART ...]
+# The parts "before-…" need BEFORE, a folder with the tree of another commit, and run both in turn.
 set -uo pipefail
 out=$1; shift
 mkdir -p "$out/bench"
 bench() { python3 tests/bench/train.py train "$@" --work /tmp/bench-work --out "$out/bench"; }
+turns() { python3 tests/gpu/compare.py "${BEFORE:?}" "$@" --work /tmp/bench-work --out "$out/bench"; }
 STOCK="--disable_optimizations all --kept_layers 0 --use_liger_kernel false"
 part() {
   case $1 in
@@ -21,6 +23,9 @@ part() {
     3b-tuned) bench 3b-full --baseline tuned --steps 12 --timeout 150 ;;
     3b-plain) bench 3b-full --only ours --steps 12 --timeout 150 --flags="--disable_optimizations overlap_step" ;;
     3b-gpu) bench 3b-full-gpu --only ours --steps 12 --timeout 120 ;;
+    before-8b) turns 8b-lora --seconds "${LIMIT:-300}" ;;
+    before-1b) turns 1b-full --seconds "${LIMIT:-250}" ;;
+    before-nvme) turns 1b-full-nvme --seconds "${LIMIT:-500}"; rm -rf /tmp/bench-work/swap ;;
     io) python3 -m trainer.system.ops async_io && python3 launch/bench.py io /tmp/bench-work --bytes 4GB --seconds 40 ;;
     3b-nvme) bench 3b-full-nvme --only ours --steps 5 --timeout 380; rm -rf /tmp/bench-work/swap ;;
     1b) bench 1b-full --only ours --steps 12 --timeout 120 ;;
@@ -33,11 +38,13 @@ part() {
     auto) deepspeed --num_gpus 1 launch/train.py --deepspeed auto --model_name_or_path /tmp/bench-work/8b-32 --random_weights --method lora \
         --dataset /tmp/bench-work/rows-2048.jsonl --validation_split 0 --per_device_train_batch_size 12 --max_steps 10 --export false \
         --save_strategy no --output_dir "/tmp/bench-work/auto-$RANDOM" --report_to none ;;  # after a part that has made the inputs
-    parity) python3 -m pytest -q -p no:cacheprovider tests/gpu/test_features.py ;;
+    resume) python3 -m pytest -q --collect-only -p no:cacheprovider tests/gpu/test_checkpoint.py | grep :: \
+        | timeout 300 xargs -d '\n' -P 3 -I {} python3 -m pytest -q -s -p no:cacheprovider {} ;;  # three at once
+    parity) timeout 300 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_features.py ;;
     *) echo "no part $1"; return 2 ;;
   esac
 }
 # First, and to its end: a build that a time limit kills leaves a lock behind.
 python3 -m trainer.system.ops cpu_adam
-for name in "$@"; do part "$name" 2>&1 | grep -v "^$"; done
+for name in "$@"; do part "$name" 2>&1 | grep --line-buffered -v "^$"; done
 (cd "$out" && tar czf logs.tgz bench/*.log && rm -f bench/*.log)

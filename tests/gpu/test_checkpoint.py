@@ -6,6 +6,7 @@ The checks are those on the CPU, as far as CUDA's kernels give the same result t
 import pytest
 import torch
 from conftest import train
+from tiny import swap_flags
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 STEPS, CUT = 6, 3
@@ -23,7 +24,8 @@ NOISE = 5e-3
 def trains(tiny_model, rows_file, tmp_path):
     def go(name, *flags):
         inputs = ["--model_name_or_path", tiny_model, "--dataset", rows_file[0]]
-        own = [*inputs, "--nvme_path", tmp_path / "swap", *FLAGS, *flags]
+        swap = ["--nvme_path", tmp_path / "swap", *swap_flags(tmp_path)]
+        own = [*inputs, *swap, *FLAGS, *flags]
         run = train(tmp_path / name, *own, launcher=False, env={"DS_ACCELERATOR": "cuda"})
         assert run.code == 0, run.output[-6000:]
         return run

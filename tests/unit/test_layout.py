@@ -1,6 +1,7 @@
 """The layout of the code: who may import whom, and what stays without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,42 @@ def test_functions_are_short_and_typed(path):
             assert node.returns and all(a.annotation for a in named), f"{where} has no types"
 
 
+def opens_text(call):
+    """Whether a call opens a text file: open(path, "a"), path.read_text(), gzip.open(p, "rt")."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name in ("read_text", "write_text", "fdopen"):
+        return name != "fdopen" or len(call.args) < 2 or "b" not in ast.unparse(call.args[1])
+    if name != "open" or ast.unparse(call.func).split(".")[0] == "os":
+        return False
+    if isinstance(call.func, ast.Attribute):  # path.open, gzip.open: text only where they say so
+        return any("t" in ast.unparse(mode) for mode in call.args[1:2])
+    mode = call.args[1] if len(call.args) > 1 else None
+    mode = next((word.value for word in call.keywords if word.arg == "mode"), mode)
+    return mode is None or "b" not in ast.unparse(mode)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_text_files_are_utf_8(path):
+    """In a locale such as GBK another encoding would be taken."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and opens_text(node):
+            encodings = [w.value for w in node.keywords if w.arg == "encoding"]
+            named = [str(getattr(value, "value", "")) for value in encodings]
+            assert named and named[0].startswith("utf-8"), f"{path}:{node.lineno} has no encoding"
+
+
 def test_launch_holds_no_logic():
     for path in (ROOT / "launch").glob("*.py"):
         kinds = {type(node).__name__ for node in ast.parse(path.read_text()).body}
         assert not kinds & {"FunctionDef", "ClassDef", "For", "While"}, path
+
+
+def test_documents_name_tests_that_exist():
+    """`test_…` in a document is a test, or a file of them."""
+    files = [*ROOT.glob("tests/*/test_*.py")]
+    known = {path.stem for path in files}
+    for path in files:
+        known |= set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        named = set(re.findall(r"\btest_\w+", document.read_text(encoding="utf-8")))
+        assert not named - known, f"{document.name} names {sorted(named - known)}"
