@@ -22,6 +22,9 @@ from tiny import swap_flags
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "disabled")
+# nohup and a shell's & leave these ignored, also in what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests neither read nor fill the user's cache.
 os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(prefix="zero-offload-test-")
 atexit.register(shutil.rmtree, os.environ["ZERO_OFFLOAD_CACHE"], ignore_errors=True)
