@@ -156,9 +156,10 @@ docker-lint: $(VENV)/.ready ## Dockerfile, scripts, compose file and workflows
 
 ##@ Check
 test: setup-aio ## unit and cpu tests, and the quick part of the faults
-	$(BIN)/python -m pytest -q tests/unit tests/cpu tests/faults -m "not long and (quick or not fault)"
+	@$(MAKE) test-unit
+	$(BIN)/python -m pytest -q --durations 20 tests/cpu tests/faults -m "not long and (quick or not fault)"
 
-test-unit: $(VENV)/.ready ## unit tests: under a minute, nothing is built
+test-unit: $(VENV)/.ready ## unit tests: a minute, nothing is built
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/unit
 
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
