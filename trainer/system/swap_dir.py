@@ -25,7 +25,7 @@ from data import storage
 from data.errors import disk_errors
 from data.files import lock_or_refuse
 from trainer.console import say
-from trainer.errors import DOES_NOT_FIT, FAILED, RunError
+from trainer.errors import BAD_INPUT, DOES_NOT_FIT, FAILED, RunError
 from trainer.system.hardware import existing
 from trainer.system.swap_stamps import Stamps, damaged
 
@@ -196,7 +196,7 @@ class SwapSpace:
         """
         what = f"the swap directory {self.folder}"
         needed = "a directory of this user alone, or none of that name"
-        with disk_errors(f"{what} cannot be made", needed=needed, fix="--nvme_path DIR"):
+        try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _own(self.folder, os.O_DIRECTORY):
                 self.lock = lock_or_refuse(
@@ -209,6 +209,15 @@ class SwapSpace:
                 raise RunError(f"{what} is not empty", found=found, needed=needed)
             holder = {**json.loads(os.pread(self.lock, 4096, 0)), "run_id": self.run_id}
             os.pwrite(self.lock, json.dumps(holder).encode(), 0)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise RunError(
+                f"{what} cannot be made",
+                found=error.strerror,
+                needed="room for the swap files" if full else needed,
+                fix="free space there, or --nvme_path DIR" if full else "--nvme_path DIR",
+                code=DOES_NOT_FIT if full else BAD_INPUT,
+            ) from None
 
     def reserve_space(self, rank: int, size: int, ranks_here: int) -> None:
         """Take `size` bytes for this rank's swap files at once: no other user of the disk can.
