@@ -81,8 +81,8 @@ def export_model(run: Run, trainer: OffloadTrainer) -> None:
     card = model_card(settings, base, data, _evaluations(trainer), run.directory)
     limit = parse_size(settings.max_shard_size, "max_shard_size")
     breaks_off = trainer.parts.preemption.breaks_off
-    base = trainer.parts.checkpointer.description["base"]
-    export(trainer.model, trainer.processing_class, target, card, limit, breaks_off, base)
+    fingerprint = trainer.parts.checkpointer.description["base"]
+    export(trainer.model, trainer.processing_class, target, card, limit, breaks_off, fingerprint)
 
 
 def _print_summary(run: Run, trainer: OffloadTrainer, peak: int) -> None:

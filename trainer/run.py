@@ -4,7 +4,6 @@
 """
 
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -93,8 +92,7 @@ def _how_to_begin() -> str:
     """Return what is left to say where no supervisor does: the line that starts the run again."""
     if "ZERO_OFFLOAD_SUPERVISED" in os.environ:
         return ""
-    here = f"cd {shlex.quote(os.getcwd())}"
-    return f"\nto go on: {here} && {shlex.join([sys.executable, *sys.argv])}"
+    return f"\nto go on: {resume.from_here([sys.executable, *sys.argv])}"
 
 
 def _say_how_to_resume(run: RunDirectory | None) -> None:

@@ -208,8 +208,8 @@ class RunDirectory:
     def last_supervisor(self) -> int | None:
         """Return the pid of the run's last supervisor; None where there was none."""
         try:
-            return json.loads(self.supervisor_lock.read_text(encoding="utf-8"))["pid"]
-        except (OSError, ValueError, LookupError, TypeError):  # not there yet, or half-written
+            return read_json(self.supervisor_lock)["pid"]
+        except (OSError, ValueError, KeyError):  # not there yet, or half-written
             return None
 
     def silence_limit(self, phase: str) -> float:

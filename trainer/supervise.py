@@ -421,7 +421,7 @@ class Supervisor:
         flags = [*self.flags]
         if not self.from_path:
             flags += ["--resume_from_checkpoint", "auto"]
-        return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([*start, *flags])}"
+        return resume.from_here([*start, *flags])
 
     def _start(self, flags: list[str]) -> None:
         """Start a process for each rank."""

@@ -10,61 +10,43 @@ def alone(starts, name, *flags, code=1, **options):
     return starts(name, *flags, supervised=False, **options).ends(code)
 
 
-@pytest.mark.parametrize("logging", [pytest.param("no", marks=pytest.mark.quick), "epoch", "steps"])
-def test_not_finite_whatever_is_logged(starts, logging, row):
+def spoilt(starts, step, fault, *flags):
+    """A run with a fault in the loss of a step. It must end with 1 and export nothing."""
     run = alone(
         starts,
         "run",
-        *OFFLOAD,
-        *("--max_steps", 4, "--logging_strategy", logging, "--logging_steps", 3),
-        *("--export", "true"),
+        *(*OFFLOAD, *flags, "--export", "true"),
         script=INJECT,
-        env={"FAULT_STEP": "2", "FAULT_VALUE": "nan"},
+        env={"FAULT_STEP": str(step), "FAULT_VALUE": fault},
     )
-    assert "not finite in 1 optimizer step" in run.output and "step 2" in run.output
     assert not (run.directory / "export").exists()
+    return run
+
+
+@pytest.mark.parametrize("logging", [pytest.param("no", marks=pytest.mark.quick), "epoch", "steps"])
+def test_not_finite_whatever_is_logged(starts, logging, row):
+    flags = ["--max_steps", 4, "--logging_strategy", logging, "--logging_steps", 3]
+    run = spoilt(starts, 2, "nan", *flags)
+    assert "not finite in 1 optimizer step" in run.output and "step 2" in run.output
     row(f"NaN in a step, --logging_strategy {logging}", "stops at that step, no export, exit 1")
 
 
 def test_the_last_step_is_not_finite(starts, row):
-    run = alone(
-        starts,
-        "run",
-        *OFFLOAD,
-        *("--max_steps", 3, "--logging_strategy", "no", "--export", "true"),
-        script=INJECT,
-        env={"FAULT_STEP": "3", "FAULT_VALUE": "inf"},
-    )
-    assert "the last good step was 2" in run.output and not (run.directory / "export").exists()
+    run = spoilt(starts, 3, "inf", "--max_steps", 3, "--logging_strategy", "no")
+    assert "the last good step was 2" in run.output
     row("infinity in the last step", "no export, exit 1")
 
 
 def test_an_infinite_loss_with_finite_gradients(starts, row):
-    run = alone(
-        starts,
-        "run",
-        *OFFLOAD,
-        *("--max_steps", 3, "--save_strategy", "no", "--export", "true"),
-        script=INJECT,
-        env={"FAULT_STEP": "2", "FAULT_VALUE": "+inf"},
-    )
+    run = spoilt(starts, 2, "+inf", "--max_steps", 3, "--save_strategy", "no")
     assert "not finite in 1 optimizer step" in run.output and "step 2" in run.output
-    assert not (run.directory / "export").exists()
     row("an infinite loss whose gradients are finite", "stops at that step, no export, exit 1")
 
 
 def test_all_steps_are_skipped(starts, row):
     """--max_nonfinite_steps allows each of them; the model would be exported as it was."""
-    run = alone(
-        starts,
-        "run",
-        *OFFLOAD,
-        *("--max_steps", 1, "--max_nonfinite_steps", 9, "--export", "true"),
-        script=INJECT,
-        env={"FAULT_STEP": "1", "FAULT_VALUE": "nan"},
-    )
+    run = spoilt(starts, 1, "nan", "--max_steps", 1, "--max_nonfinite_steps", 9)
     assert "no optimizer step changed the weights" in run.output, run.output[-3000:]
-    assert not (run.directory / "export").exists()
     row("every step is skipped", "no export, exit 1")
 
 

@@ -1,14 +1,12 @@
 """Which frozen weights an adapter belongs to. Does not import torch."""
 
 import json
-import os
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
 from data import storage
-from data.files import read_json
+from data.files import hash_file, read_json
 
 # Keys of config.json that say where and how it was saved, not what the model computes.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -31,7 +29,7 @@ def fingerprint(model: str, revision: str) -> str:
 
         found = try_to_load_from_cache(model, "config.json", revision=revision)
         folder = Path(str(found)).parent
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     config = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}
     files = [(path.name, path.stat().st_size, _content(path)) for path in _weight_files(folder)]
     return storage.digest(json.dumps(config, sort_keys=True), *files)
@@ -49,21 +47,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _content(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= WHOLE:
-            _add(digest, file, size)
-        else:
-            _add(digest, file, HEADER)
-            for i in range(SAMPLES):
-                file.seek(i * (size - BLOCK) // (SAMPLES - 1))
-                _add(digest, file, BLOCK)
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return hash_file(path)
+    with open(path, "rb") as file:
+        digest = xxhash.xxh3_128(file.read(HEADER))
+        for i in range(SAMPLES):
+            file.seek(i * (size - BLOCK) // (SAMPLES - 1))
+            digest.update(file.read(BLOCK))
     return digest.hexdigest()
-
-
-def _add(digest: xxhash.xxh3_128, file: BinaryIO, count: int) -> None:
-    """Add so many bytes from the file's position on to the digest."""
-    while count > 0 and (block := file.read(min(count, 2**22))):
-        digest.update(block)
-        count -= len(block)

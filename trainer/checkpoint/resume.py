@@ -253,5 +253,12 @@ def command(directory: RunDirectory, ranks: int | None = None) -> str:
         start.append(f"{ROOT}/launch/train.py")
     else:
         start = [sys.executable, f"{ROOT}/launch/train.py"]
-    # Files in the settings may be relative to the folder.
-    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([*start, *flags])}"
+    return from_here([*start, *flags])
+
+
+def from_here(words: list[str]) -> str:
+    """Return the line that runs a command from any folder as from this one.
+
+    Files in flags and settings may be relative to it.
+    """
+    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"
