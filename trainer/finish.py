@@ -10,8 +10,9 @@ from trainer.config.flags import parse_size
 from trainer.console import say
 from trainer.distributed import all_gather_object, is_main_process
 from trainer.errors import DONE, FAILED, RunError
-from trainer.export.model import BrokenOff, export
+from trainer.export.model import export
 from trainer.export.model_card import model_card
+from trainer.export.writer import BrokenOff, processor_files
 from trainer.monitor import stopping
 from trainer.plan.report import PlanReport
 from trainer.run_dir import Phase
@@ -81,8 +82,12 @@ def export_model(run: Run, trainer: OffloadTrainer) -> None:
     card = model_card(settings, base, data, _evaluations(trainer), run.directory)
     limit = parse_size(settings.max_shard_size, "max_shard_size")
     breaks_off = trainer.parts.preemption.breaks_off
-    fingerprint = trainer.parts.checkpointer.description["base"]
-    export(trainer.model, trainer.processing_class, target, card, limit, breaks_off, fingerprint)
+    fingerprint, others = trainer.parts.checkpointer.description["base"], []
+    model: Any = trainer.model
+    if settings.method != "lora" and is_main_process():
+        others = processor_files(run.model, settings.model_revision, model.config)
+    tokenizer = trainer.processing_class
+    export(model, tokenizer, target, card, limit, breaks_off, fingerprint, others)
 
 
 def _print_summary(run: Run, trainer: OffloadTrainer, peak: int) -> None:

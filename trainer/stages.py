@@ -19,6 +19,7 @@ from trainer.data_setup import TrainingData
 from trainer.distributed import broadcast_object, is_main_process, on_all_ranks
 from trainer.engine.aio import watch_swap_files
 from trainer.errors import RunError, one_line
+from trainer.export.writer import rehearse
 from trainer.modeling import attention
 from trainer.modeling import load as modeling
 from trainer.monitor.stopping import dump_stacks_on_signal
@@ -168,12 +169,15 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     """Resolve DeepSpeed's configuration from the model's shapes, and check what it needs.
 
     The model is built without memory for this. Raises RunError where the checkpoint is of another
-    model, buffers are too small, or locked memory is.
+    model, the export would fail, buffers are too small, or locked memory is.
     """
     prepared, settings, ranks = run.prepared, run.settings, run.ranks.world
     skeleton = modeling.skeleton(inputs.model_config, settings)
     shapes = modeling.shapes_of(skeleton, prepared.precision)
     parameters = sum(p.numel() for p in skeleton.parameters())
+    if settings.export:
+        names = run.model, settings.model_revision
+        on_all_ranks(lambda: is_main_process() and rehearse(skeleton, inputs.tokenizer, *names))
     backend = attention.choose(skeleton, settings, prepared.gpu, prepared.precision)
     if saved:
         trained = {n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}

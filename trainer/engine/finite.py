@@ -3,11 +3,11 @@
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 
 from trainer.distributed import all_gather_object
 from trainer.engine.cpu_step import CpuStepOptimizer
+from trainer.engine.values import is_finite
 
 
 def first_nonfinite(engine: Any) -> str | None:
@@ -32,9 +32,3 @@ def first_nonfinite(engine: Any) -> str | None:
         if not finite:
             found = found or name
     return next(filter(None, all_gather_object(found)), None)
-
-
-def is_finite(values: torch.Tensor) -> bool:
-    """Return whether every element is finite."""
-    # A sum keeps every NaN and infinity, and needs no tensor of its own.
-    return bool(torch.isfinite(values.sum(dtype=torch.float32)))

@@ -14,7 +14,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from trainer.engine import aio
 from trainer.engine.cpu_step import CpuStepOptimizer
-from trainer.engine.finite import is_finite
+from trainer.engine.values import is_finite
 from trainer.errors import FAILED, RunError
 from trainer.system.swap_dir import SwapSpace
 from trainer.system.swap_stamps import BLOCK, damaged

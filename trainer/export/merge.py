@@ -31,47 +31,70 @@ def merge(run: Path, output: Path, limit: int) -> None:
             needed="adapter_config.json; a run with --method lora that has ended",
             fix="a full fine-tune's export/ is a whole model already" if whole else None,
         )
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        base = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"the adapter in {adapter} cannot be read", found=one_line(error)) from None
+    from trainer.export.writer import processor_files, write_model
+
+    base = _base_of(adapter)
     _check_base(base, adapter)
     if output.exists():
         raise RunError(f"{output} exists", fix="choose another --output, or remove it")
     say(f"loading {base}")
     resolved = run / RESOLVED
     settings = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.is_file() else {}
-    revision = settings.get("model_revision", "main")
+    revision, trusted = settings.get("model_revision"), settings.get("trust_remote_code", False)
+    revision = revision or "main"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype="auto",
-            revision=revision,
-            trust_remote_code=settings.get("trust_remote_code", False),
+            base, dtype="auto", revision=revision, trust_remote_code=trusted
         )
         _check_same_base(base, revision, adapter)
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trusted)
     # RuntimeError: the adapter is of a model of other shapes.
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"{base} with the adapter in {adapter} cannot be read", found=one_line(error)
         ) from None
     _check_finite(model, base)
-    model.config.use_cache = True
+    others = processor_files(base, revision, model.config)
     try:
         with new_directory(output) as work:
-            model.save_pretrained(work, max_shard_size=limit)
+            write_model(model, work, limit)
+            for file in others:
+                shutil.copy(file, work)
             tokenizer.save_pretrained(work)
-            if (adapter / "README.md").is_file():
-                shutil.copy(adapter / "README.md", work)
+            _write_card(adapter, work)
     except OSError as error:
         raise not_written(output, error) from None
     say(f"merged model: {output}")
+
+
+def _base_of(adapter: Path) -> str:
+    """Return the adapter's base model. Raise RunError where the two do not become one model."""
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"the adapter in {adapter} cannot be read", found=one_line(error)) from None
+    if config.is_prompt_learning:
+        raise RunError(
+            f"the adapter in {adapter} cannot be merged",
+            found=f"{config.peft_type}: vectors before the prompt",
+            needed="an adapter of the weights, such as LoRA",
+        )
+    return str(config.base_model_name_or_path)
+
+
+def _write_card(adapter: Path, work: Path) -> None:
+    """Write the adapter's model card as the model's: it is loaded with transformers now."""
+    if (adapter / "README.md").is_file():
+        card = (adapter / "README.md").read_text(encoding="utf-8", errors="replace")
+        card = card.replace("library_name: peft\n", "library_name: transformers\n", 1)
+        (work / "README.md").write_text(card, encoding="utf-8")
 
 
 def _check_same_base(base: str, revision: str, adapter: Path) -> None:
@@ -94,10 +117,10 @@ def _check_same_base(base: str, revision: str, adapter: Path) -> None:
 
 def _check_finite(model: Any, base: str) -> None:
     """Raise RunError where a merged weight is not finite: fp16 may not hold the sum."""
-    import torch
+    from trainer.engine.values import is_finite
 
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        if not is_finite(weight.detach()):
             raise RunError(
                 f"the merged weights are not finite: {name}",
                 found=f"{base} is in {str(weight.dtype).removeprefix('torch.')}",

@@ -1,0 +1,440 @@
+"""Exports: names, shapes and files as transformers writes them, and what can fail at the end.
+
+The models are tiny and of random weights; `PreTrainedModel.save_pretrained` is the reference.
+"""
+
+import json
+import shutil
+import stat
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+
+from trainer.errors import BAD_INPUT, RunError
+from trainer.export import merge as merging
+from trainer.export import writer
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEAD = {"head_dim": 8}
+WINDOW = {**HEAD, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4}
+LOCAL = {"num_experts_per_tok": 2, "num_local_experts": 4}
+DENSE_THEN_MOE = {
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+MLA = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": HEAD,
+    "smollm3": {},
+    "phi": {},
+    "phi3": {},
+    "olmo2": {},
+    "granite": {},
+    "gemma": HEAD,
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "gpt_neox": {},
+    "gpt2": {},
+    "falcon": {},
+    "opt": {"ffn_dim": 48},
+    "bloom": {},
+    "cohere": {},
+    "cohere2": WINDOW,
+    "stablelm": {},
+    "glm4": HEAD,
+    "mixtral": LOCAL,
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**MOE, **HEAD},
+    "qwen3_next": {
+        **MOE,
+        **HEAD,
+        "shared_expert_intermediate_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+    "gpt_oss": {**LOCAL, **WINDOW},
+    "deepseek_v3": {**DENSE_THEN_MOE, **MLA},
+    "glm4_moe": {**DENSE_THEN_MOE, **HEAD},
+    "olmoe": {**MOE, "num_experts": 4},
+    "granitemoe": LOCAL,
+    "phimoe": LOCAL,
+    "llama4_text": {
+        **LOCAL,
+        **HEAD,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+    },
+    "ernie4_5_moe": {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    "falcon_h1": {**SSM, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **LOCAL,
+        **SSM,
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_intermediate_size": 16,
+    },
+}
+STACKED = {  # families whose experts are one tensor in transformers, and many on the hub
+    *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "glm4_moe", "olmoe"),
+    *("phimoe", "ernie4_5_moe"),
+}
+LIMIT = 20_000  # bytes of a file: each model has several
+
+
+def make(kind, **changes):
+    """A tiny model of a family with random weights."""
+    default = AutoConfig.for_model(kind)
+    known = {*default.to_dict(), *default.attribute_map}
+    common = {name: value for name, value in COMMON.items() if name in known}
+    config = AutoConfig.for_model(kind, **{**common, **FAMILIES[kind], **changes})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def exported(model, folder, **options):
+    """Write the model into a new folder and return it."""
+    folder.mkdir()
+    writer.write_model(model, folder, options.pop("limit", LIMIT), **options)
+    return folder
+
+
+def weights(folder):
+    """{name: tensor} of all files."""
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def assert_equal(ours, theirs):
+    """Same names, shapes, types and values."""
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_export_is_what_transformers_saves(kind, tmp_path):
+    """Of a model that was made, and of one that was read: names, tensors, configuration, logits."""
+    model = make(kind)
+    ids = torch.arange(3, 15)[None]
+    for stage in ("made", "read"):
+        theirs, ours = tmp_path / f"{stage}-theirs", exported(model, tmp_path / stage)
+        model.save_pretrained(theirs)
+        assert_equal(weights(ours), weights(theirs))
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((ours / name).read_text()) == json.loads((theirs / name).read_text())
+        index = json.loads((ours / "model.safetensors.index.json").read_text())
+        tensors = weights(ours)
+        assert index["weight_map"].keys() == tensors.keys()
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+        for path in ours.glob("*.safetensors"):
+            inside = load_file(path)
+            assert len(inside) == 1 or sum(t.nbytes for t in inside.values()) <= LIMIT
+        again, found = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+        assert not any(found.values()), found
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, again.eval()(ids).logits)
+        model = again
+    experts = [name for name in tensors if ".experts.3." in name]
+    assert bool(experts) == (kind in STACKED)
+
+
+def test_files_are_filled(tmp_path):
+    """An expert counts as itself, not as the stack that it is a part of."""
+    ours = exported(make("qwen3_moe"), tmp_path / "ours")
+    sizes = [sum(t.nbytes for t in load_file(p).values()) for p in ours.glob("*.safetensors")]
+    assert len(sizes) <= 2 * sum(sizes) / LIMIT
+
+
+def test_one_tensor_is_gathered_at_a_time(tmp_path):
+    """In memory are one file and one stack of experts. A rank that writes nothing gathers too."""
+    model, calls = make("qwen3_moe"), {True: [], False: []}
+
+    def gathering(calls):
+        @contextmanager
+        def gather(tensors):
+            calls.append([id(tensor) for tensor in tensors])
+            yield
+
+        return gather
+
+    exported(model, tmp_path / "ours", gather=gathering(calls[True]))
+    writer.write_model(model, None, LIMIT, gathering(calls[False]))
+    assert calls[True] == calls[False] and all(len(call) == 1 for call in calls[True])
+    assert sorted(call[0] for call in calls[True]) == sorted(id(p) for p in model.parameters())
+
+
+def test_an_export_is_broken_off_between_files(tmp_path):
+    asked = iter([False, False, True])
+    with pytest.raises(writer.BrokenOff):
+        exported(make("llama"), tmp_path / "ours", breaks_off=lambda: next(asked))
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) == 2
+
+
+def test_what_becomes_one_tensor_is_converted_together(tmp_path):
+    """A hub that has query, key and value in one matrix; both are checked against the reference."""
+    model = make("llama", num_key_value_heads=4)
+    parts = [f"self_attn.{name}_proj.weight" for name in "qkv"]
+    model._weight_conversions = [WeightConverter("self_attn.qkv.weight", parts, [Chunk(0)])]
+    model._weight_conversions[0]._was_used = True
+    groups = [names for names, _ in writer.layout(model, LIMIT).groups if len(names) > 1]
+    assert [[n.split(".")[-2][0] for n in names] for names in groups] == [["k", "q", "v"]] * 2 or [
+        [n.split(".")[-2][0] for n in names] for names in groups
+    ] == [["q", "k", "v"]] * 2
+    model.save_pretrained(tmp_path / "theirs")
+    ours = weights(exported(model, tmp_path / "ours"))
+    assert_equal(ours, weights(tmp_path / "theirs"))
+    assert "model.layers.1.self_attn.qkv.weight" in ours
+
+
+def test_a_conversion_that_the_checkpoint_did_not_need_is_not_reverted(tmp_path):
+    """Under ZeRO-3 transformers keeps all that it knows, old names of other models among them."""
+    model = make("llama")
+    model._weight_conversions = [WeightRenaming("ancient_norm", "norm")]
+    assert "model.norm.weight" in weights(exported(model, tmp_path / "ours"))
+
+
+def test_tied_embeddings_come_once(tmp_path):
+    model = make("llama", tie_word_embeddings=True)
+    ours = exported(model, tmp_path / "ours")
+    assert "lm_head.weight" not in weights(ours)
+    assert json.loads((ours / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+CONTRADICTIONS = {
+    "sampling": (
+        {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
+        {"temperature", "top_p", "top_k"},
+    ),
+    "beams": (
+        {"length_penalty": 2.0, "early_stopping": True},
+        {"length_penalty", "early_stopping"},
+    ),
+    "outputs": ({"output_scores": True}, {"output_scores"}),
+    "several": ({"num_return_sequences": 4, "max_new_tokens": 7}, {"num_return_sequences"}),
+    "pad": ({"pad_token_id": -1, "do_sample": True, "top_p": 0.9}, {"pad_token_id"}),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_generation_config_always_saves(name, tmp_path, capsys):
+    """What contradicts other fields is dropped and named; the rest stays."""
+    fields, dropped = CONTRADICTIONS[name]
+    model = make("llama")
+    for key, value in {**fields, "eos_token_id": [2, 5]}.items():
+        setattr(model.generation_config, key, value)
+    written = json.loads(
+        (exported(model, tmp_path / "ours") / "generation_config.json").read_text()
+    )
+    kept = {**fields, "eos_token_id": [2, 5]}
+    assert not dropped & written.keys()
+    assert all(written[key] == value for key, value in kept.items() if key not in dropped)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "generation_config" in line]
+    assert len(notes) == 1 and all(key in notes[0] for key in dropped)
+    GenerationConfig.from_pretrained(tmp_path / "ours").validate(strict=True)
+
+
+def test_generation_fields_in_the_configuration(tmp_path):
+    """Older models have them in config.json, where transformers 5 refuses to save them."""
+    make("llama").save_pretrained(tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").unlink()
+    content = json.loads((tmp_path / "old" / "config.json").read_text())
+    content |= {"do_sample": True, "temperature": 0.7}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(content))
+    ours = exported(AutoModelForCausalLM.from_pretrained(tmp_path / "old"), tmp_path / "ours")
+    assert "temperature" not in json.loads((ours / "config.json").read_text())
+    assert json.loads((ours / "generation_config.json").read_text())["temperature"] == 0.7
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own(tmp_path, monkeypatch):
+    """The code goes with the weights, and the copy is loaded without the original."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    monkeypatch.syspath_prepend(tmp_path / "hf")
+    base = tmp_path / "base"
+    make("llama").save_pretrained(base)
+    (base / "own_code.py").write_text(CODE)
+    content = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    content |= {"auto_map": names, "model_type": "own_llama"}
+    (base / "config.json").write_text(json.dumps(content))
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    ours = exported(model, tmp_path / "ours")
+    shutil.rmtree(base)
+    assert (ours / "own_code.py").read_text() == CODE
+    assert json.loads((ours / "config.json").read_text())["auto_map"] == names
+    again = AutoModelForCausalLM.from_pretrained(ours, trust_remote_code=True)
+    assert_equal(again.state_dict(), model.state_dict())
+
+
+def test_files_of_a_model_that_reads_more_than_text(tmp_path):
+    config = AutoConfig.for_model("gemma3")
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert [p.name for p in writer.processor_files(str(tmp_path), None, config)] == [
+        "preprocessor_config.json"
+    ]
+    assert not writer.processor_files(str(tmp_path), None, config.get_text_config())
+
+
+def on_meta(kind="llama", **changes):
+    """A model without memory, as a run has it before its model is loaded."""
+    with torch.device("meta"):
+        return make(kind, **changes)
+
+
+def refused(model, tokenizer, tmp_path):
+    """The error before the run."""
+    with pytest.raises(RunError) as caught:
+        writer.rehearse(model, tokenizer, str(tmp_path), None)
+    assert caught.value.code == BAD_INPUT and "could not be exported" in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_be_exported_is_found_before_the_run(tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    writer.rehearse(on_meta(), tokenizer, str(tiny_model), None)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template + "\ud83d"  # half a character: JSON can hold it, UTF-8 not
+    assert "surrogates" in refused(on_meta(), tokenizer, tmp_path)
+    tokenizer.chat_template = template
+    tokenizer.init_kwargs["own"] = {1, 2}
+    assert "JSON" in refused(on_meta(), tokenizer, tmp_path)
+    del tokenizer.init_kwargs["own"]
+    model = on_meta()
+    model.config.own = {1, 2}
+    assert "JSON" in refused(model, tokenizer, tmp_path)
+    model = on_meta("mixtral")
+    model._weight_conversions = [WeightConverter("a.weight", ["gate.weight"], [Broken()])]
+    model._weight_conversions[0]._was_used = True
+    assert "no way back" in refused(model, tokenizer, tmp_path)
+
+
+class Broken(Chunk):
+    """A conversion that transformers cannot revert."""
+
+    @property
+    def reverse_op(self):
+        raise NotImplementedError("no way back")
+
+
+def test_a_full_disk_for_temporary_files_is_no_refusal(tiny_model, monkeypatch):
+    class Full:
+        def save_pretrained(self, folder):
+            raise RuntimeError("No space left on device (os error 28)")  # as tokenizers has it
+
+    writer.rehearse(on_meta(), Full(), str(tiny_model), None)
+    monkeypatch.setattr("tempfile.tempdir", "/proc/none")
+    writer.rehearse(on_meta(), AutoTokenizer.from_pretrained(tiny_model), str(tiny_model), None)
+
+
+# -- merged models -----------------------------------------------------------------------------
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    """adapter(kind, configuration) → folder of a PEFT adapter whose base is under tmp_path."""
+    from peft import get_peft_model
+
+    def go(kind, config):
+        base, folder = tmp_path / "base", tmp_path / "adapter"
+        model = make(kind, vocab_size=512)
+        model.save_pretrained(base)
+        contradicting = {"temperature": 0.6, "eos_token_id": 2}
+        (base / "generation_config.json").write_text(json.dumps(contradicting))
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text("---\nbase_model: x\nlibrary_name: peft\n---\n")
+        return folder
+
+    return go
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_merged_model_is_written_as_an_export(kind, adapter, tmp_path):
+    """Names of the hub, files of at most the limit, readable, and base + adapter in its logits."""
+    from peft import AutoPeftModelForCausalLM, LoraConfig
+
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"])
+    folder, output = adapter(kind, config), tmp_path / "merged"
+    merging.merge(folder, output, 100_000)
+    assert weights(output).keys() == weights(tmp_path / "base").keys()
+    sizes = [path.stat().st_size for path in output.glob("*.safetensors")]
+    assert len(sizes) > 1 and all(size < 110_000 for size in sizes)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in output.iterdir()} == {0o666 & ~umask()}
+    assert "library_name: transformers" in (output / "README.md").read_text()
+    again, found = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(found.values()), found
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = AutoPeftModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()(ids).logits
+        logits = again.eval()(ids).logits
+    assert torch.allclose(logits, expected, atol=1e-4) and not torch.allclose(
+        plain, logits, atol=1e-3
+    )
+
+
+def umask():
+    """The umask of this process."""
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_adapter_that_is_no_part_of_the_weights(adapter, tmp_path):
+    from peft import PromptTuningConfig
+
+    folder = adapter("llama", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(RunError, match="cannot be merged"):
+        merging.merge(folder, tmp_path / "merged", LIMIT)
+    assert not (tmp_path / "merged").exists()

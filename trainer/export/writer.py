@@ -1,0 +1,260 @@
+"""A model as files that other programs read: the one writer of exports and of merged models.
+
+transformers 5 joins and renames weights when it reads them; the experts of a layer become one
+stack. What is written has the names and shapes of the checkpoint that was read, or of the model
+hub where there was none, as `PreTrainedModel.save_pretrained` writes them.
+"""
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import cached_file
+
+from trainer.console import say
+from trainer.errors import RunError, one_line
+
+Tensors = dict[str, torch.Tensor]
+# Of a model that reads images or sound too: without them it does not start elsewhere.
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+class BrokenOff(Exception):
+    """Somebody asked the run to stop."""
+
+
+@dataclass
+class Layout:
+    """Which tensors a model has, and what is written of them.
+
+    tensors: of the model, by its names; a tied one comes once. groups: (names in the model, names
+    that are written), in the order of the files: what is converted together. split: the files.
+    """
+
+    tensors: Tensors
+    groups: list[tuple[list[str], set[str]]]
+    split: StateDictSplit
+
+
+def layout(model: Any, limit: int) -> Layout:
+    """Return how a model is written. It may be on the meta device, or partitioned by ZeRO-3.
+
+    limit: bytes of one file; a larger tensor has a file of its own.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:  # under ZeRO-3 also those that the checkpoint had no weight for
+        model._weight_conversions = [c for c in conversions if c.was_used()]
+    tensors: Tensors = model.state_dict(keep_vars=True)
+    for name in model._keys_to_ignore_on_save or ():
+        tensors.pop(name, None)
+    shapes = {name: _shape_of(tensor) for name, tensor in tensors.items()}
+    shapes = remove_tied_weights_from_state_dict(shapes, model)
+    # Those of one stack are views of one tensor, and would each count as the whole of it.
+    written = {name: _shape_of(tensor) for name, tensor in _revert(model, shapes).items()}
+    split = split_torch_state_dict_into_shards(written, max_shard_size=limit)
+    return Layout(tensors, _groups(model, shapes, written), split)
+
+
+def _shape_of(tensor: Any) -> torch.Tensor:
+    """Return a tensor without memory, of the shape that a partitioned one has as a whole."""
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def _revert(model: PreTrainedModel, tensors: Tensors) -> Tensors:
+    return revert_weight_conversion(model, dict(tensors))
+
+
+def _groups(
+    model: PreTrainedModel, shapes: Tensors, written: Tensors
+) -> list[tuple[list[str], set[str]]]:
+    """Return the smallest groups of tensors that can be converted without the others.
+
+    Most are one tensor. Those of which a conversion makes one tensor are a group. shapes: tensors
+    on the meta device. written: all of them converted.
+    """
+    sources: dict[str, list[str]] = {}  # first name written -> names in the model
+    first: dict[str, str] = {}  # name written -> first name of its group
+    rest = []
+    for name in shapes:
+        try:
+            parts = _revert(model, {name: shapes[name]}).keys()
+        except Exception:  # each conversion has its own for a tensor that is missing
+            parts = set()
+        if not parts or parts - written.keys():
+            rest.append(name)
+            continue
+        key = next((first[part] for part in parts if part in first), next(iter(parts)))
+        first |= {part: key for part in parts if part not in first}
+        sources.setdefault(key, []).append(name)
+    groups = []
+    for names in sources.values():
+        found = _revert(model, {name: shapes[name] for name in names})
+        if all(found[part].shape == written[part].shape for part in found):
+            groups.append((names, set(found)))
+        else:
+            rest += names
+    if rest:
+        groups.append((rest, written.keys() - {part for _, parts in groups for part in parts}))
+    order = {name: number for number, name in enumerate(written)}
+    return sorted(groups, key=lambda group: min((order[part] for part in group[1]), default=0))
+
+
+def write_model(
+    model: PreTrainedModel,
+    folder: Path | None,
+    limit: int,
+    gather: Callable[[list[torch.Tensor]], AbstractContextManager] = lambda _: nullcontext(),
+    breaks_off: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write weights and configuration.
+
+    In memory are one file of at most `limit` bytes and what is converted together, such as the
+    experts of a layer, twice. folder: None on a rank that only takes part in gathering. gather:
+    gives whole tensors for as long as its context lives. breaks_off: asked before each file, on all
+    ranks. Raises OSError, and BrokenOff.
+    """
+    plan = layout(model, limit)
+    groups, ready = iter(plan.groups), {}
+    for filename, names in plan.split.filename_to_tensors.items():
+        if breaks_off():
+            raise BrokenOff
+        while not ready.keys() >= set(names):
+            ready |= _converted(model, plan.tensors, next(groups), folder is not None, gather)
+        shard = {name: ready.pop(name) for name in names}
+        if folder:
+            shard = {name: tensor.contiguous() for name, tensor in shard.items()}
+            save_file(shard, folder / filename, metadata={"format": "pt"})
+        del shard
+    if folder:
+        _write_index(plan.split, folder)
+        write_configuration(model, folder)
+
+
+def _converted(
+    model: PreTrainedModel,
+    tensors: Tensors,
+    group: tuple[list[str], set[str]],
+    keep: bool,
+    gather: Callable[[list[torch.Tensor]], AbstractContextManager],
+) -> dict[str, Any]:
+    """Return what is written of a group, on the CPU; where nothing is kept, the names alone."""
+    names, written = group
+    with gather([tensors[name] for name in names]):
+        if not keep:
+            return dict.fromkeys(written)
+        # Gathered tensors live no longer than this block, and conversions return views of them.
+        whole = {name: tensors[name].detach().to("cpu", copy=True) for name in names}
+        return _revert(model, whole)
+
+
+def _write_index(split: StateDictSplit, folder: Path) -> None:
+    """Write which tensor is in which file, where there are several."""
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+
+
+def write_configuration(model: Any, folder: Path) -> None:
+    """Write config.json, generation_config.json and the code of a model that brings its own."""
+    config: Any = copy.deepcopy(model.config)
+    config.use_cache = True  # training switched it off
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    # They belong to generation_config.json, where transformers has put them; here it refuses them.
+    for name in config._get_generation_parameters():
+        vars(config).pop(name, None)
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        _write_generation_config(model.generation_config, folder)
+
+
+def _write_generation_config(generation: GenerationConfig, folder: Path) -> None:
+    """Write generation_config.json without the fields that contradict others, and name those."""
+    try:
+        generation.save_pretrained(folder)
+    except (ValueError, TypeError):
+        kept, dropped = without_contradictions(generation)
+        kept.save_pretrained(folder)
+        say(
+            "note: generation_config.json is written without "
+            + ", ".join(f"{name} {value}" for name, value in dropped.items())
+            + ", which its other fields contradict"
+        )
+
+
+def without_contradictions(
+    generation: GenerationConfig,
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Return (a generation config that transformers saves, the fields that it does not have)."""
+    left = {name: getattr(generation, name) for name in generation.to_diff_dict()}
+    left.pop("transformers_version", None)
+    kept, found = GenerationConfig(), True
+    while found:  # a field may need another one: top_p needs do_sample
+        found = False
+        for name, value in list(left.items()):
+            larger = copy.deepcopy(kept)
+            setattr(larger, name, value)
+            try:
+                larger.validate(strict=True)
+            except (ValueError, TypeError, AttributeError):
+                continue
+            kept, found = larger, True
+            del left[name]
+    return kept, left
+
+
+def processor_files(name: str, revision: str | None, config: Any) -> list[Path]:
+    """Return the files of a base model that reads more than text. A text model has none.
+
+    name: a directory or hub name.
+    """
+    found: list[Path] = []
+    if config.get_text_config() is config:
+        return found
+    for file in _PROCESSOR:
+        with suppress(OSError):  # it has none
+            if path := cached_file(name, file, revision=revision):
+                found.append(Path(path))
+    return found
+
+
+def rehearse(model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
+    """Write all but the weights into a folder that is removed. Raise RunError where that fails.
+
+    Else a run would train first, and end without a model. model: on the meta device, with its
+    adapters. name: of the base model, a directory or hub name.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            if hasattr(model, "peft_config"):
+                return
+            processor_files(name, revision, model.config)  # in the cache when the run ends
+            layout(model, 2**30)
+            write_configuration(model, Path(folder))
+    except Exception as error:  # transformers', tokenizers' and those of a model's own code
+        if isinstance(error, OSError) or "(os error" in str(error):
+            return  # the disk for temporary files; the export has another one
+        raise RunError(
+            "what this model and tokenizer become could not be exported",
+            found=one_line(error),
+            needed="a configuration, a tokenizer and weights that transformers can save",
+            fix="mend the file that is named, or --export false",
+        ) from None
