@@ -61,10 +61,11 @@ def layout(model: Any, limit: int) -> Layout:
         tensors.pop(name, None)
     shapes = {name: _shape_of(tensor) for name, tensor in tensors.items()}
     shapes = remove_tied_weights_from_state_dict(shapes, model)
+    reverted = _revert(model, shapes)
     # Those of one stack are views of one tensor, and would each count as the whole of it.
-    written = {name: _shape_of(tensor) for name, tensor in _revert(model, shapes).items()}
+    written = {name: _shape_of(tensor) for name, tensor in reverted.items()}
     split = split_torch_state_dict_into_shards(written, max_shard_size=limit)
-    return Layout(tensors, _groups(model, shapes, written), split)
+    return Layout(tensors, _groups(model, shapes, reverted), split)
 
 
 def _shape_of(tensor: Any) -> torch.Tensor:
@@ -78,38 +79,47 @@ def _revert(model: PreTrainedModel, tensors: Tensors) -> Tensors:
 
 
 def _groups(
-    model: PreTrainedModel, shapes: Tensors, written: Tensors
+    model: PreTrainedModel, shapes: Tensors, reverted: Tensors
 ) -> list[tuple[list[str], set[str]]]:
     """Return the smallest groups of tensors that can be converted without the others.
 
-    Most are one tensor. Those of which a conversion makes one tensor are a group. shapes: tensors
-    on the meta device. written: all of them converted.
+    Most are one tensor; where a conversion makes one of several, those are a group. shapes: tensors
+    on the meta device. reverted: all of them converted.
     """
-    sources: dict[str, list[str]] = {}  # first name written -> names in the model
-    first: dict[str, str] = {}  # name written -> first name of its group
-    rest = []
-    for name in shapes:
+
+    def alone(names: list[str]) -> Tensors:
         try:
-            parts = _revert(model, {name: shapes[name]}).keys()
+            found = _revert(model, {name: shapes[name] for name in names})
         except Exception:  # each conversion has its own for a tensor that is missing
-            parts = set()
-        if not parts or parts - written.keys():
+            return {}
+        return found if found.keys() <= reverted.keys() else {}
+
+    def is_whole(found: Tensors) -> bool:
+        return bool(found) and all(found[name].shape == reverted[name].shape for name in found)
+
+    source = {id(tensor): name for name, tensor in shapes.items()}
+    groups = [([source[id(t)]], {name}) for name, t in reverted.items() if id(t) in source]
+    parts: dict[str, list[str]] = {}  # a name of which the others are missing: names in the model
+    rest = []
+    converted = shapes.keys() - {names[0] for names, _ in groups}
+    for name in (name for name in shapes if name in converted):  # in one order on all ranks
+        found = alone([name])
+        if is_whole(found):
+            groups.append(([name], set(found)))
+        elif found:
+            parts.setdefault(next(iter(found)), []).append(name)
+        else:
             rest.append(name)
-            continue
-        key = next((first[part] for part in parts if part in first), next(iter(parts)))
-        first |= {part: key for part in parts if part not in first}
-        sources.setdefault(key, []).append(name)
-    groups = []
-    for names in sources.values():
-        found = _revert(model, {name: shapes[name] for name in names})
-        if all(found[part].shape == written[part].shape for part in found):
+    for names in parts.values():
+        found = alone(names)
+        if is_whole(found):
             groups.append((names, set(found)))
         else:
             rest += names
     if rest:
-        groups.append((rest, written.keys() - {part for _, parts in groups for part in parts}))
-    order = {name: number for number, name in enumerate(written)}
-    return sorted(groups, key=lambda group: min((order[part] for part in group[1]), default=0))
+        groups.append((rest, reverted.keys() - {name for _, names in groups for name in names}))
+    order = {name: number for number, name in enumerate(reverted)}
+    return sorted(groups, key=lambda group: min((order[name] for name in group[1]), default=0))
 
 
 def write_model(
