@@ -49,6 +49,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def not_a_name(text: str) -> str | None:
+    """Return why no file or flag can have this text: what the system cannot write; or None."""
+    if "\0" in text:
+        return f"{text!r}: a NUL character"
+    try:
+        text.encode("utf-8", "surrogateescape")  # a file's name may have bytes that are no UTF-8
+    except UnicodeEncodeError:
+        return f"{text!r}: half of a character (a lone surrogate)"
+    return None
+
+
 def one_line(error: object, length: int | None = 300) -> str:
     """Return the text of an error on one line, cut to a length. None: whole."""
     return " ".join(str(error).split())[:length]

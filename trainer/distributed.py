@@ -84,6 +84,11 @@ def first_rank_ends(seconds: float) -> bool:
     return True
 
 
+def world_size() -> int:
+    """Return the number of ranks of the run, as the launcher says."""
+    return max(1, _number("WORLD_SIZE", 1))
+
+
 def ranks_on_this_machine() -> int:
     """Return the number of ranks here, as the launcher says."""
     return _number("LOCAL_WORLD_SIZE", 0) or _number("LOCAL_SIZE", 0) or 1

@@ -9,7 +9,7 @@ from trainer.config.ds_config import DeepSpeedConfig
 from trainer.config.flags import parse_size
 from trainer.config.settings import Settings, check_model
 from trainer.data_setup import DataPlan
-from trainer.distributed import check_launcher
+from trainer.distributed import check_launcher, world_size
 from trainer.doctor import cli as doctor
 from trainer.engine.version import check_version
 from trainer.errors import RunError
@@ -51,14 +51,17 @@ class Prepared:
         return self.settings.optimizes("fused_step")
 
 
-def prepare(settings: Settings) -> Prepared:
-    """Refuse all that can be refused without torch. Raises RunError."""
+def prepare(settings: Settings, world: int | None = None) -> Prepared:
+    """Refuse all that can be refused without torch. Raises RunError.
+
+    world: ranks that the run will have; None: this process is one of them.
+    """
     check_launcher()
     check_version()
     if settings.deepspeed == auto.AUTO:
         auto.choose(settings)
     config = DeepSpeedConfig.load(settings.deepspeed)
-    config.agree_with(settings)
+    config.agree_with(settings, world or world_size())
     gpu = device.uses_gpu(settings)
     precision, reason = device.choose_precision(settings, config, gpu)
     _check_optimizer(settings, config)

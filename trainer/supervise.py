@@ -109,10 +109,10 @@ def main(argv: list[str] | None = None) -> int:
         become_deepspeed(options, flags)
     settings = resolve(flags)
     directory, identity = identify(settings)
-    if options.detach:
-        prepare(settings)  # here it can still be said what is wrong
-        return detach([*argv, *identity], directory)
     ranks = options.num_gpus or (hardware.gpu_count() if uses_gpu(settings) else 1)
+    if options.detach:
+        prepare(settings, ranks)  # here it can still be said what is wrong
+        return detach([*argv, *identity], directory)
     from_path = settings.resume_from_checkpoint not in (None, "auto")
     return Supervisor(directory, options, ranks, from_path).run([*flags, *identity])
 

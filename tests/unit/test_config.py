@@ -147,11 +147,10 @@ def edit(path, value):
             1,
             ["did you mean stage3_prefetch_bucket_size"],
         ),
-        ("zero_optimization.sub_group_size", -1, ["negative"]),
+        ("zero_optimization.sub_group_size", -1, ["out of range", "at least 0"]),
         ("zero_optimization.sub_group_size", "big", ["big"]),
-        ("optimizer", {"type": "AdamW"}, ["recipe"]),
         ("fp8", {"enabled": True}, ["fp8"]),
-        ("bf16.enabled", "yes", ["bf16.enabled"]),
+        ("bf16.enabled", "perhaps", ["bf16.enabled"]),
         ("aio.use_gds", True, ["aio.use_gds is not supported"]),
     ],
 )

@@ -52,24 +52,35 @@ def choose_precision(settings: Settings, config: DeepSpeedConfig, gpu: bool) -> 
         raise RunError(
             "fp8 is not supported", found="ACCELERATE_MIXED_PRECISION=fp8", needed=NO_FP8
         )
-    asked = {}
+    asked, switched_off = {}, {}
     if settings.precision != "auto":
         asked[f"--precision {settings.precision}"] = settings.precision
     for name in ("bf16", "fp16"):
         if settings.values[name]:
             asked[f"--{name}"] = name
-        if (config.values.get(name) or {}).get("enabled") is True:
+        enabled = config.values.get(name, {}).get("enabled")
+        if enabled is True:
             asked[f"{config.where}: {name}.enabled"] = name
+        elif enabled is False:
+            switched_off[name] = f"{config.where}: {name}.enabled is false"
     if len(set(asked.values())) > 1:
         raise RunError(
             "two precisions were asked for", found=", ".join(asked), needed="one of them"
         )
     if asked:
         reason, precision = next(iter(asked.items()))
+        if precision in switched_off:
+            raise RunError(
+                f"{precision} was asked for and is switched off",
+                found=f"{reason}; {switched_off[precision]}",
+                fix='"enabled": "auto"',
+            )
     elif settings.given("bf16") or settings.given("fp16"):
         precision, reason = "fp32", "bf16 or fp16 was switched off"
     else:
         precision, reason = _best_precision(gpu)
+        if precision in switched_off:
+            precision, reason = "fp32", switched_off[precision]
     if precision == "fp16" and not gpu:
         raise RunError("fp16 needs a GPU", found=reason, needed="--precision auto, bf16 or fp32")
     if precision == "bf16" and gpu and not hardware.gpu_has_bf16():

@@ -9,22 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hjson
-
 from trainer import ROOT
-from trainer.config import ds_schema
+from trainer.config import ds_reader, ds_recipe
+from trainer.config.ds_reader import TIERS, read
 from trainer.config.settings import Settings, find_shipped
-from trainer.errors import RunError, did_you_mean
+from trainer.errors import RunError
 
 CONFIGS = ROOT / "deepspeed_configs"
-TIERS = ("param", "optimizer")  # what offload_<tier> moves
-DEVICES = ("none", "cpu", "nvme")
-# The recipe decides these; the JSON says "auto" or the same.
-AGREEMENT = {
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "gradient_clipping": "max_grad_norm",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-}
 # DeepSpeed's own defaults, where a JSON leaves the key out.
 BUFFER_SIZE, PARAM_BUFFERS, OPTIMIZER_BUFFERS, SUB_GROUP_SIZE = 10**8, 5, 4, 10**9
 SWAP_FILE_SLACK = 2**20
@@ -57,28 +48,7 @@ class DeepSpeedConfig:
 
     def __init__(self, values: dict[str, Any], where: str | Path) -> None:
         """Raises RunError for what DeepSpeed would silently ignore, or this trainer cannot run."""
-        values = _without_nulls(values)
-        _check_block(values, ds_schema.CONFIG, where)
-        _check_zero(values.get("zero_optimization"), where)
-        if values.get("optimizer") or values.get("scheduler"):
-            raise RunError(
-                f"{where}: optimizer and scheduler belong to the recipe",
-                fix="remove them; use --learning_rate, --weight_decay, --adam_beta1, "
-                "--lr_scheduler_type, --warmup_steps",
-            )
-        aio = values.get("aio") or {}
-        for key in ("block_size", "queue_depth", "intra_op_parallelism"):
-            if aio.get(key, 1) < 1:
-                raise RunError(
-                    f"{where}: aio.{key} is too small", found=aio[key], needed="1 or more"
-                )
-        if aio.get("use_gds"):
-            raise RunError(
-                f"{where}: aio.use_gds is not supported",
-                found="GPUDirect Storage, whose reads nothing compares with what was written",
-                fix="leave the key out",
-            )
-        self.values, self.where = values, where
+        self.values, self.where = ds_reader.checked(values, where), where
 
     @classmethod
     def load(cls, name: str | Path | dict[str, Any]) -> "DeepSpeedConfig":
@@ -108,18 +78,27 @@ class DeepSpeedConfig:
         """Return whether anything is on NVMe."""
         return any(self.device(tier) == "nvme" for tier in TIERS)
 
-    def agree_with(self, settings: Settings) -> None:
-        """Raise RunError where the JSON and the flags name different batches or clip norms."""
-        for key, flag in AGREEMENT.items():
-            value = self.values.get(key, "auto")
-            if value not in ("auto", settings.values[flag]):
-                raise RunError(
-                    f"{self.where}: {key} contradicts --{flag}",
-                    found=f"{value} in the JSON, {settings.values[flag]} in the run",
-                    fix=f'"{key}": "auto"',
-                )
-            self.values[key] = "auto"
-        self.values.setdefault("train_batch_size", "auto")
+    def agree_with(self, settings: Settings, world: int = 1) -> None:
+        """Let the settings have what the JSON says of their keys. world: ranks of the run.
+
+        Raises RunError where JSON and flags contradict each other.
+        """
+        ds_recipe.take_over(self.values, settings, self.where, world)
+        paths = {
+            path
+            for tier in TIERS
+            if self.device(tier) == "nvme" and (path := self.offload(tier)["nvme_path"]) != "auto"
+        }
+        if not paths or settings.given("nvme_path"):
+            return
+        if len(paths) > 1:
+            raise RunError(
+                f"{self.where}: parameters and optimizer have two nvme_path",
+                found=" and ".join(sorted(paths)),
+                needed="one: the space of a run is reserved, checked and given back in one place",
+                fix="--nvme_path DIR, or the same path in both blocks",
+            )
+        settings.set("nvme_path", paths.pop(), str(self.where))
 
     def set_precision(self, precision: str) -> None:
         """Write bf16, fp16 or fp32 into DeepSpeed's own switches."""
@@ -251,114 +230,3 @@ class DeepSpeedConfig:
         if self.device("optimizer") == "nvme":
             size += shapes.trainable * (12 if fused_step else 16)
         return -(-size // ranks) + SWAP_FILE_SLACK
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """Return the JSON with comments as plain dicts. Raises RunError where it cannot be read."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        block = {}
-        for key, value in pairs:
-            if key in block:
-                raise RunError(f"{path}: the key {key} stands twice in one block")
-            block[key] = value
-        return block
-
-    try:
-        values = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:  # hjson's own is a ValueError
-        raise RunError(f"{path} is not readable as JSON", found=error) from None
-    if not isinstance(values, dict):
-        raise RunError(
-            f"{path} is not a DeepSpeed configuration",
-            found=type(values).__name__,
-            needed="a JSON object",
-        )
-    return values
-
-
-def _without_nulls(block: dict[str, Any]) -> dict[str, Any]:
-    """Return the block without keys that are null: they say the same as no key."""
-    return {
-        key: _without_nulls(value) if isinstance(value, dict) else value
-        for key, value in block.items()
-        if value is not None
-    }
-
-
-def _has_type(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is float:
-        return isinstance(value, (int, float))
-    if kind is int and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, kind)
-
-
-def _check_block(
-    block: dict[str, Any], schema: dict[str, Any], where: str | Path, prefix: str = ""
-) -> None:
-    """Raise RunError for the first key of a block that is not in the schema, or not of its type."""
-    for key, value in block.items():
-        name = f"{prefix}{key}"
-        if key in ("fp8", "float8"):
-            raise RunError(
-                f"{where}: fp8 is not supported",
-                found=name,
-                needed="bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these",
-            )
-        if key not in schema:
-            raise RunError(
-                f"{where}: unknown key {name}{did_you_mean(key, schema)}",
-                fix="DeepSpeed would ignore it in silence; correct or remove it",
-            )
-        kind = schema[key]
-        if value == "auto":
-            if key not in ds_schema.AUTO.get(prefix[:-1], ()):
-                raise RunError(
-                    f'{where}: {name} cannot be "auto"', needed="a value, or leave the key out"
-                )
-        elif isinstance(kind, dict):
-            if not isinstance(value, dict):
-                raise RunError(
-                    f"{where}: {name} has the wrong type",
-                    found=repr(value),
-                    needed="an object { … }",
-                )
-            _check_block(value, kind, where, f"{name}.")
-        elif not _has_type(value, kind):
-            raise RunError(
-                f"{where}: {name} has the wrong type", found=repr(value), needed=kind.__name__
-            )
-        elif kind is int and key != "stage" and value < 0:
-            raise RunError(f"{where}: {name} is negative", found=value, needed="0 or more")
-
-
-def _check_zero(zero: dict[str, Any] | None, where: str | Path) -> None:
-    """Raise RunError for a block zero_optimization that this trainer cannot run."""
-    if zero is None:
-        raise RunError(
-            f"{where}: no zero_optimization block", needed='"zero_optimization": {"stage": 3, …}'
-        )
-    for tier in TIERS:
-        block = zero.get(f"offload_{tier}") or {}
-        device = block.get("device", "none")
-        key = f"zero_optimization.offload_{tier}.device"
-        if device not in DEVICES:
-            raise RunError(
-                f"{where}: {key}{did_you_mean(device, DEVICES)}",
-                found=device,
-                needed="none, cpu or nvme",
-            )
-        if device == "nvme" and not block.get("nvme_path"):
-            raise RunError(
-                f"{where}: {key} is nvme without an nvme_path",
-                fix='"nvme_path": "auto" takes --nvme_path; or write the directory',
-            )
-    if zero.get("stage") != 3:
-        raise RunError(
-            f"{where}: this trainer runs ZeRO stage 3",
-            found=f"stage {zero.get('stage', 0)}",
-            fix='"stage": 3',
-        )
