@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from trainer import data_setup
 from trainer.checkpoint import resume
-from trainer.config import device
+from trainer.config import device, packages
 from trainer.config.ds_config import DeepSpeedConfig
 from trainer.config.flags import parse_size
 from trainer.config.settings import Settings, check_model
@@ -65,6 +65,7 @@ def prepare(settings: Settings, world: int | None = None) -> Prepared:
     gpu = device.uses_gpu(settings)
     precision, reason = device.choose_precision(settings, config, gpu)
     _check_optimizer(settings, config)
+    packages.check(settings)
     parse_size(settings.max_shard_size, "max_shard_size")
     if settings.model_name_or_path is not None:
         check_model(settings.model_name_or_path)
@@ -90,7 +91,7 @@ def _check_optimizer(settings: Settings, config: DeepSpeedConfig) -> None:
             found=f"--optim {name}",
             needed="adamw_torch or adamw_torch_fused, or --save_strategy no",
         )
-    if config.device("optimizer") != "none" and not name.startswith("adamw"):
+    if config.device("optimizer") != "none" and name not in SAVEABLE_OPTIMIZERS:
         raise RunError(
             "an offloaded optimizer is DeepSpeed's CPU Adam",
             found=f"--optim {name}",

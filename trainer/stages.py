@@ -219,11 +219,33 @@ def training_arguments(
     elif saved:
         arguments["eval_on_start"] = False  # it was measured when the run began
     try:
-        return TrainingArguments(**arguments)
-    except ValueError as error:
+        made = TrainingArguments(**arguments)
+        _check_schedule(made)
+    except RunError:
+        raise
+    except Exception as error:  # a dozen kinds, by what does not fit
         raise RunError(
             "the training arguments do not fit together", found=one_line(error, 400)
         ) from None
+    return made
+
+
+def _check_schedule(arguments: "TrainingArguments") -> None:
+    """Make the learning rate's schedule once, before there is an optimizer, to see that it can be.
+
+    It raises what transformers raises for --lr_scheduler_kwargs that are missing or unknown.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    options: Any = arguments.lr_scheduler_kwargs
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]),
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=options,
+    )
 
 
 def trackers(settings: Settings) -> list[str]:

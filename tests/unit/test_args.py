@@ -1,11 +1,22 @@
 """Flags, recipes and their layers."""
 
+import re
+
 import pytest
 
 from trainer import ROOT
-from trainer.config.flags import LEARNING_RATE, all_keys, help_text, parse_size
+from trainer.config import elsewhere, packages
+from trainer.config.flags import (
+    LEARNING_RATE,
+    REFUSED,
+    RETIRED,
+    all_keys,
+    help_text,
+    parse_size,
+)
 from trainer.config.settings import check_model, read_recipe, resolve
 from trainer.errors import RunError
+from trainer.plan import cli as plan
 from trainer.run_dir import run_directory
 
 
@@ -103,6 +114,19 @@ def test_spellings(argv, key, value):
         (["--calibrate", "true"], ["--deepspeed auto"]),
         (["--disable_optimizations", "fused_stp"], ["did you mean fused_step", "fetch_ahead"]),
         (["--lr_scheduler_kwargs", "{"], ["lr_scheduler_kwargs", "JSON object"]),
+        (["--lr_scheduler_kwargs", "{" * 30 + "}"], ["lr_scheduler_kwargs", "JSON object"]),
+        (["--lr_scheduler_kwargs", '{"a":' * 30 + "1" + "}" * 30], ["nested too deeply"]),
+        (["--lora_rank", "8"], ["--lora_rank is --lora_r here"]),
+        (["--lora-rank=8"], ["--lora-rank is --lora_r here"]),
+        (["--cutoff_len", "8"], ["is --max_length here"]),
+        (["--num_gpus", "2"], ["launch/supervise.py --num_gpus N"]),
+        (["--local_rnk", "2"], ["unknown flag --local_rnk"]),
+        (["--save_strategy", "never"], ["save_strategy", "no | steps | epoch"]),
+        (["--optim", "adamw_troch"], ["did you mean adamw_torch"]),
+        (["--lr_scheduler_type", "cosin"], ["did you mean cosine"]),
+        (["--log_level", "loud"], ["log_level", "warning"]),
+        (["--model_name_or_path", "a\ud800"], ["surrogate"]),
+        (["--config", "x" * 5000], ["no recipe"]),
     ],
 )
 def test_refused(argv, words):
@@ -128,6 +152,19 @@ def test_refused(argv, words):
         ("max_steps: 1" + 400 * "0", ["max_steps has the wrong type"]),
         ("max_steps: 1" + 5000 * "0", ["not readable as YAML"]),
         ("a: " + 3000 * "[", ["not readable as YAML"]),
+        ('run_name: "a\\0"', ["run_name", "NUL"]),
+        ('run_name: "\\uD800"', ["run_name", "surrogate"]),
+        ('dataset: ["a\\0"]', ["dataset", "NUL"]),
+        ('deepspeed: {zero_optimization: {offload_param: {nvme_path: "\\0"}}}', ["NUL"]),
+        ("deepspeed: {3: 1}", ["deepspeed", "3"]),
+        ("deepspeed: &a {zero_optimization: *a}", ["nested too deeply"]),
+        ("lr_scheduler_kwargs: {a: 2020-01-01}", ["lr_scheduler_kwargs", "a number"]),
+        ("lr_scheduler_kwargs: " + 30 * "{a: " + 30 * "}", ["nested too deeply"]),
+        ("model_name_or_path: yes", ["model_name_or_path", "in quotes"]),
+        ("run_name: off", ["run_name", "in quotes"]),
+        ("sequence_len: 8", ["sequence_len is max_length here"]),
+        ("adapter: lora", ["adapter is method here"]),
+        ("full: [1]", ["full is not a mapping"]),
     ],
 )
 def test_recipe_refused(tmp_path, text, words):
@@ -247,3 +284,80 @@ def test_optimizations(value, on_cpu, on_gpu, step):
 def test_a_run_lies_on_a_disk():
     with pytest.raises(RunError, match="directory of this machine"):
         run_directory(resolve(["--output_dir", "s3://bucket/run?secret=1"]))
+
+
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        ("save_strategy: no", "save_strategy", "no"),
+        ("eval_strategy: off", "eval_strategy", "no"),
+        ("save_strategy: No", "save_strategy", "no"),
+        ("packing: on", "packing", True),
+        ("report_to: no", "report_to", ["none"]),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint", "True"),
+        ("max_length:", "max_length", 2048),
+        ("method:", "method", "full"),
+        ("lora:\n  lora_r:", "lora_r", 16),
+    ],
+)
+def test_what_yaml_makes_of_words(tmp_path, text, key, value):
+    (tmp_path / "r.yaml").write_text(f"model_name_or_path: x\n{text}")
+    assert resolve([str(tmp_path / "r.yaml")]).values[key] == value
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_recipe_from_any_editor(tmp_path, encoding):
+    (tmp_path / "r.yaml").write_text("run_name: größe", encoding=encoding)
+    assert resolve([str(tmp_path / "r.yaml")]).run_name == "größe"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"\x80abc", b"\0"])
+def test_a_recipe_that_is_none(tmp_path, content):
+    (tmp_path / "r.yaml").write_bytes(content)
+    if content:
+        refused(["--config", str(tmp_path / "r.yaml")], "not readable as YAML")
+    else:
+        assert resolve([str(tmp_path / "r.yaml")]).max_length == 2048
+
+
+def test_names_of_other_trainers_lead_to_flags_that_exist():
+    keys = all_keys()
+    assert not {*elsewhere.FLAGS, *elsewhere.ADVICE} & {*keys, *RETIRED, *REFUSED}
+    assert {*elsewhere.FLAGS.values()} <= {*keys}
+
+
+def test_no_flag_is_taken_for_a_longer_one():
+    with pytest.raises(RunError, match="--gpu_mem"):
+        plan.parse(["--gpu_mem", "80GB"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--optim", "adamw_8bit"], ["bitsandbytes", "pip install bitsandbytes"]),
+        (["--optim", "adamw_torch_4bit"], ["torchao"]),
+        (["--optim", "schedule_free_adamw"], ["schedulefree"]),
+        (["--optim", "galore_adamw"], ["whole matrices"]),
+        (["--optim", "adafactor"], ["whole matrices"]),
+        (["--report_to", "mlflow"], ["no module mlflow"]),
+        (["--report_to", "wandb", "tensorbord"], ["did you mean tensorboard"]),
+    ],
+)
+def test_packages_that_a_value_needs(monkeypatch, flags, words):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    all_keys()
+    with pytest.raises(RunError) as error:
+        packages.check(resolve(["--model_name_or_path", "x", *flags]))
+    assert error.value.code == 2 and all(word in str(error.value) for word in words)
+
+
+def test_every_optimizer_and_tracker_of_transformers_is_known():
+    """What needs a package is named; the rest is torch's."""
+    from transformers.integrations import integration_utils
+
+    assert {*packages.TRACKERS, "wandb"} >= {*integration_utils.INTEGRATION_TO_CALLBACK}
+    torch_only = {"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"}
+    patterns = [packages.OF_MATRICES, *(pattern for pattern, *_ in packages.OPTIMIZERS)]
+    for name in all_keys()["optim"].choices:
+        known = any(re.fullmatch(pattern, name) for pattern in patterns)
+        assert known != (name in torch_only), name

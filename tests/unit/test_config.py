@@ -184,6 +184,23 @@ def test_json_too_deep_to_read(tmp_path):
         read(tmp_path / "deep.json")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_of_an_editor(tmp_path, encoding):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"aio": {}}), encoding=encoding)
+    if encoding == "utf-16":
+        with pytest.raises(RunError, match="JSON in UTF-8"):
+            read(path)
+    else:
+        assert read(path) == {"aio": {}}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/", "", "a" * 300 + ".json", "{}"])
+def test_no_file_of_that_name(name):
+    with pytest.raises(RunError, match="no DeepSpeed configuration"):
+        DeepSpeedConfig.load(name)
+
+
 def test_small_buffers_are_refused(tmp_path):
     for path, value, word in (
         ("zero_optimization.offload_param.buffer_size", 10**6, "buffer_size"),

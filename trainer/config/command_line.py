@@ -34,7 +34,13 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a command that has few of its own. What is wrong with them is a RunError."""
+    """The flags of a command that has few of its own. What is wrong with them is a RunError.
+
+    A flag is written out: --lora_rank is no --local_rank.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raise RunError with the message of argparse."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import not_a_name
+from trainer.config import elsewhere
 from trainer.errors import DOES_NOT_FIT, RunError, did_you_mean
 
 # The stop of a container waits for ten minutes.
@@ -136,13 +138,20 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 CHOICES = {
     "method": ("full", "lora"),
     "too_long": ("truncate", "split", "drop"),
     "on_bad_row": ("stop", "skip"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
 }
+# Texts that may be true or false too.
+_ALSO_BOOLEAN = ("resume_from_checkpoint", "include_num_input_tokens_seen")
+NESTED = 20  # blocks within blocks of a value
 MINIMUM = {
     "lora_r": 1,
     "lora_alpha": 1,
@@ -214,7 +223,8 @@ REFUSED = {
 class Key:
     """One flag.
 
-    type: bool, int, float, list, dict or str. ours: not a field of TrainingArguments.
+    type: bool, int, float, list, dict or str. ours: not a field of TrainingArguments. choices: ()
+    where any text will do.
     """
 
     name: str
@@ -222,6 +232,7 @@ class Key:
     default: Any
     help: str
     ours: bool
+    choices: tuple[str, ...] = ()
 
 
 def _type_of(annotation: str) -> str:
@@ -234,19 +245,8 @@ def _type_of(annotation: str) -> str:
 @functools.cache
 def training_keys() -> dict[str, Key]:
     """Return the fields of TrainingArguments, read from the installed transformers' source."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        raise RunError(
-            "transformers is not installed",
-            fix="make setup, then use .venv/bin/deepspeed",
-            code=DOES_NOT_FIT,
-        )
-    source = (Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8")
-    definition = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
-    )
+    classes = {**_classes("trainer_utils.py"), **_classes("training_args.py")}
+    definition = classes["TrainingArguments"]
     keys = {}
     for node in definition.body:
         match node:
@@ -264,15 +264,48 @@ def training_keys() -> dict[str, Key]:
                     and constant.value != "help"
                 )
                 default = TRAINING_DEFAULTS.get(name, default)
-                keys[name] = Key(name, _type_of(ast.unparse(annotation)), default, help, False)
+                kind = ast.unparse(annotation)
+                choices = CHOICES.get(name) or _members(classes.get(kind.partition(" ")[0]))
+                keys[name] = Key(name, _type_of(kind), default, help, False, choices)
     return keys
+
+
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    """Return the classes of a module of transformers, as source."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise RunError(
+            "transformers is not installed",
+            fix="make setup, then use .venv/bin/deepspeed",
+            code=DOES_NOT_FIT,
+        )
+    source = Path(spec.origin).with_name(file).read_text(encoding="utf-8")
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+def _members(enum: ast.ClassDef | None) -> tuple[str, ...]:
+    """Return the values of an enumeration of texts; () for None."""
+    return tuple(
+        node.value.value
+        for node in (enum.body if enum else ())
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 @functools.cache
 def all_keys() -> dict[str, Key]:
     """Return every flag by name."""
     ours = {
-        name: Key(name, kind[0] if kind else type(default).__name__, default, help, True)
+        name: Key(
+            name,
+            kind[0] if kind else type(default).__name__,
+            default,
+            help,
+            True,
+            CHOICES.get(name, ()),
+        )
         for name, (default, help, *kind) in RUN_ARGUMENTS.items()
     }
     return {**training_keys(), **ours}
@@ -291,7 +324,14 @@ def find_key(name: str, where: str, shown: str) -> Key:
     if name in RETIRED:
         raise RunError(f"{where}: {shown} is not a flag of this trainer", fix=RETIRED[name])
     dashes = shown[: len(shown) - len(shown.lstrip("-"))]
-    hint = did_you_mean(name, keys).replace("did you mean ", f"did you mean {dashes}")
+    if ours := elsewhere.FLAGS.get(name):
+        raise RunError(
+            f"{where}: {shown} is {dashes}{ours} here", fix=" ".join(keys[ours].help.split())
+        )
+    if advice := elsewhere.ADVICE.get(name):
+        raise RunError(f"{where}: this trainer has no {shown}", fix=advice)
+    known = [key for key in keys if key != "local_rank"]  # of the launchers, for themselves
+    hint = did_you_mean(name, known).replace("did you mean ", f"did you mean {dashes}")
     raise RunError(
         f"{where}: unknown {'flag' if dashes else 'key'} {shown}{hint}",
         fix="python launch/train.py --help lists them all",
@@ -300,6 +340,7 @@ def find_key(name: str, where: str, shown: str) -> Key:
 
 def convert(key: Key, value: Any, where: str) -> Any:
     """Return the value in the flag's type. Raises RunError that names where it stood."""
+    _check_plain(key, value, where)
     text = value.lower() if isinstance(value, str) else None
     if value is None or (text in ("none", "null") and key.default is None):
         return None
@@ -310,12 +351,33 @@ def convert(key: Key, value: Any, where: str) -> Any:
     if key.type == "dict":
         return _to_dict(key, value, where)
     if key.type == "list":
+        if value is False and key.name == "report_to":
+            return ["none"]
         values = value if isinstance(value, list) else [value]
         for item in values:
             if not isinstance(item, str):
                 raise _wrong_type(key, item, where, "a text, or a list of texts")
         return values
     return _to_text(key, value, where)
+
+
+def _check_plain(key: Key, value: Any, where: str, depth: int = 0) -> None:
+    """Raise RunError for what JSON cannot hold, or no file can be named."""
+    if depth > NESTED:
+        raise RunError(f"{where}: {key.name} is nested too deeply", needed=f"{NESTED} blocks")
+    if isinstance(value, str) and (problem := not_a_name(value)):
+        raise RunError(f"{where}: {key.name} cannot be written", found=problem)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise _wrong_type(key, name, where, "names that are texts")
+            _check_plain(key, name, where)
+            if not isinstance(item, (dict, list, str, int, float, type(None))):
+                raise _wrong_type(key, item, where, "a text, a number, true or false")
+            _check_plain(key, item, where, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(key, item, where, depth + 1)
 
 
 def _wrong_type(key: Key, value: Any, where: str, needed: str) -> RunError:
@@ -325,9 +387,9 @@ def _wrong_type(key: Key, value: Any, where: str, needed: str) -> RunError:
 
 def _to_bool(key: Key, value: Any, where: str) -> bool:
     text = str(value).lower()
-    if text in ("true", "1", "yes"):
+    if text in ("true", "1", "yes", "on"):
         return True
-    if text in ("false", "0", "no"):
+    if text in ("false", "0", "no", "off"):
         return False
     raise _wrong_type(key, value, where, "true or false")
 
@@ -354,9 +416,11 @@ def _to_dict(key: Key, value: Any, where: str) -> Any:
     """Return a mapping as it is, or as JSON. Other texts stay: some keys take a name too."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            return json.loads(value)
+            made = json.loads(value)
         except (ValueError, RecursionError):
             raise _wrong_type(key, value, where, "a JSON object, as '{\"name\": value}'") from None
+        _check_plain(key, made, where)
+        return made
     if not isinstance(value, (dict, str)):
         raise _wrong_type(key, value, where, "a mapping")
     return value
@@ -366,8 +430,12 @@ def _to_text(key: Key, value: Any, where: str) -> str:
     if isinstance(value, dict):
         raise _wrong_type(key, value, where, "a text")
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    choices = CHOICES.get(key.name)
-    if choices is None or text in choices:
+    choices = key.choices
+    if "no" in choices and text.lower() in ("false", "off", "no"):
+        return "no"  # YAML reads no and off as a boolean
+    if isinstance(value, bool) and not choices and key.name not in _ALSO_BOOLEAN:
+        raise _wrong_type(key, value, where, "a text; in quotes where YAML takes it for a boolean")
+    if not choices or text in choices:
         return text
     if text == "fp8":
         raise RunError(f"{where}: {RETIRED['fp8']}", found="fp8", needed="bf16, fp16 or fp32")

@@ -1,5 +1,6 @@
 """The settings of a run: defaults < recipe < command line. Does not import torch."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def find_shipped(name: str | Path, folder: Path, suffix: str, what: str) -> Path
     """Return a file as it is named, or of this name in a folder of ours. Raises RunError."""
     candidates = [Path(name), folder / name, folder / f"{name}{suffix}"]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # False also for a name that is too long
             return path
     shipped = sorted(p.name for p in folder.glob(f"*{suffix}"))
     raise RunError(
@@ -177,7 +178,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     what is no YAML mapping, and for a key that is unknown or of the wrong type.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Bytes: YAML tells UTF-8 and UTF-16 apart by their byte order mark.
+        content = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is not readable as YAML", found=one_line(error)) from None
     if content is None:
@@ -215,9 +217,12 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
     def converted(block: dict[str, Any]) -> dict[str, Any]:
         where = str(path)
+        keys = {name: find_key(str(name), where, str(name)) for name in block}
+        # A key without a value says nothing.
         return {
-            name: convert(find_key(str(name), where, str(name)), value, where)
+            keys[name].name: convert(keys[name], value, where)
             for name, value in block.items()
+            if value is not None
         }
 
     return converted(content), {method: converted(block) for method, block in blocks.items()}
@@ -231,14 +236,14 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
 def check_model(name: str) -> None:
     """Raise RunError for a path that is not a model directory; a hub name passes."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # False also for a name that is too long
         if not (path / "config.json").is_file():
             raise RunError(
                 f"{path} is not a model directory",
                 needed="config.json, weights and tokenizer files",
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty directory",
             )
-    elif path.exists():
+    elif os.path.exists(path):
         raise RunError(f"{path} is a file, not a model directory")
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise RunError(

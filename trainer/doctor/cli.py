@@ -3,13 +3,12 @@
 Run as: python launch/doctor.py [--json] [--io] [--nvme_path DIR] [--model ORG/NAME]  (make doctor)
 """
 
-import argparse
 import json
 import threading
 import time
 from collections.abc import Callable
 
-from trainer.config.command_line import command
+from trainer.config.command_line import Parser, command
 from trainer.console import answered, say, table
 from trainer.distributed import ranks_on_this_machine
 from trainer.doctor import build, gpu, network, resources
@@ -71,9 +70,7 @@ def quick(use_gpus: bool, nvme: bool) -> None:
 @command
 def main() -> int:
     """Return the exit code of launch/doctor.py: DOES_NOT_FIT where a check failed."""
-    parser = argparse.ArgumentParser(
-        prog="doctor.py", description="Is this machine ready to train?"
-    )
+    parser = Parser(prog="launch/doctor.py", description="Is this machine ready to train?")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--io",

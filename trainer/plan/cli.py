@@ -88,7 +88,6 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = Parser(
         prog="launch/plan.py",
         description="What fits which configuration and how fast, before anything is loaded.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model", help=f"{NEEDED} (default: %(default)s)", default=next(iter(BUILT_IN))

@@ -1,0 +1,74 @@
+"""Values of flags that need a package of their own. Does not import torch."""
+
+import importlib.util
+import re
+
+from trainer.config.settings import Settings
+from trainer.errors import RunError, did_you_mean
+
+# --optim: a pattern of its names, the module, the package that has it.
+OPTIMIZERS = (
+    (r"adamw_torch_[48]bit", "torchao", "torchao"),
+    (r".*_8bit|paged_.*|.*_bnb.*|lion_.*|ademamix.*", "bitsandbytes", "bitsandbytes"),
+    (r"schedule_free_.*", "schedulefree", "schedulefree"),
+    (r"grokadamw", "grokadamw", "grokadamw"),
+    (r"stable_adamw", "optimi", "torch-optimi"),
+    (r"adamw_anyprecision", "torchdistx", "torchdistx"),
+    (r"adamw_torch_xla", "torch_xla", "torch_xla"),
+    (r"adamw_torch_npu_fused", "torch_npu", "torch_npu"),
+    (r"adamw_apex_fused", "apex", "apex"),
+)
+# They look at a weight as a matrix; under ZeRO-3 an optimizer sees a rank's flat share of it.
+OF_MATRICES = r"adafactor|galore_.*|apollo_.*|lomo|adalomo|muon"
+# --report_to: the module of each tracker. W&B is this trainer's own.
+TRACKERS = {
+    "azure_ml": "azureml",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet_ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "flyte": "flytekit",
+    "kubeflow": "kubeflow",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+}
+_PLAIN = ("wandb", "all", "none")
+
+
+def check(settings: Settings) -> None:
+    """Raise RunError for a flag that needs a package that is not there, or that cannot be."""
+    name = str(settings.optim)
+    if settings.given("optim"):
+        if re.fullmatch(OF_MATRICES, name):
+            raise RunError(
+                f"--optim {name} needs whole matrices",
+                found="ZeRO-3, which gives an optimizer a rank's share of each",
+                needed="adamw_torch, or another optimizer that looks at each element alone",
+            )
+        for pattern, module, package in OPTIMIZERS:
+            if re.fullmatch(pattern, name):
+                _need(f"--optim {name}", module, package)
+                break
+    reports = settings.report_to or []
+    for name in [reports] if isinstance(reports, str) else reports:
+        if name in _PLAIN:
+            continue
+        if name not in TRACKERS:
+            raise RunError(
+                f"--report_to {name} is no tracker{did_you_mean(name, (*TRACKERS, *_PLAIN))}",
+                needed=", ".join((*_PLAIN, *TRACKERS)),
+            )
+        _need(f"--report_to {name}", TRACKERS[name], TRACKERS[name])
+
+
+def _need(what: str, module: str, package: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise RunError(
+            f"{what} needs a package that is not installed",
+            found=f"no module {module}",
+            fix=f"pip install {package}, or leave it out",
+        )
