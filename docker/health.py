@@ -20,7 +20,10 @@ def is_ours(lock: Path) -> bool:
     """Return whether a process of this container holds the lock."""
     host = socket.gethostname()
     try:
-        return is_locked(lock) and json.loads(lock.read_text() or "{}").get("host", host) == host
+        return (
+            is_locked(lock)
+            and json.loads(lock.read_text(encoding="utf-8") or "{}").get("host", host) == host
+        )
     except (OSError, ValueError):
         return False
 

@@ -211,7 +211,9 @@ def _links() -> dict[str, float]:
     torchrun += ["--nproc-per-node", "gpu", "-m", "trainer.measure"]
     found = "no end after 120 s"
     try:
-        done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        done = subprocess.run(
+            torchrun, capture_output=True, encoding="utf-8", errors="replace", timeout=120, cwd=ROOT
+        )
         found = done.stderr[-300:]
         if figures := re.search("^LINKS (.*)", done.stdout, re.MULTILINE):
             return json.loads(figures[1])

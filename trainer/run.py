@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING
 from trainer.checkpoint import resume
 from trainer.config.flags import help_text
 from trainer.config.settings import resolve
-from trainer.console import drop_when_blocked, guard_output, report, say, tell_at_once, to_stderr
+from trainer.console import (
+    drop_when_blocked,
+    guard_output,
+    report,
+    say,
+    tell_at_once,
+    to_stderr,
+    use_utf8,
+)
 from trainer.distributed import is_main_process
 from trainer.errors import CRASHED, DONE, FAILED, STOPPED, RunError, one_line
 from trainer.prepare import Prepared, prepare
 from trainer.process_group import join
 from trainer.run_dir import RunDirectory
+from trainer.system import user
 
 if TYPE_CHECKING:
     from trainer.stages import Run
@@ -31,6 +40,8 @@ _EARLY = "stopped before the first optimizer step"
 # -- what launch/train.py calls ----------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code of a run. Bad input ends before torch is imported, where it can."""
+    if argv is None:
+        use_utf8()
     guard_output()
     argv = sys.argv[1:] if argv is None else argv
     if any(word in ("-h", "--help") for word in argv):
@@ -42,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, _stopped_early)
 
     def from_flags() -> int:
+        user.prepare()
         prepared = prepare(resolve(argv))
         return train(prepared)
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer.config.flags import Key, all_keys, convert, find_key
-from trainer.console import guard_output, report, to_stderr
+from trainer.console import guard_output, report, to_stderr, use_utf8
 from trainer.errors import STOPPED, RunError
+from trainer.system import user
 
 WHERE = "command line"
 LAUNCHER_HOSTFILE = "launcher_hostfile"  # a rank's flag: of the file that named the machines
@@ -20,8 +21,11 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
     """
 
     def main(*argv: Any) -> int:
+        if not argv:  # else it is called by a program
+            use_utf8()
         guard_output()
         try:
+            user.prepare()
             return function(*argv)
         except RunError as error:
             report(error)

@@ -68,7 +68,8 @@ def _fetch(folder: Path) -> Path:
     process = subprocess.run(
         [sys.executable, *DOWNLOAD.split(), f"--dest={folder}", REQUIREMENT],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if process.returncode:
         raise RunError(

@@ -348,7 +348,8 @@ def _compile_adam(target: Path) -> None:
     with new_file(target) as output:  # another rank may compile it too
         process = subprocess.run(
             [*f"{compiler} {COMPILER_FLAGS}".split(), ADAM_SOURCE, "-o", output, "-lm"],
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             capture_output=True,
         )
         if process.returncode:

@@ -108,7 +108,10 @@ def check_directory(path: str | Path, any_filesystem: bool = False) -> None:
     try:
         # In another process, which is not waited for: a hung mount must not hang the check.
         process = subprocess.Popen(
-            [sys.executable, "-S", "-c", PROBE, str(probe)], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-S", "-c", PROBE, str(probe)],
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
         )
         answer = process.communicate(timeout=PROBE_SECONDS)[1]
         if process.returncode:
