@@ -71,7 +71,7 @@ class RowCount:
         return RunError(
             "\n  ".join(lines),
             fix="correct them, or leave them out with --on_bad_row skip; "
-            "python launch/data.py check shows them all",
+            "launch/data.py check shows them all",
         )
 
 

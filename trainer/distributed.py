@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainer import script_line
 from trainer.errors import RunError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def check_launcher() -> None:
             found=found,
             needed="RANK < WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as launchers set "
             "them; or none of them",
-            fix=f"start it with launch/supervise.py, or: unset {' '.join(LAUNCHER)}",
+            fix=f"start it with {script_line('supervise')}, or: unset {' '.join(LAUNCHER)}",
         )
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer import ROOT
+from trainer import ROOT, script_line
 from trainer.checkpoint import resume
 from trainer.config.flags import parse_size
 from trainer.console import say
@@ -104,7 +104,7 @@ def _print_summary(run: Run, trainer: OffloadTrainer, peak: int) -> None:
         )
     print(f"run: {directory}")
     if settings.export and settings.method == "lora":
-        merge = f"python launch/export.py --merge {directory}"
+        merge = script_line("export", "--merge", str(directory))
         print(f"adapter: {directory.export}; a merged model: {merge}")
     elif settings.export:
         print(f"model: {directory.export}")

@@ -174,6 +174,18 @@ def test_help_from_any_folder(tmp_path, name):
     assert not done.stderr, done.stderr
 
 
+def test_a_printed_line_works_in_the_folder_where_it_is_printed(tmp_path):
+    for folder in (ROOT, tmp_path):
+        done = launch("plan", "--lora_rank", "1", cwd=folder)
+        line = done.stderr.decode().partition("fix:")[2].partition(" lists")[0].strip()
+        assert "plan.py --help" in line, done.stderr
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path}
+        assert not subprocess.run(
+            line, shell=True, cwd=folder, env=env, capture_output=True
+        ).returncode
+
+
 def test_supervise_from_any_folder(tmp_path):
     """The ranks are started from there too; here they refuse the flag."""
     flags = ["--num_gpus", "1", "--lerning_rate", "1"]

@@ -3,8 +3,10 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer import script_line
 from trainer.config.flags import Key, all_keys, convert, find_key
 from trainer.console import guard_output, report, to_stderr, use_utf8
 from trainer.errors import STOPPED, RunError
@@ -48,7 +50,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise RunError with the message of argparse."""
-        raise RunError(f"{WHERE}: {message}", fix=f"python {self.prog} --help lists the flags")
+        raise RunError(
+            f"{WHERE}: {message}",
+            fix=f"{script_line(Path(self.prog).stem, '--help')} lists the flags",
+        )
 
 
 @dataclass

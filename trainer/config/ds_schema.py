@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer import make_line
 from trainer.errors import RunError
 
 
@@ -301,7 +302,7 @@ def _read(name: str) -> Block:
     file, class_name = _CLASSES[name]
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or spec.origin is None:
-        raise RunError("DeepSpeed is not installed", fix="make setup, then use .venv/bin/python")
+        raise RunError("DeepSpeed is not installed", fix=make_line("setup"))
     source = Path(spec.origin).with_name(file.partition("/")[0]) / file.partition("/")[2]
     definition = next(
         node

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import not_a_name
+from trainer import make_line, script_line
 from trainer.config import elsewhere
 from trainer.errors import DOES_NOT_FIT, RunError, did_you_mean
 
@@ -276,7 +277,7 @@ def _classes(file: str) -> dict[str, ast.ClassDef]:
     if spec is None or spec.origin is None:
         raise RunError(
             "transformers is not installed",
-            fix="make setup, then use .venv/bin/deepspeed",
+            fix=make_line("setup") + ", then use its .venv/bin/deepspeed",
             code=DOES_NOT_FIT,
         )
     source = Path(spec.origin).with_name(file).read_text(encoding="utf-8")
@@ -334,7 +335,7 @@ def find_key(name: str, where: str, shown: str) -> Key:
     hint = did_you_mean(name, known).replace("did you mean ", f"did you mean {dashes}")
     raise RunError(
         f"{where}: unknown {'flag' if dashes else 'key'} {shown}{hint}",
-        fix="python launch/train.py --help lists them all",
+        fix=f"{script_line('train', '--help')} lists them all",
     )
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib import metadata
 
+from trainer import make_line
 from trainer.doctor.check import FAILURE, OK, WARNING, Check, Options, judge
 from trainer.system import hardware, ops
 
@@ -30,7 +31,7 @@ def python(options: Options) -> Check:
         (3, 10) <= sys.version_info[:2] <= (3, 12),
         sys.version.split()[0],
         "3.10 to 3.12",
-        "make setup PYTHON=/path/to/python3.11",
+        make_line("setup PYTHON=/path/to/python3.11"),
         fatal=True,
     )
 
@@ -43,12 +44,14 @@ def packages(options: Options) -> Check:
         except metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        return Check(FAILURE, f"missing: {', '.join(missing)}", "what setup.py names", "make setup")
+        return Check(
+            FAILURE, f"missing: {', '.join(missing)}", "what setup.py names", make_line("setup")
+        )
     return judge(
         versions["deepspeed"].split("+")[0] == DEEPSPEED,
         ", ".join(f"{name} {versions[name]}" for name in PACKAGES[:3]),
         f"deepspeed {DEEPSPEED}: this trainer extends the inside of one version",
-        "make setup",
+        make_line("setup"),
         fatal=True,
     )
 
@@ -93,7 +96,7 @@ def op_builds(options: Options) -> Check:
         WARNING,
         f"not built yet: {', '.join(missing)}",
         f"built once, about {seconds} s on two slow cores",
-        "make setup-aio" if options.nvme else "make setup",
+        make_line("setup-aio" if options.nvme else "setup"),
     )
 
 

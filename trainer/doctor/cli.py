@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from trainer import script_line
 from trainer.config.command_line import Parser, command
 from trainer.console import answered, say, table
 from trainer.distributed import ranks_on_this_machine
@@ -41,7 +42,7 @@ def examine(options: Options, functions: list[CheckFunction] = CHECKS) -> dict[s
                 WARNING,
                 f"could not be checked: {type(error).__name__}: {error}",
                 "an answer",
-                "python launch/doctor.py once more",
+                f"{script_line('doctor')} once more",
             )
 
     threads = [threading.Thread(target=run, args=[f], daemon=True) for f in functions]

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trainer import make_line
 from trainer.doctor.check import FAILURE, GIB, OK, WARNING, Check, Options, judge
 from trainer.system import hardware, ops
 
@@ -65,7 +66,7 @@ def driver(options: Options) -> Check:
     if hardware.container():
         fix += " on the host"
     if major == 12 and not hardware.in_our_image():
-        fix += ", or make setup TORCH_INDEX=https://download.pytorch.org/whl/cu126"
+        fix += ", or " + make_line("setup TORCH_INDEX=https://download.pytorch.org/whl/cu126")
     return judge(
         cuda is None or major >= int(float(cuda)),
         f"{version}, up to CUDA {major}.{minor}",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data import storage
 from data.files import user_cache
+from trainer import make_line, script_line
 from trainer.doctor.check import FAILURE, GB, GIB, OK, Check, Options, from_error, judge
 from trainer.errors import RunError
 from trainer.system import hardware, swap_dir
@@ -34,7 +35,7 @@ def ram(options: Options) -> Check:
     return judge(
         free >= 4 * GIB,
         f"{free / GIB:.1f} GiB free of {total / GIB:.1f}{limited}",
-        "16 bytes a parameter for a full fine-tune, 2 for LoRA: make plan",
+        "16 bytes a parameter for a full fine-tune, 2 for LoRA: " + make_line("plan"),
         "free some, or in a container: --memory",
     )
 
@@ -141,7 +142,7 @@ def nvme(options: Options) -> Check:
 
 def nvme_speed(options: Options) -> Check:
     if not options.io:
-        how = "python launch/doctor.py --io, or python launch/bench.py io"
+        how = f"{script_line('doctor', '--io')}, or {script_line('bench', 'io')}"
         return Check(OK, "not measured", fix=how)
     path = Path(options.nvme_path)
     try:
@@ -159,7 +160,7 @@ def nvme_speed(options: Options) -> Check:
         min(write, read) >= GB,
         f"{write / GB:.2f} GB/s written, {read / GB:.2f} GB/s read (one stream, O_DIRECT)",
         "1 GB/s and more: a full fine-tune moves 24 bytes a parameter and optimizer step",
-        "a local NVMe, or make train-zero3 with more RAM",
+        "a local NVMe, or ds_z3_offload.json with more RAM",
     )
 
 

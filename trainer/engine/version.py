@@ -2,6 +2,7 @@
 
 from importlib import metadata
 
+from trainer import make_line
 from trainer.errors import RunError
 
 SUPPORTED = "0.19.8"
@@ -18,5 +19,5 @@ def check_version() -> None:
             "this trainer extends the inside of one DeepSpeed version",
             found=f"deepspeed {installed}",
             needed=f"deepspeed {SUPPORTED}",
-            fix=f"make setup, or pip install deepspeed=={SUPPORTED}",
+            fix=f"{make_line('setup')}, or pip install deepspeed=={SUPPORTED}",
         )

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import is_liger_kernel_available
 
 from data.template import prepare_tokenizer
+from trainer import make_line
 from trainer.config.ds_config import ZeroShapes
 from trainer.config.settings import Settings
 from trainer.errors import RunError, did_you_mean, one_line
@@ -207,7 +208,7 @@ def uses_liger(settings: Settings, gpu: bool) -> bool:
             "Liger's kernels cannot run here",
             found="no package liger-kernel" if gpu else "a CPU",
             needed="CUDA and liger-kernel",
-            fix="make setup on the GPU machine, or leave --use_liger_kernel out",
+            fix=make_line("setup") + " on the GPU machine, or leave --use_liger_kernel out",
         )
     return available and settings.use_liger_kernel is not False
 

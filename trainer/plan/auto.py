@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from trainer import script_line
 from trainer.config.device import choose_precision, uses_gpu
 from trainer.config.ds_config import CONFIGS, DeepSpeedConfig
 from trainer.config.settings import Settings
@@ -45,7 +46,7 @@ def choose(settings: Settings) -> None:
             "no configuration fits this machine",
             found="; ".join(f"{other.name}: {why_not(other, best)}" for other in predictions),
             needed=remedy(job, machine) or "another machine",
-            fix="python launch/plan.py --help",
+            fix=script_line("plan", "--help"),
             code=DOES_NOT_FIT,
         )
     rows = [{column: row[column] for column in SHOWN} for row in comparison(predictions)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import user_cache, write_atomically
+from trainer import make_line
 from trainer.errors import RunError
 from trainer.system import hardware, swap_dir
 
@@ -131,8 +132,8 @@ def probe(nvme_path: str, use_gpus: int | None = None, measure: bool = True) -> 
     rates: dict[str, Any] = dict(zip(GPU_RATES, known))
     if gpus and "flops" not in values:
         notes.append(
-            f"rates of {name if known else 'a small GPU'} assumed (make bench-machine measures "
-            "them)"
+            f"rates of {name if known else 'a small GPU'} assumed "
+            f"({make_line('bench-machine')} measures them)"
         )
     nvme = 0
     try:
@@ -143,7 +144,7 @@ def probe(nvme_path: str, use_gpus: int | None = None, measure: bool = True) -> 
     if values.get("nvme_disk") == disk_of(nvme_path):
         used += ["nvme_read", "nvme_write"]
     elif nvme:
-        notes.append(f"a disk of {_disk_rates()} assumed (make bench-io measures it)")
+        notes.append(f"a disk of {_disk_rates()} assumed ({make_line('bench-io')} measures it)")
     rates.update({key: values[key] for key in used if key in values})
     if not gpus:
         rates["flops"] = values.get("cpu_flops") or (_cpu_flops() if measure else CPU_FLOPS)

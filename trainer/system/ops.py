@@ -24,6 +24,7 @@ from typing import Any
 
 from data.errors import disk_errors
 from data.files import locked, new_file, user_cache
+from trainer import ROOT, make_line
 from trainer.console import guard_output, report
 from trainer.errors import DOES_NOT_FIT, DONE, RunError, one_line
 from trainer.system.hardware import gpu_count
@@ -100,7 +101,8 @@ def check_nvcc() -> str:
         raise CannotBuild(
             "there is a GPU, but this torch is a CPU build",
             found=f"torch {metadata.version('torch')}",
-            fix="rm -r .venv; make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130",
+            fix=f"rm -r {ROOT}/.venv; "
+            + make_line("setup TORCH_INDEX=https://download.pytorch.org/whl/cu130"),
         )
     # In the order in which torch looks for it.
     path = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
@@ -121,8 +123,8 @@ def check_nvcc() -> str:
             "nvcc and torch are of different CUDA versions",
             found=f"nvcc {release}",
             needed=f"CUDA {cuda}",
-            fix="export CUDA_HOME to the matching toolkit, or make setup TORCH_INDEX=… with torch "
-            f"built for CUDA {release}",
+            fix=f"export CUDA_HOME to the matching toolkit, or "
+            f"{make_line('setup TORCH_INDEX=…')} with torch built for CUDA {release}",
         )
     return f"{release} at {path}, torch is built for {cuda}"
 
@@ -288,7 +290,7 @@ def _load(name: str, failed: str) -> None:
     except OSError:
         raise
     except Exception as error:  # it is damaged, of another Python or machine, or lacks a library
-        fix = f"rm -r {_directory(builder)}, then make setup"
+        fix = f"rm -r {_directory(builder)}, then {make_line('setup')}"
         if name == "async_io":
             fix = f"apt-get install libaio-dev (it brings libaio.so.1); or {fix}-aio"
         raise CannotBuild(failed, found=one_line(error, None)[-600:], fix=fix) from None
