@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
+from trainer.config.settings import resolve
 from trainer.plan import cli, estimate, micro_batch, model_shapes
 from trainer.plan.remedy import remedy
 from trainer.plan.timing import TENSOR
@@ -679,3 +680,56 @@ def test_bad_configuration(tmp_path, content, words):
     for name in (tmp_path, tmp_path / "config.json"):
         done = run("--model", name)
         assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+LLAMA_70B = model_shapes.built_in("llama-3-70b")
+
+
+def test_numbers_of_the_recipes():
+    """RAM and NVMe in a recipe's first lines are the plan's, and its batch fits the GPUs there."""
+    counted = 0
+    for path in sorted((ROOT / "launch" / "recipes").glob("llama3_*.yaml")):
+        head = path.read_text(encoding="utf-8").partition("\n\n")[0].replace("\n#", "")
+        gpus, memory = re.search(r"By the plan, on (\d) GPUs? of (\d+) GB", head).groups()
+        here = machine(
+            f"--gpus {gpus} --gpu_memory {memory}GB --ram 2TB --nvme 2TB --pcie 25GB/s"
+            " --gpu_tflops 100 --ram_rate 120GB/s --nvme_read 3GB/s --nvme_write 2GB/s"
+        )
+        settings = resolve([str(path)])
+        model = model_shapes.built_in("llama-3-70b" if "70b" in path.stem else "llama-3-8b")
+        job = TrainingJob.of_run(settings, model, "bf16", True)
+        said = re.findall(r"([\d,]+) GiB (?:of RAM )?(?:and (\d+) GB of NVMe )?with (\w+)", head)
+        for ram, nvme, mode in said:
+            made = predict(job, here, mode, settings.per_device_train_batch_size)
+            assert made.fits, (path.name, made.short)
+            expected = int(ram.replace(",", "")) * GIB
+            assert made.totals["host"] == pytest.approx(expected, rel=0.03), (path.name, mode)
+            assert made.totals["nvme"] == pytest.approx(int(nvme or 0) * 1e9, rel=0.02), path.name
+            counted += 1
+    assert counted == 6
+
+
+def test_numbers_of_the_table_of_machines():
+    """docs/planning.md: GPU, RAM and NVMe of each cell are the plan's for its rows."""
+    cells = 0
+    for line in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").splitlines():
+        row = re.match(r"\| (\d) x (\d+) GB[^,]*, (\d+) (.B)[^|]*\| (.*) \| (.*) \|$", line)
+        if not row:
+            continue
+        gpus, memory, ram, unit, *texts = row.groups()
+        here = machine(
+            f"--gpus {gpus} --gpu_memory {memory}GB --ram {ram}{unit} --nvme 8TB --pcie 25GB/s"
+            " --gpu_tflops 100 --ram_rate 120GB/s --nvme_read 6GB/s --nvme_write 4GB/s"
+        )
+        for method, text in zip(("full", "lora"), texts):
+            cell = re.match(r"`(\w+)`, (\d+) rows?; (\d+) / ([\d,]+) GiB(?: / (\d+) GB)?;", text)
+            if cell:
+                mode, rows, *sizes = cell.groups()
+                made = predict(TrainingJob(LLAMA_70B, method), here, mode, int(rows))
+                gpu, host, nvme = (int((size or "0").replace(",", "")) for size in sizes)
+                assert made.fits, line
+                assert made.totals["gpu"] / GIB == pytest.approx(gpu, abs=1, rel=0.02), line
+                assert made.totals["host"] / GIB == pytest.approx(host, abs=1, rel=0.02), line
+                assert made.totals["nvme"] / 1e9 == pytest.approx(nvme, abs=3), line
+                cells += 1
+    assert cells >= 15
