@@ -8,8 +8,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainer import script_line
-from trainer.errors import RunError
+from trainer.errors import RunError, script_line
 
 if TYPE_CHECKING:
     import psutil

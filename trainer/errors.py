@@ -1,6 +1,11 @@
-"""The exit codes, and the one error class that users see."""
+"""The exit codes, the one error class that users see, and the lines that a fix tells to paste."""
+
+import os
+import shlex
+import sys
 
 from data.errors import RunError, did_you_mean, one_line
+from trainer import ROOT
 
 __all__ = [
     "BAD_INPUT",
@@ -11,7 +16,9 @@ __all__ = [
     "STOPPED",
     "RunError",
     "did_you_mean",
+    "make_line",
     "one_line",
+    "script_line",
 ]
 
 DONE = 0
@@ -20,3 +27,19 @@ BAD_INPUT = 2  # or a bad configuration
 DOES_NOT_FIT = 3  # or a preflight check failed
 STOPPED = 75  # and can be resumed: monitor/stopping.py makes it
 CRASHED = 70  # an unforeseen failure, told by a rank to its supervisor; outside it is FAILED
+
+
+def script_line(name: str, *words: str) -> str:
+    """Return the line that runs launch/<name>.py from the working directory, to be pasted."""
+    if _in_root():
+        return shlex.join(["python", f"launch/{name}.py", *words])
+    return shlex.join([sys.executable, str(ROOT / "launch" / f"{name}.py"), *words])
+
+
+def make_line(target: str) -> str:
+    """Return the line that makes a target of our Makefile from the working directory."""
+    return f"make {target}" if _in_root() else f"make -C {shlex.quote(str(ROOT))} {target}"
+
+
+def _in_root() -> bool:
+    return os.path.exists(".") and os.getcwd() == str(ROOT)  # it may have been removed

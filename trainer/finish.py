@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer import ROOT, script_line
+from trainer import ROOT
 from trainer.checkpoint import resume
 from trainer.config.flags import parse_size
 from trainer.console import say
 from trainer.distributed import all_gather_object, is_main_process
-from trainer.errors import DONE, FAILED, RunError
+from trainer.errors import DONE, FAILED, RunError, script_line
 from trainer.export.model import export
 from trainer.export.model_card import model_card
 from trainer.export.writer import BrokenOff, processor_files

@@ -178,6 +178,13 @@ def test_a_path_that_leads_nowhere(tmp_path, kind):
 
 
 @as_root
+def test_an_address_is_no_swap_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="an address"):
+        swap_dir.check_directory("s3://bucket/swap")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mount_that_does_not_answer(tmp_path, monkeypatch):
     """A file system of FUSE whose server never reads: each stat of it waits for ever."""
     try:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer import script_line
 from trainer.config.flags import Key, all_keys, convert, find_key
 from trainer.console import guard_output, report, to_stderr, use_utf8
-from trainer.errors import STOPPED, RunError
+from trainer.errors import STOPPED, RunError, script_line
 from trainer.system import user
 
 WHERE = "command line"

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import make_line
-from trainer.errors import RunError
+from trainer.errors import RunError, make_line
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import not_a_name
-from trainer import make_line, script_line
 from trainer.config import elsewhere
-from trainer.errors import DOES_NOT_FIT, RunError, did_you_mean
+from trainer.errors import DOES_NOT_FIT, RunError, did_you_mean, make_line, script_line
 
 # The stop of a container waits for ten minutes.
 GRACE_SECONDS = 570 if os.environ.get("ZERO_OFFLOAD_IMAGE") else 30

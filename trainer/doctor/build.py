@@ -4,8 +4,8 @@ import subprocess
 import sys
 from importlib import metadata
 
-from trainer import make_line
 from trainer.doctor.check import FAILURE, OK, WARNING, Check, Options, judge
+from trainer.errors import make_line
 from trainer.system import hardware, ops
 
 DEEPSPEED = "0.19.8"

@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from trainer import script_line
 from trainer.config.command_line import Parser, command
 from trainer.console import answered, say, table
 from trainer.distributed import ranks_on_this_machine
 from trainer.doctor import build, gpu, network, resources
 from trainer.doctor.check import FAILURE, OK, WARNING, Check, Options, from_error
-from trainer.errors import DOES_NOT_FIT, DONE, RunError
+from trainer.errors import DOES_NOT_FIT, DONE, RunError, script_line
 from trainer.system import hardware
 
 SECONDS = 17  # that all checks together may take

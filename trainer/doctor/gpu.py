@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer import make_line
 from trainer.doctor.check import FAILURE, GIB, OK, WARNING, Check, Options, judge
+from trainer.errors import make_line
 from trainer.system import hardware, ops
 
 # GB/s of a PCIe lane in one direction, by generation.

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from data import storage
 from data.files import user_cache
-from trainer import make_line, script_line
 from trainer.doctor.check import FAILURE, GB, GIB, OK, Check, Options, from_error, judge
-from trainer.errors import RunError
+from trainer.errors import RunError, make_line, script_line
 from trainer.system import hardware, swap_dir
 
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -2,8 +2,7 @@
 
 from importlib import metadata
 
-from trainer import make_line
-from trainer.errors import RunError
+from trainer.errors import RunError, make_line
 
 SUPPORTED = "0.19.8"
 

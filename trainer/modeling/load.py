@@ -17,10 +17,9 @@ from transformers import (
 from transformers.utils import is_liger_kernel_available
 
 from data.template import prepare_tokenizer
-from trainer import make_line
 from trainer.config.ds_config import ZeroShapes
 from trainer.config.settings import Settings
-from trainer.errors import RunError, did_you_mean, one_line
+from trainer.errors import RunError, did_you_mean, make_line, one_line
 
 # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES).
 SWAPPED_BYTES = 2**20

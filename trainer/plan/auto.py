@@ -7,13 +7,12 @@ import json
 import os
 from pathlib import Path
 
-from trainer import script_line
 from trainer.config.device import choose_precision, uses_gpu
 from trainer.config.ds_config import CONFIGS, DeepSpeedConfig
 from trainer.config.settings import Settings
 from trainer.console import say
 from trainer.distributed import ranks_on_this_machine
-from trainer.errors import DOES_NOT_FIT, RunError, one_line
+from trainer.errors import DOES_NOT_FIT, RunError, one_line, script_line
 from trainer.plan import model_shapes
 from trainer.plan.machine import Machine, probe
 from trainer.plan.micro_batch import compare

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import user_cache, write_atomically
-from trainer import make_line
-from trainer.errors import RunError
+from trainer.errors import RunError, make_line
 from trainer.system import hardware, swap_dir
 
 # Of one GPU: dense bf16 operations a second, bytes a second of PCIe and to another GPU. H100 and

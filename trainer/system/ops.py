@@ -24,9 +24,9 @@ from typing import Any
 
 from data.errors import disk_errors
 from data.files import locked, new_file, user_cache
-from trainer import ROOT, make_line
+from trainer import ROOT
 from trainer.console import guard_output, report
-from trainer.errors import DOES_NOT_FIT, DONE, RunError, one_line
+from trainer.errors import DOES_NOT_FIT, DONE, RunError, make_line, one_line
 from trainer.system.hardware import gpu_count
 
 BUILDERS = {

@@ -61,6 +61,8 @@ def check_place(path: str | Path, any_filesystem: bool = False) -> None:
 
     any_filesystem: take local disks too whose file system cannot reserve space. Creates nothing.
     """
+    if "://" in str(path):
+        raise _unusable(storage.shown(str(path)), "an address")
     path = Path(path).absolute()
     real = Path(os.path.realpath(path))  # where links of ours lead to, others may have been first
     for part in (path, *path.parents, real, *real.parents):
