@@ -165,6 +165,35 @@ MINIMUM = {
     "lora_dropout": 0,
     "grace_seconds": 0,
     "save_total_limit": 2,
+    "dataloader_prefetch_factor": 1,
+    "eval_accumulation_steps": 1,
+    "torch_empty_cache_steps": 1,
+    **dict.fromkeys(
+        (
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "data_seed",
+            "dataloader_num_workers",
+            "eval_delay",
+            "eval_steps",
+            "logging_steps",
+            "max_grad_norm",
+            "neftune_noise_alpha",
+            "save_steps",
+            "seed",
+            "warmup_steps",
+            "weight_decay",
+        ),
+        0,
+    ),
+}
+MAXIMUM = {
+    "adam_beta1": 1 - 2**-53,  # below 1
+    "adam_beta2": 1 - 2**-53,
+    "data_seed": 2**32 - 1,
+    "lora_dropout": 1 - 2**-53,
+    "seed": 2**32 - 1,  # of NumPy's generator
 }
 
 # Where TrainingArguments has another default. That of learning_rate depends on the method.
@@ -399,15 +428,18 @@ def _to_number(key: Key, value: Any, where: str) -> int | float:
         number = float("bool" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
         raise _wrong_type(key, value, where, f"a number ({key.type})") from None
-    if key.type == "int" and not number.is_integer():
+    if key.type == "int" and math.isfinite(number) and not number.is_integer():
         raise _wrong_type(key, value, where, "a whole number")
-    if key.type == "int" and abs(number) >= 2**63:
+    if key.type == "int" and 2**63 <= abs(number) < math.inf:
         raise _wrong_type(key, value, where, "a whole number of at most 63 bits")
-    if math.isnan(number) or number < MINIMUM.get(key.name, -math.inf):
+    if not math.isfinite(number):
+        raise _wrong_type(key, value, where, "a finite number")
+    low, high = MINIMUM.get(key.name, -math.inf), MAXIMUM.get(key.name, math.inf)
+    if not low <= number <= high:
         raise RunError(
-            f"{where}: {key.name} is too small",
+            f"{where}: {key.name} is too {'small' if number < low else 'large'}",
             found=value,
-            needed=f"at least {MINIMUM.get(key.name)}",
+            needed=f"at least {low}" if number < low else f"at most {high:.10g}",
         )
     return int(number) if key.type == "int" else number
 
