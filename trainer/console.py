@@ -83,36 +83,30 @@ def guard_output() -> None:
 
 
 def use_utf8() -> None:
-    """Start this process again in Python's UTF-8 mode, where the locale has another encoding.
+    """Start this process again with a UTF-8 locale, where the locale has another encoding.
 
-    Libraries read their sources, and models their configuration, without naming an encoding: in a
-    GBK or ISO-8859-1 locale they would fail, or read other characters. It is for commands, at
-    their begin. The process stays the same to its parent.
+    Libraries read their sources, models their configuration, and what compilers and tools print,
+    without naming an encoding: in a GBK or ISO-8859-1 locale they would fail, or read other
+    characters. What we print stays in the locale's encoding. It is for commands, at their begin.
+    The process stays the same to its parent.
     """
     if locale.getpreferredencoding(False).lower().replace("-", "") == "utf8":
         return
     if os.environ.get("PYTHONUTF8") == "1":  # it has been tried: Python was told to ignore it
         return
-    os.environ["PYTHONUTF8"] = "1"
+    own = locale.nl_langinfo(locale.CODESET)
+    with suppress(LookupError):
+        if codecs.lookup(own).name != "ascii":  # the C locale, which says nothing
+            os.environ.setdefault("PYTHONIOENCODING", f"{own}:replace")
+    os.environ.update(PYTHONUTF8="1", LC_ALL="C.UTF-8")
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _encoding(stream: TextIO | None) -> str:
-    """Return the encoding of what is read at the other end of stdout or stderr: the locale's."""
-    if not stream:
-        return "utf-8"
-    if sys.flags.utf8_mode and not os.environ.get("PYTHONIOENCODING"):
-        own = locale.nl_langinfo(locale.CODESET)
-        with suppress(LookupError):
-            if codecs.lookup(own).name != "ascii":  # the C locale, which says nothing
-                return own
-    return stream.encoding
 
 
 def _unfailing(number: int, stream: TextIO | None) -> TextIO:
     """Return a stream to the descriptor. stream: Python's own; None where it was closed."""
     buffer = io.BufferedWriter(_Output(number, "w", closefd=False))
-    return io.TextIOWrapper(buffer, _encoding(stream), errors="replace", line_buffering=True)
+    encoding = stream.encoding if stream else "utf-8"
+    return io.TextIOWrapper(buffer, encoding, errors="replace", line_buffering=True)
 
 
 def answered(code: int) -> int:

@@ -65,7 +65,7 @@ def prepare(settings: Settings, world: int | None = None) -> Prepared:
     gpu = device.uses_gpu(settings)
     precision, reason = device.choose_precision(settings, config, gpu)
     _check_optimizer(settings, config)
-    packages.check(settings)
+    packages.check(settings, config)
     parse_size(settings.max_shard_size, "max_shard_size")
     if settings.model_name_or_path is not None:
         check_model(settings.model_name_or_path)

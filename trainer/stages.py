@@ -220,7 +220,7 @@ def training_arguments(
         arguments["eval_on_start"] = False  # it was measured when the run began
     try:
         made = TrainingArguments(**arguments)
-        _check_schedule(made)
+        _check_made(made)
     except RunError:
         raise
     except Exception as error:  # a dozen kinds, by what does not fit
@@ -230,14 +230,21 @@ def training_arguments(
     return made
 
 
-def _check_schedule(arguments: "TrainingArguments") -> None:
-    """Make the learning rate's schedule once, before there is an optimizer, to see that it can be.
+def _check_made(arguments: "TrainingArguments") -> None:
+    """Raise what torch and transformers would raise for the arguments once the model is loaded.
 
-    It raises what transformers raises for --lr_scheduler_kwargs that are missing or unknown.
+    The learning rate's schedule is made once, to see that its --lr_scheduler_kwargs will do.
     """
     import torch
     from transformers import get_scheduler
 
+    if arguments.torch_compile:
+        backends, backend = torch.compiler.list_backends(()), arguments.torch_compile_backend
+        if backend not in backends:
+            raise RunError(
+                f"--torch_compile_backend {backend} is not one of torch's",
+                needed=" | ".join(backends),
+            )
     options: Any = arguments.lr_scheduler_kwargs
     get_scheduler(
         arguments.lr_scheduler_type,

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from trainer import ROOT
-from trainer.config import elsewhere, packages
+from trainer.config import ds_schema, elsewhere, packages
+from trainer.config.ds_config import DeepSpeedConfig
 from trainer.config.flags import (
     LEARNING_RATE,
     REFUSED,
@@ -347,14 +348,18 @@ def test_no_flag_is_taken_for_a_longer_one():
         (["--optim", "galore_adamw"], ["whole matrices"]),
         (["--optim", "adafactor"], ["whole matrices"]),
         (["--report_to", "mlflow"], ["no module mlflow"]),
+        ([], ["my.json: tensorboard.enabled", "pip install tensorboard"]),
         (["--report_to", "wandb", "tensorbord"], ["did you mean tensorboard"]),
     ],
 )
 def test_packages_that_a_value_needs(monkeypatch, flags, words):
+    block = {"tensorboard": {"enabled": True}} if not flags else {}
+    ds_schema.config()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     all_keys()
+    config = DeepSpeedConfig({"zero_optimization": {"stage": 3}, **block}, "my.json")
     with pytest.raises(RunError) as error:
-        packages.check(resolve(["--model_name_or_path", "x", *flags]))
+        packages.check(resolve(["--model_name_or_path", "x", *flags]), config)
     assert error.value.code == 2 and all(word in str(error.value) for word in words)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+from trainer.config.ds_config import DeepSpeedConfig
 from trainer.config.settings import Settings
 from trainer.errors import RunError, did_you_mean
 
@@ -39,8 +40,15 @@ TRACKERS = {
 _PLAIN = ("wandb", "all", "none")
 
 
-def check(settings: Settings) -> None:
-    """Raise RunError for a flag that needs a package that is not there, or that cannot be."""
+# Blocks of DeepSpeed's JSON that switch a monitor of its own on.
+_MONITORS = {"tensorboard": "tensorboard", "comet": "comet_ml", "wandb": "wandb"}
+
+
+def check(settings: Settings, config: DeepSpeedConfig) -> None:
+    """Raise RunError for a value that needs a package that is not there, or that cannot be."""
+    for block, module in _MONITORS.items():
+        if config.values.get(block, {}).get("enabled"):
+            _need(f"{config.where}: {block}.enabled", module, module)
     name = str(settings.optim)
     if settings.given("optim"):
         if re.fullmatch(OF_MATRICES, name):
