@@ -239,6 +239,13 @@ def test_what_is_missing_of_a_batch_follows_as_in_deepspeed(values, world, expec
     assert made == expected
 
 
+def test_a_resumption_on_other_ranks():
+    flags = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    values = {**with_zero(), "train_batch_size": 16}
+    refused(values, "contradicts", flags=flags, world=1)
+    taken(values, *flags, "--resume_from_checkpoint", "auto", world=1)
+
+
 @pytest.mark.parametrize(
     "bf16, fp16, expected",
     [

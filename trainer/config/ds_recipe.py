@@ -134,6 +134,8 @@ def _take_total(
         return settings.values[flag] if decided else None
 
     micro, accumulation = map(known, ("train_micro_batch_size_per_gpu", ACCUMULATION))
+    if micro and accumulation and settings.given("resume_from_checkpoint"):
+        return  # the checkpoint decides the rows of a step, also on another number of ranks
     if micro is None:
         accumulation = accumulation or 1
         micro = total // (world * accumulation)
