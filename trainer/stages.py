@@ -22,8 +22,10 @@ from trainer.errors import RunError, one_line
 from trainer.export.writer import rehearse
 from trainer.modeling import attention
 from trainer.modeling import load as modeling
+from trainer.modeling.skeleton import describe
 from trainer.monitor.stopping import dump_stacks_on_signal
 from trainer.monitor.telemetry import RamSampler
+from trainer.plan.model_shapes import ModelSpec
 from trainer.plan.report import PlannedRun, PlanReport
 from trainer.prepare import Prepared
 from trainer.process_group import Ranks
@@ -157,12 +159,16 @@ def bind_cores(run: Run) -> None:
 
 @dataclass
 class EnginePlan:
-    """What follows from the model's shapes. parameters: all of them; attention: the backend."""
+    """What follows from the model's shapes. parameters: all of them; attention: the backend.
+
+    model: as the plan sees it.
+    """
 
     config: DeepSpeedConfig
     shapes: ZeroShapes
     parameters: int
     attention: str | None
+    model: ModelSpec
 
 
 def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> EnginePlan:
@@ -194,7 +200,8 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         f"{'packed ' if settings.packing else ''}rows x {settings.gradient_accumulation_steps} "
         f"micro-batches = {settings.rows_per_step(ranks)} rows"
     )
-    return EnginePlan(config, shapes, parameters, backend)
+    model = ModelSpec.from_description(describe(skeleton), run.model)
+    return EnginePlan(config, shapes, parameters, backend, model)
 
 
 def training_arguments(
@@ -314,7 +321,7 @@ def predict(run: Run, inputs: Inputs, plan: EnginePlan) -> PlanReport:
         PlannedRun(
             run.settings,
             plan.config,
-            inputs.model_config,
+            plan.model,
             run.prepared.precision,
             run.prepared.gpu,
             run.ranks.world,

@@ -26,18 +26,26 @@ from tests.tiny import flags, make_tokenizer
 from trainer import ROOT
 from trainer.console import report, table
 from trainer.errors import BAD_INPUT, DOES_NOT_FIT, DONE, FAILED, RunError, did_you_mean
-from trainer.plan.model_shapes import PASSES, ModelSpec, built_in
+from trainer.plan.model_shapes import PASSES, built_in_config
 from trainer.plan.report import SETTLED_STEPS
 from trainer.run_dir import versions
 
 # Steps before the counted ones: one more than in a run's report, as all published figures have.
 UNCOUNTED = SETTLED_STEPS + 1
 SHAPES = {
-    "tiny": ModelSpec("tiny", 256, 1024, 4, 4, 2, 64, 512, tied=False, small=512),
-    "1b": built_in("llama-3.2-1b"),
-    "3b": built_in("llama-3.2-3b"),
-    "8b": built_in("llama-3-8b"),
-    "70b": built_in("llama-3-70b"),
+    "tiny": {
+        **built_in_config("llama-3-8b"),
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+    "1b": built_in_config("llama-3.2-1b"),
+    "3b": built_in_config("llama-3.2-3b"),
+    "8b": built_in_config("llama-3-8b"),
+    "70b": built_in_config("llama-3-70b"),
 }
 
 
@@ -99,24 +107,22 @@ def _inputs(work, case, steps):
     from transformers import LlamaConfig
 
     shape = SHAPES[case.shape]
-    layers = case.layers or shape.layers
+    layers = case.layers or shape["num_hidden_layers"]
     folder = work / f"{case.shape}-{layers}"
     rows = work / f"{'mixed' if case.mixed else 'rows'}-{case.max_length}.jsonl"
     text = (ROOT / "data" / "samples" / "train.jsonl").read_text()
     if not folder.exists():
         LlamaConfig(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_attention_heads=shape.heads,
-            num_hidden_layers=layers,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=131072,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            tie_word_embeddings=False,
-            architectures=["LlamaForCausalLM"],
-            bos_token_id=1,
-            eos_token_id=2,
+            **{
+                **shape,
+                "num_hidden_layers": layers,
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+                "tie_word_embeddings": False,
+                "architectures": ["LlamaForCausalLM"],
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            }
         ).save_pretrained(folder)
         make_tokenizer(folder, text.splitlines()[:2000])
     length = 6 * case.max_length

@@ -81,6 +81,11 @@ def run(*arguments):
         ("qwen2.5-72b", 72_706_203_648),
         ("llama-3.1-405b", 405_853_388_800),
         ("smollm2-135m", 134_515_008),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-14b", 14_768_307_200),
+        ("qwen3-32b", 32_762_123_264),
     ],
 )
 def test_published_counts(name, parameters):
@@ -172,10 +177,10 @@ def test_lora_by_hand():
     model = model_shapes.built_in("llama-3-8b")
     a_layer = 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert (
-        sum(map(sum, model.adapters(16, "all-linear").values())) == a_layer
+        sum(map(sum, model.adapters(16, "all-linear"))) == a_layer
         and TrainingJob(model, "lora").shapes.trainable == 32 * a_layer == 41_943_040
     )
-    assert sum(map(sum, model.adapters(16, "q_proj,v_proj").values())) == 16 * (8192 + 5120)
+    assert sum(map(sum, model.adapters(16, "q_proj,v_proj"))) == 16 * (8192 + 5120)
     found = predict(TrainingJob(model, "lora"), H100, "ds_z3_offload", 6)
     assert (
         found.tiers["host"]["parameters"] == 2 * (8_030_261_248 + 41_943_040)
@@ -185,8 +190,8 @@ def test_lora_by_hand():
 
 def test_activations_measured():
     """2.75 GiB for 32,768 tokens of Llama-3.2-3B, as measured on an H100."""
-    one, inputs = model_shapes.built_in("llama-3.2-3b").activations(32768, 2)
-    assert round(one / GIB, 2) == 2.75 and inputs == 32768 * 3072 * 2
+    one, mean, inputs = model_shapes.built_in("llama-3.2-3b").activations(32768, 2)
+    assert round(one / GIB, 2) == 2.75 and one == mean and inputs == 32768 * 3072 * 2
 
 
 def test_gpu_only_by_hand():
@@ -291,8 +296,8 @@ def test_runs_on_an_h100(measured):
     torch 2.11, which rounds pinned RAM up; untied heads. Four GPUs: H200.
     """
     name, method, config, gpus, micro, length, step_s, kept, gpu_gib, host_gib = measured
-    shape = model_shapes.built_in(name)
-    shape.tied = False
+    untied = {**model_shapes.built_in_config(name), "tie_word_embeddings": False}
+    shape = model_shapes.from_dict(untied, name)
     spec = replace(H100, gpus=gpus, ram=gpus * H100.ram, ram_rate=155e9, exact_pinning=False)
     if gpus == 4:
         spec.gpu_memory = 139 * GIB
@@ -621,7 +626,7 @@ def test_bad_input(arguments, words):
     [
         ("{", "not readable"),
         ("[]", "not readable"),
-        ("{}", "does not know"),
+        ("{}", "names no family"),
         (
             json.dumps({"architectures": ["BertForMaskedLM"], "model_type": "bert"}),
             "not a causal language model",
@@ -640,11 +645,13 @@ def test_bad_input(arguments, words):
             ),
             "impossible size",
         ),
-        (json.dumps({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}), "family"),
+        (json.dumps({"model_type": "mixtral", "num_hidden_layers": 10**9}), "at most 10,000"),
+        (json.dumps({"model_type": "t5", "num_layers": 1e300}), "at most 10,000"),
         ("[" * 100000, "not readable"),
         (json.dumps({"architectures": "BertModel", "model_type": "bert"}), "found:  BertModel"),
         (json.dumps({"text_config": 5, "architectures": [None]}), "not a causal"),
-        (json.dumps({"text_config": [5]}), "family"),
+        (json.dumps({"text_config": [5]}), "names no family"),
+        (json.dumps({"model_type": ["llama"]}), "names no family"),
         (
             json.dumps(
                 {

@@ -18,6 +18,7 @@ from trainer.plan.machine import Machine, probe
 from trainer.plan.micro_batch import compare
 from trainer.plan.output import as_table, comparison
 from trainer.plan.remedy import remedy, why_not
+from trainer.plan.skeleton import Source
 from trainer.plan.workload import TrainingJob
 from trainer.system import swap_dir
 
@@ -34,7 +35,7 @@ def choose(settings: Settings) -> None:
     """
     gpu = uses_gpu(settings)
     precision, _ = choose_precision(settings, DeepSpeedConfig.load(CONFIGS / "ds_z3.json"), gpu)
-    job = TrainingJob.of_run(settings, _model(settings.model_name_or_path), precision, gpu)
+    job = TrainingJob.of_run(settings, _model(settings), precision, gpu)
     machine = _machine(settings, gpu)
     if settings.given(MICRO_BATCH) or settings.given(ACCUMULATION):
         job.tokens_per_step = settings.rows_per_step(machine.ranks) * job.max_length
@@ -56,17 +57,21 @@ def choose(settings: Settings) -> None:
     settings.set(ACCUMULATION, best.accumulation, "plan")
 
 
-def _model(name: str | None) -> model_shapes.ModelSpec:
-    """Return a model by directory or hub name; the default model for None."""
+def _model(settings: Settings) -> model_shapes.ModelSpec:
+    """Return the run's model, by directory or hub name; the default model where it has none."""
+    name, trusted = settings.model_name_or_path, settings.trust_remote_code
     if name is None:
         return model_shapes.built_in("smollm2-135m")
     if Path(name).is_dir():
-        return model_shapes.find(name)
+        return model_shapes.find(name, trusted)
     try:
         from huggingface_hub import hf_hub_download
 
-        content = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
-        return model_shapes.from_dict(content, name, f"{name}/config.json")
+        revision = settings.model_revision
+        path = Path(hf_hub_download(name, "config.json", revision=revision))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        source = Source(name, revision, trusted)
+        return model_shapes.from_dict(content, name, f"{name}/config.json", source)
     except RunError:
         raise
     except Exception as error:  # a dozen kinds, by network, right and name

@@ -95,7 +95,8 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     keys, own = all_keys(), {**TOKENS, **MACHINE}
     for flag in TRAINING:
         parser.add_argument(f"--{flag}", help=keys[flag].help, default=keys[flag].default)
-    parser.add_argument("--activation_offload", nargs="?", const="true", default="false")
+    for flag in ("activation_offload", "trust_remote_code"):
+        parser.add_argument(f"--{flag}", nargs="?", const="true", default="false")
     for flag, (_, text) in own.items():
         parser.add_argument(f"--{flag}", help=text)
     parser.add_argument("--json", action="store_true", help="the plan as JSON")
@@ -118,7 +119,7 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
 
 def job_and_machine(flags: dict[str, Any]) -> tuple[TrainingJob, Machine]:
     """Return what the plan is made for. Raises RunError for flags that contradict each other."""
-    here = None
+    here, model = None, find(flags["model"], flags["trust_remote_code"])
     # Another machine is described by its memory; without that it is this one, with some changes.
     if flags["gpu_memory"] is None and (flags["gpus"] != 0 or flags["ram"] is None):
         here = probe(flags["nvme_path"], flags["gpus"])
@@ -129,7 +130,7 @@ def job_and_machine(flags: dict[str, Any]) -> tuple[TrainingJob, Machine]:
     elif precision == "fp16" and not machine.gpus:
         raise RunError("--precision fp16 needs a GPU", found="no GPUs", fix="--precision fp32")
     job = TrainingJob(
-        find(flags["model"]),
+        model,
         precision=precision,
         overlap_step=machine.gpus > 0,
         **{flag: flags[flag] for flag in (*JOB_FLAGS, *TOKENS)},
@@ -141,7 +142,7 @@ def job_and_machine(flags: dict[str, Any]) -> tuple[TrainingJob, Machine]:
             found=job.tokens_per_step,
             needed=f"at least {row} ({machine.ranks} x --max_length {job.max_length})",
         )
-    job.model.adapters(job.lora_r, job.lora_target_modules)
+    job.model.adapted(job.lora_target_modules)
     return job, machine
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.ds_config import CONFIGS, OPTIMIZER_BUFFERS, DeepSpeedConfig
+from trainer.plan.layers import total
 from trainer.plan.timing import step_seconds
 from trainer.plan.workload import Workload
 
@@ -34,6 +35,7 @@ BASE_RAM_CPU = 0.42 * GIB
 # small results lie in between. From the runs of docs/planning.md.
 HEAP = {"full": 0.3, "lora": 1.0}
 START = "while it starts: what is trained"
+WHOLE_LOGITS = 4
 CPU_LOGITS = 2**28  # bytes of fp32 logits at a time (modeling/loss.py)
 
 Bytes = dict[str, float]  # by what they are for
@@ -56,10 +58,10 @@ class Prediction(Workload):
         rank = rank_bytes(self)
         kept = self.kept_layers = _kept_layers(self, sum(rank.values()))
         if kept:
-            rank["kept activations"] = kept * (self.layer_bytes - self.input_bytes)
+            rank["kept activations"] = kept * (self.mean_bytes - self.input_bytes)
         machine, host = self.machine, ram_bytes(self, kept)
         if not self.on_gpu:  # what would be on a GPU is in RAM
-            rank["heap"] = HEAP[self.job.method] * self.model.layers * self.layer_bytes
+            rank["heap"] = HEAP[self.job.method] * self.model.layers * self.mean_bytes
             host = {what: size * machine.ranks_here for what, size in rank.items()} | host
             rank = {}
         self.tiers = {"gpu": rank, "host": host, "nvme": nvme_bytes(self)}
@@ -164,12 +166,13 @@ def nvme_bytes(work: Workload) -> Bytes:
     """Return what one machine has on NVMe."""
     model, share = work.model, work.machine_share
 
-    def swapped(elements: int) -> int:
-        size = elements * work.itemsize
-        return size if size / work.ranks >= SWAPPED else 0
+    def swapped(tensors: list[int]) -> int:
+        sizes = (elements * work.itemsize for elements in tensors)
+        return sum(size for size in sizes if size / work.ranks >= SWAPPED)
 
     # A tied head is written once before it is tied, and its file stays.
-    parameters = model.layers * sum(map(swapped, model.matrix_sizes)) + 2 * swapped(model.embedding)
+    outside = model.rest.tensors + [model.embedding] * model.tied
+    parameters = total(model.kinds, lambda kind: swapped(kind.tensors)) + swapped(outside)
     sub_group_bytes = 4 * min(work.zero["sub_group_size"], work.trainable)
     optimizer = work.optimizer_on == "nvme" and sub_group_bytes >= SWAPPED
     return _counted(
@@ -187,7 +190,7 @@ def _kept_layers(work: Workload, used: float) -> int:
         return layers
     if kept is None and work.on_gpu:
         room = work.machine.gpu_memory * (1 - SPARE_GPU) - used
-        kept = max(0, room // max(work.layer_bytes - work.input_bytes, 1))
+        kept = max(0, room // max(work.mean_bytes - work.input_bytes, 1))
     return min(layers, int(kept or 0))
 
 
@@ -206,18 +209,23 @@ def pinned_rounding(work: Workload) -> float:
     if work.job.full:
         buffers = 2 if work.optimizer_on == "cpu" else 1
         return lost(work.trainable * work.itemsize) * buffers
-    model = work.model
-    tensors = model.matrix_sizes * model.layers + [model.embedding] * (2 - model.tied)
-    return sum(lost(-(-size // work.ranks) * work.itemsize) for size in tensors)
+    return total(
+        [*work.model.kinds, work.model.rest],
+        lambda layer: sum(lost(-(-size // work.ranks) * work.itemsize) for size in layer.tensors),
+    )
 
 
 def loss_bytes(work: Workload) -> float:
-    """Return the bytes of the chunked loss.
+    """Return the bytes of the chunked loss, or of the one from whole logits.
 
     GPU: a chunk's logits in the model's type and in fp32. CPU: CPU_LOGITS, three times. Both: the
-    gradient of the head's input, and of the head in fp32 where it is trained.
+    gradient of the head's input, and of the head in fp32 where it is trained. Whole logits are of
+    all tokens: in the model's type the head's output, what is made of it, and its gradient, twice;
+    in fp32 the log-probabilities.
     """
     model, tokens = work.model, work.tokens * work.job.labelled
+    if model.whole_logits:
+        return work.tokens * model.vocabulary * (WHOLE_LOGITS * work.itemsize + 4)
     if work.on_gpu:
         logits = model.loss_chunk(tokens) * model.vocabulary * (4 + work.itemsize)
     else:

@@ -1,13 +1,14 @@
-"""What a model is made of, from its config.json or the headers of its weights.
+"""What a model is made of, from its config.json, its skeleton, or the headers of its weights.
 
-A model is its decoder layers, all alike, and what is outside them: embedding, head, last norm.
-Sizes are elements. Does not import torch.
+The configurations of a few families say all that is needed. Of the others transformers builds the
+skeleton, in a process of its own (plan/skeleton.py). Sizes are elements. Does not import torch.
 """
 
 import json
 import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 from trainer.config.ds_config import ZeroShapes
 from trainer.config.settings import check_model
 from trainer.errors import RunError, did_you_mean, one_line
+from trainer.plan import skeleton
+from trainer.plan.layers import ADAPTED, Layer, LinearMap, targets_of, total
 
-# Keys of a config.json that every model has.
+# Keys of a config.json that every model of a known family has.
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -40,13 +43,53 @@ BUILT_IN = {
     "qwen2.5-14b": (5120, 13824, 48, 40, 152064, 8, False),
     "qwen2.5-32b": (5120, 27648, 64, 40, 152064, 8, False),
     "qwen2.5-72b": (8192, 29568, 80, 64, 152064, 8, False),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 151936, 8, True),
+    "qwen3-4b": (2560, 9728, 36, 32, 151936, 8, True),
+    "qwen3-8b": (4096, 12288, 36, 32, 151936, 8, False),
+    "qwen3-14b": (5120, 17408, 40, 40, 151936, 8, False),
+    "qwen3-32b": (5120, 25600, 64, 64, 151936, 8, False),
+    "qwen3-30b-a3b": (2048, 6144, 48, 32, 151936, 4, False),
+    "gemma-2-2b": (2304, 9216, 26, 8, 256000, 4, True),
+    "gemma-2-9b": (3584, 14336, 42, 16, 256000, 8, True),
+    "gemma-3-1b": (1152, 6912, 26, 4, 262144, 1, True),
+    "phi-4": (5120, 17920, 40, 40, 100352, 10, False),
+    "mixtral-8x7b": (4096, 14336, 32, 32, 32000, 8, False),
+    "gpt-oss-20b": (2880, 2880, 24, 64, 201088, 8, False),
+    "deepseek-v3": (7168, 18432, 61, 128, 129280, 128, False),
+}
+# What the configurations of built-in models have beside these sizes, by how their names begin.
+# All that is missing is transformers' default, which is the published model's.
+MORE: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 128},
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+    "gemma-2": {"model_type": "gemma2", "head_dim": 256},
+    "gemma-3": {"model_type": "gemma3_text", "head_dim": 256, "sliding_window": 512},
+    "phi": {"model_type": "phi3", "pad_token_id": 0},
+    "mixtral": {"model_type": "mixtral"},
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+    },
+    "deepseek-v3": {"model_type": "deepseek_v3"},
 }
 # model_type of configurations that say all that is needed.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# Parts of the names of classes that generate text.
+GENERATES = ("ForCausalLM", "LMHead", "ForConditionalGeneration")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Forward, the gradient of the inputs, and that of the weights where they are trained.
 PASSES = {"full": 3, "lora": 2}
 NEEDED = "a model directory, a config.json, or one of " + ", ".join(BUILT_IN)
+# Modules of a Llama's layer: seven maps, attention, MLP, activation, two norms, itself.
+MODULES = 13
 
 
 def flops_per_token(parameters: int, layers: int, hidden: int, length: float, method: str) -> float:
@@ -60,107 +103,130 @@ def flops_per_token(parameters: int, layers: int, hidden: int, length: float, me
 
 @dataclass
 class ModelSpec:
-    """The sizes in a config.json. small: elements of one layer's norms and biases.
+    """A model: its decoder layers, and what is outside of them.
 
-    tied: the head is the embedding, which then is one tensor in place of two. query, key_value:
-    widths. matrix_sizes, layer, embedding: parameters of each linear map of one decoder layer, of
-    the layer, and of the embedding, or the head where it is not tied.
+    family: its model_type. kinds: layers that differ, each with the number of layers alike. rest:
+    embedding, head, last norm, and what no decoder layer holds. vocabulary: rows of the head.
+    embedding: parameters of the head. tied: the head is the embedding, which then is one tensor in
+    place of two. whole_logits: the loss is taken from the logits of all tokens, not chunk by chunk.
     """
 
     name: str
+    family: str
     hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocabulary: int
+    embedding: int
     tied: bool
-    small: int
+    kinds: list[Layer]
+    rest: Layer
+    whole_logits: bool = False
 
     def __post_init__(self) -> None:
-        hidden, intermediate = self.hidden, self.intermediate
-        self.query, self.key_value = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        # The linear maps of one decoder layer: (out, in).
-        self.matrices = {
-            "q_proj": (self.query, hidden),
-            "k_proj": (self.key_value, hidden),
-            "v_proj": (self.key_value, hidden),
-            "o_proj": (hidden, self.query),
-            "gate_proj": (intermediate, hidden),
-            "up_proj": (intermediate, hidden),
-            "down_proj": (hidden, intermediate),
-        }
-        self.matrix_sizes = [rows * columns for rows, columns in self.matrices.values()]
-        self.layer = sum(self.matrix_sizes) + self.small
-        self.embedding = self.vocabulary * hidden
+        self.layers = sum(kind.count for kind in self.kinds)
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], name: str) -> "ModelSpec":
+        """Return the model of what modeling/skeleton.py says about it."""
+
+        def layer(values: dict[str, Any]) -> Layer:
+            return Layer(**{**values, "maps": [LinearMap(**map_) for map_ in values["maps"]]})
+
+        description = dict(description, name=name, rest=layer(description["rest"]))
+        return cls(**{**description, "kinds": list(map(layer, description["kinds"]))})
 
     @property
     def parameters(self) -> int:
         """Parameters of the model. A tied head counts once."""
-        return self.layers * self.layer + self.embedding * (2 - self.tied) + self.hidden
+        return int(total(self.kinds, lambda layer: layer.size)) + self.rest.size
+
+    @property
+    def active(self) -> int:
+        """Parameters without those of experts that a token does not go through."""
+        return int(self.parameters - total(self.kinds, lambda layer: layer.unused))
 
     def activations(
-        self, tokens: int, itemsize: int, liger: bool = True, full: bool = True
-    ) -> tuple[int, int]:
+        self, tokens: int, itemsize: int, liger: bool = True, full: bool = True, length: int = 0
+    ) -> tuple[float, float, int]:
         """Return the bytes that a layer keeps for its backward pass, and those of its input alone.
 
-        Counted from the model and Liger's kernels: input and output of both norms, q, k and v
-        after the rotary embedding, the attention's output, gate, up and their product. Measured:
-        2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly this. Without Liger's kernels
-        autograd keeps the activation of gate too, and the quotients of both norms where their
-        weights are trained.
+        Of the largest layer, of an average one, of an input. Counted from the modules and Liger's
+        kernels (Layer.kept). Measured: 2.75 GiB for 32,768 tokens of Llama-3.2-3B in bf16, exactly
+        this. length: tokens of a row.
         """
-        numbers = 4 * self.hidden + 2 * self.query + 2 * self.key_value + 3 * self.intermediate
-        if not liger:
-            numbers += self.intermediate + (2 * self.hidden if full else 0)
-        return numbers * tokens * itemsize, self.hidden * tokens * itemsize
+        kept = [kind.kept(length, liger, full) for kind in self.kinds]
+        counts = [kind.count for kind in self.kinds]
+        mean = sum(map(math.prod, zip(kept, counts))) / self.layers
+        size = tokens * itemsize
+        return max(kept) * size, mean * size, self.hidden * size
+
+    @property
+    def intermediate(self) -> float:
+        """The width inside of the widest layer's MLP, as a token sees it."""
+        return max(kind.intermediate for kind in self.kinds)
 
     def loss_chunk(self, tokens: float) -> int:
         """Return the rows of a chunk of Liger's loss (fused_linear_cross_entropy.py)."""
         rows = tokens / math.ceil(self.vocabulary / self.hidden)
         return 2 ** math.ceil(math.log2(max(1, rows)))
 
-    def adapters(self, rank: int, targets: str) -> dict[str, tuple[int, int]]:
-        """Return {matrix: elements of both tensors of its LoRA adapter} of one layer.
+    def adapted(self, targets: str) -> list[list[LinearMap]]:
+        """Return the maps that LoRA adapts: of each of `kinds`, and of `rest`.
 
-        targets: as --lora_target_modules. Raises RunError for a module that the model lacks.
+        targets: as --lora_target_modules. Raises RunError for what the model lacks.
         """
-        needed = "all-linear, or some of " + ", ".join(self.matrices)
-        names = [name.strip() for name in targets.split(",") if name.strip()]
-        if not names:
+        everything = [*self.kinds, self.rest]
+        found: list[dict[str, LinearMap]] = [{} for _ in everything]
+        names = {map_.name.split(".")[-1] for layer in everything for map_ in layer.maps}
+        needed = ", ".join([*ADAPTED, "or some of " + ", ".join(sorted(names))])
+        if not targets_of(targets):
             raise RunError("lora_target_modules is empty", needed=needed)
-        sizes = {}
-        for name in self.matrices if names == ["all-linear"] else names:
-            if name not in self.matrices:
+        for word in targets_of(targets):
+            of_kind = word in ADAPTED
+            maps = [
+                [] if of_kind and layer is self.rest else layer.matching(word)
+                for layer in everything
+            ]
+            if not any(maps):
                 raise RunError(
                     f"lora_target_modules {targets} is not in the model"
-                    f"{did_you_mean(name, self.matrices)}",
+                    f"{did_you_mean(word, [*ADAPTED, *names])}",
                     needed=needed,
                 )
-            rows, columns = self.matrices[name]
-            sizes[name] = rank * rows, rank * columns
-        return sizes
+            for known, more in zip(found, maps):
+                known.update((map_.name, map_) for map_ in more)
+        return [list(maps.values()) for maps in found]
 
-    def shapes(self, precision: str, adapters: dict[str, tuple[int, int]]) -> ZeroShapes:
+    def adapters(self, rank: int, targets: str) -> list[list[int]]:
+        """Return the elements of each tensor of the adapters, for each of `adapted`."""
+        return [
+            [size for map_ in maps for size in map_.adapter(rank)] for maps in self.adapted(targets)
+        ]
+
+    def shapes(self, precision: str, adapters: list[list[int]]) -> ZeroShapes:
         """Return what "auto" values are made from, as modeling/load.py does for a loaded model.
 
-        adapters: of one layer; {} where all parameters are trained.
+        adapters: as `adapters` returns them; [] where all parameters are trained.
         """
-        itemsize, matrices = ITEMSIZE[precision], self.matrix_sizes
-        added = [size for pair in adapters.values() for size in pair]
-        largest = largest_trainable = max(self.embedding, *matrices)
-        trainable, small_frozen = self.parameters, 0
-        if added:
-            trainable, largest_trainable = self.layers * sum(added), max(added)
-            # Two norms, what else is small as one tensor, and the last norm outside the layers.
-            frozen = [self.hidden, self.hidden, self.small - 2 * self.hidden, *matrices]
-            frozen = frozen * self.layers + [self.hidden]
-            small_frozen = sum(size for size in frozen if size <= largest_trainable)
+        itemsize = ITEMSIZE[precision]
+        everything, added = [*self.kinds, self.rest], adapters or [[]] * (len(self.kinds) + 1)
+        largest = max(size for layer in everything for size in layer.tensors)
+        largest_trainable, trainable, small_frozen = largest, self.parameters, 0
+        if adapters:
+            largest_trainable = max(size for sizes in added for size in sizes)
+            pairs = list(zip(everything, added))
+            trainable = sum(layer.count * sum(sizes) for layer, sizes in pairs)
+            small_frozen = sum(
+                layer.count * size
+                for layer in everything
+                for size in layer.tensors
+                if size <= largest_trainable
+            )
+        layers = [layer.tensors + more for layer, more in zip(self.kinds, added)]
+        widest = max(layers, key=sum)
         return ZeroShapes(
-            layer=self.layer + sum(added),
-            layer_tensors=sum(size * itemsize >= 2**20 for size in matrices + added),
-            largest=largest,
+            layer=sum(widest),
+            layer_tensors=sum(size * itemsize >= 2**20 for size in widest),
+            largest=max(largest, largest_trainable),
             trainable=trainable,
             largest_trainable=largest_trainable,
             itemsize=itemsize,
@@ -175,16 +241,30 @@ def built_in(name: str) -> ModelSpec:
     """
     key = name.lower().rpartition("/")[2]
     key = re.sub(r"^(meta-)?llama-3\.1-(8|70)b", r"llama-3-\2b", key).removeprefix("meta-")
-    key = re.sub(r"(-chat|-instruct|-hf|-v0\.\d)+$", "", key)
+    key = re.sub(r"(-chat|-instruct|-hf|-it|-base|-v0\.\d)+$", "", key)
     if key not in BUILT_IN:
         raise RunError(f"no model {name[:80]}{did_you_mean(key, BUILT_IN)}", needed=NEEDED)
+    config = built_in_config(key)
+    if _is_known(config):
+        return from_dict(config, key)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return from_config(path, name=key)
+
+
+def built_in_config(key: str) -> dict[str, Any]:
+    """Return the configuration of one of BUILT_IN."""
     *sizes, kv_heads, tied = BUILT_IN[key]
-    config = dict(zip(SIZES, sizes), num_key_value_heads=kv_heads, tie_word_embeddings=tied)
-    family = "qwen2" if "qwen" in key else "llama"
-    return from_dict(config | {"model_type": family}, key)
+    config: dict[str, Any] = dict(zip(SIZES, sizes))
+    config.update(num_key_value_heads=kv_heads, tie_word_embeddings=tied, model_type="llama")
+    for begin, more in MORE.items():
+        if key.startswith(begin):
+            config.update(more)
+    return config
 
 
-def from_config(path: Path) -> ModelSpec:
+def from_config(path: Path, trust_remote_code: bool = False, name: str = "") -> ModelSpec:
     """Return the model of a config.json. Raises RunError where it is not readable as one."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -196,17 +276,48 @@ def from_config(path: Path) -> ModelSpec:
             found=one_line(error, 200),
             needed="the config.json of a causal language model",
         ) from None
-    return from_dict(config, path.absolute().parent.name, path)
+    # transformers reads a directory: the code that comes with a model lies in it.
+    source = path.absolute()
+    source = skeleton.Source(
+        str(source.parent if path.name == "config.json" else source),
+        trust_remote_code=trust_remote_code,
+    )
+    return from_dict(config, name or path.absolute().parent.name, path, source)
 
 
-def from_dict(config: dict[str, Any], name: str, path: str | Path = "config.json") -> ModelSpec:
-    """Return the model of a config.json's content. path: for errors.
+def from_dict(
+    config: dict[str, Any],
+    name: str,
+    path: str | Path = "config.json",
+    source: "skeleton.Source | None" = None,
+) -> ModelSpec:
+    """Return the model of a config.json's content. path: for errors. source: of its skeleton.
 
-    Raises RunError for a family that is not known, and for sizes that are missing or impossible.
+    Raises RunError for what is no causal model, and for sizes that are missing or impossible.
     """
-    inner = config.get("text_config")
-    config = {**config, **(inner if isinstance(inner, dict) else {})}
-    _check_family(config, path)
+    _check_causal(config, path)
+    if _is_known(config):
+        return _llama_like(config, name, path)
+    if source is None:
+        raise RunError(f"{path} has no skeleton", found=config["model_type"], needed=KNOWN)
+    _check_layers(config, path)
+
+    def model(description: dict[str, Any]) -> ModelSpec:
+        return ModelSpec.from_description(description, name)
+
+    return skeleton.describe(source, config, path, model)
+
+
+def _is_known(config: dict[str, Any]) -> bool:
+    return (
+        config["model_type"] in KNOWN
+        and not config.get("mlp_bias")
+        and not isinstance(config.get("text_config"), dict)
+    )
+
+
+def _llama_like(config: dict[str, Any], name: str, path: str | Path) -> ModelSpec:
+    """Return the model of a known family."""
     family, biases = config["model_type"], config.get("attention_bias")
     try:
         hidden, intermediate, layers, heads, vocabulary = (int(config[key]) for key in SIZES)
@@ -220,24 +331,57 @@ def from_dict(config: dict[str, Any], name: str, path: str | Path = "config.json
         ) from None
     sizes = (hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary)
     if impossible := [size for size in sizes if not 1 <= size <= 10**7]:
-        raise RunError(
-            f"{path} holds an impossible size", found=impossible[0], needed="1 to 10,000,000"
-        )
-    small = 2 * hidden
-    if family == "qwen3":
-        small += 2 * head_dim
+        raise _impossible(path, impossible[0])
+    query, key_value = heads * head_dim, kv_heads * head_dim
+    maps = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    small, norms, modules = [hidden, hidden], 2 * hidden, MODULES
+    if family == "qwen3":  # of each head's query and key
+        small += [head_dim, head_dim]
+        norms += query + key_value
+        modules += 2
     if family == "qwen2" or biases:
-        small += (heads + 2 * kv_heads) * head_dim
+        small += [query, key_value, key_value]
     if family != "qwen2" and biases:
-        small += hidden
+        small.append(hidden)
+    layer = Layer(
+        hidden,
+        [rows * columns for rows, columns in maps.values()] + small,
+        [
+            LinearMap(key, *shape, "attention" if "attn" in key else "mlp")
+            for key, shape in maps.items()
+        ],
+        norms,
+        modules,
+        query,
+        count=layers,
+    )
     tied = bool(config.get("tie_word_embeddings", family == "smollm3"))
-    return ModelSpec(name, *sizes, tied, small)
+    embedding = vocabulary * hidden
+    rest = Layer(
+        hidden,
+        [embedding] * (2 - tied) + [hidden],
+        [
+            LinearMap("embed_tokens", vocabulary, hidden, "embedding"),
+            LinearMap("lm_head", vocabulary, hidden, "head"),
+        ],
+    )
+    return ModelSpec(name, family, hidden, vocabulary, embedding, tied, [layer], rest)
 
 
-def _check_family(config: dict[str, Any], path: str | Path) -> None:
+def _check_causal(config: dict[str, Any], path: str | Path) -> None:
     classes = config.get("architectures") or []
     classes = [str(name) for name in (classes if isinstance(classes, list) else [classes])]
-    if classes and not any(name.endswith("ForCausalLM") for name in classes):
+    own_code = "AutoModelForCausalLM" in str(config.get("auto_map"))
+    generates = any(part in name for name in classes for part in GENERATES)
+    if classes and not generates and not own_code:
         raise RunError(
             f"{path} is not a causal language model",
             found=", ".join(classes),
@@ -249,44 +393,58 @@ def _check_family(config: dict[str, Any], path: str | Path) -> None:
             found="quantization_config",
             needed="the model's own weights in bf16, fp16 or fp32",
         )
-    family = config.get("model_type")
-    if family not in KNOWN:
+    if not isinstance(config.get("model_type"), str):
         raise RunError(
-            f"{path} is of a family that the plan does not know",
-            found=family,
-            needed=" | ".join(KNOWN),
-            fix="make train-zero3 runs other causal models too, without a plan",
+            f"{path} names no family", found="no model_type", needed="that of a causal model"
         )
 
 
-def find(name: str) -> ModelSpec:
+def _check_layers(config: dict[str, Any], path: str | Path) -> None:
+    """Raise RunError for more layers than a model has: its skeleton would take for ever."""
+    for block in (config, config.get("text_config")):
+        for key, value in block.items() if isinstance(block, dict) else ():
+            count = value if isinstance(value, (int, float)) else 0
+            if "layer" in key and not isinstance(value, bool) and count > 10**4:
+                raise _impossible(path, f"{key} {value}", "at most 10,000")
+
+
+def _impossible(path: str | Path, found: object, needed: str = "1 to 10,000,000") -> RunError:
+    return RunError(f"{path} holds an impossible size", found=found, needed=needed)
+
+
+def find(name: str, trust_remote_code: bool = False) -> ModelSpec:
     """Return a model by directory, config.json or built-in name. Raises RunError for none."""
     path = Path(name)
     if not name or len(name) > 4000:
         raise RunError("--model is too long" if name else "--model is empty", needed=NEEDED)
     if os.path.isfile(name):  # unlike Path's, it answers for a name that is too long, too
-        return from_config(path)
+        return from_config(path, trust_remote_code)
     if os.path.isdir(name):
         check_model(name)
-        return _check_weights(from_config(path / "config.json"), path)
+        return _check_weights(from_config(path / "config.json", trust_remote_code), path)
     if path.suffix == ".json" or name.startswith((".", "/", "~")):
         raise RunError(f"no model {name}", found=f"nothing at {path.absolute()}", needed=NEEDED)
     return built_in(name)
 
 
 def _check_weights(model: ModelSpec, folder: Path) -> ModelSpec:
-    """Return the model. Raise RunError where the stored weights are not what config.json says."""
+    """Return the model. Raise RunError where the stored weights are not what config.json says.
+
+    Checkpoints of some families hold layers beside these, which transformers leaves out.
+    """
     stored = stored_shapes(folder)
-    total = sum(map(math.prod, stored.values()))
+    count = sum(map(math.prod, stored.values()))
     if model.tied:
-        total -= math.prod(stored.get("lm_head.weight", [0]))
+        count -= math.prod(stored.get("lm_head.weight", [0]))
     found = None
-    if stored and abs(total - model.parameters) > 0.01 * model.parameters:
-        found, needed = f"{total:,} parameters", f"{model.parameters:,}"
+    missing, allowed = model.parameters - count, 0.01 * model.parameters
+    if stored and (missing > allowed or (-missing > allowed and model.family in KNOWN)):
+        found, needed = f"{count:,} parameters", f"{model.parameters:,}"
     for name, shape in stored.items():
-        if name.endswith("embed_tokens.weight") and shape != [model.vocabulary, model.hidden]:
+        rows = [model.vocabulary, model.hidden]
+        if name in ("model.embed_tokens.weight", "embed_tokens.weight") and shape != rows:
             found = f"an embedding of {shape}"
-            needed = f"[{model.vocabulary}, {model.hidden}]: vocab_size, hidden_size"
+            needed = f"{rows}: vocab_size, hidden_size"
     if found:
         raise RunError(
             f"the weights in {folder} are not what its config.json says", found=found, needed=needed

@@ -15,15 +15,14 @@ from trainer.config.settings import Settings
 from trainer.console import say, table
 from trainer.distributed import all_gather_object, is_main_process
 from trainer.errors import RunError
-from trainer.plan import model_shapes
 from trainer.plan.estimate import GIB, Prediction
 from trainer.plan.machine import probe
+from trainer.plan.model_shapes import ModelSpec
 from trainer.plan.workload import TrainingJob
 from trainer.run_dir import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PretrainedConfig
 
 LIMIT = 0.15  # relative error from which a warning is printed
 # The first steps are not counted: compilation, ZeRO's trace, and the choice of the layers that
@@ -48,7 +47,7 @@ class PlannedRun:
 
     settings: Settings
     config: DeepSpeedConfig
-    model_config: "PretrainedConfig"
+    model: ModelSpec
     precision: str
     gpu: bool
     world_size: int
@@ -57,14 +56,13 @@ class PlannedRun:
     labelled_share: float
 
     def predict(self) -> Prediction:
-        """Return the prediction. Raises RunError for a model that the plan does not know."""
+        """Return the prediction. Raises RunError for adapters that the plan does not know."""
         settings = self.settings
-        model = model_shapes.from_dict(self.model_config.to_dict(), "model")
         machine = probe(settings.nvme_path, self.ranks_here if self.gpu else 0)
         machine.cpu_ranks, machine.nodes = self.ranks_here, self.world_size // self.ranks_here
         if not self.gpu:  # its ranks share the CPU
             machine.flops /= self.ranks_here
-        job = TrainingJob.of_run(settings, model, self.precision, self.gpu)
+        job = TrainingJob.of_run(settings, self.model, self.precision, self.gpu)
         job.longest = None if settings.packing else int(self.lengths.max())
         job.mean, job.labelled = self.mean_length(), self.labelled_share
         return Prediction(job, machine, self.config, *_batch(settings))

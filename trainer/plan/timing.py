@@ -5,6 +5,7 @@ Constants were measured where it says so. Does not import torch.
 
 import math
 
+from trainer.plan.layers import total
 from trainer.plan.workload import Workload
 
 # Of the rate of a large product, what a pass over the layers reaches. GPU: bf16 8192³. EFFICIENCY
@@ -15,15 +16,12 @@ EFFICIENCY_CPU = 0.7
 # Seconds of the host for each trained tensor in an optimizer step on a GPU. DeepSpeed goes through
 # all gradients in Python: it hooks, gathers, norms and clears them one by one, and the GPU waits.
 TENSOR = 0.34e-3
-FULL_TENSORS = 9  # that a full fine-tune trains in a layer: seven matrices, two norms
 # Of the bf16 rate: fp32 products without TF32, 67 of 990 TFLOP/s (NVIDIA's H100 data sheet).
 FP32 = 1 / 15
 # Seconds of Python that ZeRO-3's hooks take for a module and pass on a CPU (135M and tiny Llamas).
 # A GPU computes longer, and its layers are fetched as wholes.
 HOOKS = 0.37e-3
-# Modules of a Llama's layer: 7 maps, attention, MLP, activation, norms, itself; with PEFT a map is
-# five.
-MODULES = {"full": 13, "lora": 41}
+ADAPTER_MODULES = 4  # that PEFT adds to a map
 # RAM traffic of a parameter in the CPU's step (engine/adam.c), by itemsize.
 STEP_BYTES = {2: 28, 4: 32}
 # GPU memory traffic of a parameter in DeepSpeed's own step (stage3.py): norm of the gradient 10,
@@ -53,8 +51,9 @@ def step_seconds(work: Workload, kept: int) -> tuple[dict[str, float], float]:
     if work.params_on == "nvme":
         read = work.model.parameters * itemsize * work.machine_share / machine.nvme_read
     if work.on_gpu:
-        tensors = FULL_TENSORS if work.job.full else 2 * len(work.job.adapters)
-        host = TENSOR * work.model.layers * tensors
+        kinds = work.model.kinds
+        trained = work.job.adapters or [kind.tensors for kind in kinds]
+        host = TENSOR * sum(kind.count * len(sizes) for kind, sizes in zip(kinds, trained))
     back = max(layers, gradients)
     first_pass = max(forward, layers, read)
     micro_batch = first_pass + loss + 1.5 * embeddings + max(backward, back, read)
@@ -81,28 +80,33 @@ def _compute(work: Workload, kept: int) -> tuple[float, float, float]:
     The loss makes its gradients in the forward pass.
     """
     job, model, machine, itemsize = work.job, work.model, work.machine, work.itemsize
+    kinds = model.kinds
+    adapted = [(kind, m) for kind, maps in zip(kinds, job.adapted) for m in maps]
     row = job.mean or job.max_length
     tokens = work.micro_batch * row
     rate, bandwidth = machine.flops * EFFICIENCY_CPU, machine.ram_rate
     if work.on_gpu:
         rate, bandwidth = machine.flops * EFFICIENCY * (FP32 if itemsize == 4 else 1), HBM
-    # Seconds of one parameter of every layer, and of one byte.
-    product, traffic = (model.layers * tokens * n for n in (2 / rate, 1 / bandwidth))
-    attention = product * row * model.query
-    matrices = product * sum(model.matrix_sizes)
+    # Seconds of one parameter, and of one byte.
+    product, traffic = (tokens * n for n in (2 / rate, 1 / bandwidth))
+    attention = product * total(kinds, lambda kind: min(row, 2 * (kind.window or row)) * kind.query)
+    matrices = product * total(kinds, lambda kind: kind.active)
     # An adapter reads its matrix's input once more, and reads and writes its output; backward
     # twice that.
-    widths = (model.matrices[name] for name in ([] if job.full else job.adapters))
-    adapters = traffic * itemsize * sum(columns + 2 * rows for rows, columns in widths)
+    widths = [kind.count * m.used * (m.into + 2 * m.out) for kind, m in adapted]
+    adapters = traffic * itemsize * sum(widths)
     loss = tokens * 2 * model.embedding * (3 if job.full else 2) / rate
     if job.full and work.on_gpu:
         chunks = math.ceil(tokens / model.loss_chunk(tokens))
         loss += chunks * model.embedding * HEAD_BYTES / HBM
     forward = matrices + attention + adapters
-    again = (forward - product * model.matrix_sizes[-1]) * (1 - kept / model.layers)
+    last = product * total(kinds, lambda kind: kind.last)
+    again = (forward - last) * (1 - kept / model.layers)
     backward = matrices * (2 if job.full else 1) + 2.5 * attention + 2 * adapters + again
     if not work.on_gpu:
-        hooks = model.layers * MODULES[job.method] * HOOKS
+        modules = total(kinds, lambda kind: kind.modules)
+        modules += ADAPTER_MODULES * sum(kind.count * m.copies for kind, m in adapted)
+        hooks = modules * HOOKS
         forward += hooks
         backward += hooks * (1 + job.gradient_checkpointing)
     return forward, backward, loss
@@ -111,7 +115,8 @@ def _compute(work: Workload, kept: int) -> tuple[float, float, float]:
 def _fetch(work: Workload) -> tuple[float, float]:
     """Return the time to bring weights to the GPUs: the layers of a pass; embedding and head."""
     machine, itemsize = work.machine, work.itemsize
-    layer_bytes = work.model.layers * work.shapes.layer * itemsize
+    adapters = 0 if work.job.full else work.shapes.trainable
+    layer_bytes = (total(work.model.kinds, lambda kind: kind.size) + adapters) * itemsize
     embedding_bytes = work.model.embedding * itemsize
     layers = embeddings = 0.0
     if work.on_gpu and work.params_on != "none":

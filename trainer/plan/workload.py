@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
 from trainer.config.settings import Settings
+from trainer.plan.layers import LinearMap
 from trainer.plan.machine import Machine
 from trainer.plan.model_shapes import ModelSpec
 
@@ -73,9 +74,14 @@ class TrainingJob:
         return self.method == "full"
 
     @functools.cached_property
-    def adapters(self) -> dict[str, tuple[int, int]]:
-        """The adapters of a layer, as ModelSpec.adapters returns them; {} in a full fine-tune."""
-        return {} if self.full else self.model.adapters(self.lora_r, self.lora_target_modules)
+    def adapters(self) -> list[list[int]]:
+        """The adapters' tensors, as ModelSpec.adapters returns them; [] in a full fine-tune."""
+        return [] if self.full else self.model.adapters(self.lora_r, self.lora_target_modules)
+
+    @functools.cached_property
+    def adapted(self) -> list[list[LinearMap]]:
+        """The maps with adapters, as ModelSpec.adapted returns them; [] in a full fine-tune."""
+        return [] if self.full else self.model.adapted(self.lora_target_modules)
 
     @functools.cached_property
     def shapes(self) -> ZeroShapes:
@@ -90,9 +96,10 @@ class Workload:
     config: its "auto" values are resolved here. params_on, optimizer_on: "none" (the GPU), "cpu"
     or "nvme". buffers: bytes of one rank, for parameters and optimizer on NVMe. trainable:
     parameters that one rank's optimizer has. machine_share: of all ranks, those of one machine.
-    tokens: of the largest micro-batch that comes. layer_bytes, input_bytes: activations of one
-    decoder layer, and its input alone. swap_bytes: on NVMe, of a trained parameter whose optimizer
-    state is there. written_bytes: to NVMe, of a trained parameter in an optimizer step.
+    tokens: of the largest micro-batch that comes. layer_bytes, mean_bytes, input_bytes: activations
+    of the largest decoder layer, of an average one, and of an input alone. swap_bytes: on NVMe, of
+    a trained parameter whose optimizer state is there. written_bytes: to NVMe, of a trained
+    parameter in an optimizer step.
     """
 
     job: TrainingJob
@@ -111,9 +118,10 @@ class Workload:
         self.params_on, self.optimizer_on = map(self.config.device, ("param", "optimizer"))
         self.trainable = self.shapes.trainable / self.ranks
         self.machine_share = machine.ranks_here / self.ranks
-        self.tokens = self.micro_batch * min(job.longest or job.max_length, job.max_length)
-        self.layer_bytes, self.input_bytes = self.model.activations(
-            self.tokens, self.itemsize, self.on_gpu, job.full
+        length = min(job.longest or job.max_length, job.max_length)
+        self.tokens = self.micro_batch * length
+        self.layer_bytes, self.mean_bytes, self.input_bytes = self.model.activations(
+            self.tokens, self.itemsize, self.on_gpu, job.full, length
         )
         # fp32 weight and two moments; the stock step writes the gradient too, and a step the
         # parameter, where parameters are on NVMe (stage3.py, _partitioned_params_swap_out).

@@ -1,0 +1,240 @@
+"""The plan of families whose config.json does not tell their shapes."""
+
+import json
+import subprocess
+
+import pytest
+from families.configs import FAMILIES, config_of
+
+from trainer.config.settings import Settings
+from trainer.errors import RunError
+from trainer.modeling import load as models
+from trainer.modeling import skeleton as describer
+from trainer.plan import model_shapes, skeleton
+from trainer.plan.workload import TrainingJob
+
+
+def settings(method="full", targets="all-linear"):
+    return Settings(
+        {
+            "model_revision": None,
+            "trust_remote_code": False,
+            "method": method,
+            "lora_r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "lora_target_modules": targets,
+        },
+        {},
+    )
+
+
+def described(family, **changes):
+    """The skeleton of a tiny model, and what the plan makes of it."""
+    made = models.skeleton(config_of(family, **changes), settings())
+    text = json.dumps(describer.describe(made))
+    return made, model_shapes.ModelSpec.from_description(json.loads(text), family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    """Parameters and the sizes that ZeRO sees are the model's own, and no map is missed."""
+    made, found = described(family)
+    assert found.parameters == sum(p.numel() for p in made.parameters())
+    shapes, real = TrainingJob(found).shapes, models.shapes_of(made, "bf16")
+    # Some families hold a parameter that is never trained.
+    shapes.trainable, shapes.small_frozen = real.trainable, real.small_frozen
+    assert shapes == real
+    layers = sum(kind.count * kind.size for kind in found.kinds)
+    assert sum(kind.count * m.size for kind in found.kinds for m in kind.maps) > 0.97 * layers
+    assert found.layers == made.config.get_text_config().num_hidden_layers
+    assert all(kind.kept(64, True, True) > 2 * found.hidden for kind in found.kinds)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3"])
+def test_known_families(family):
+    """config.json alone gives what the skeleton gives, for memory and for time."""
+    _, found = described(family)
+    config = config_of(family).to_dict()
+    known = model_shapes.from_dict({**config, "architectures": None}, family)
+    assert known.parameters == found.parameters and known.tied == found.tied
+    for liger, full in ((True, True), (False, True), (False, False)):
+        kept = [model.activations(64, 4, liger, full) for model in (known, found)]
+        assert kept[0] == kept[1]
+    (one,), (other,) = known.kinds, found.kinds
+    for name in ("active", "last", "intermediate", "query", "modules", "norms"):
+        assert getattr(one, name) == getattr(other, name), name
+
+
+def trained(family, targets, **changes):
+    """Parameters that LoRA trains: as planned, and of the real adapters."""
+    made = models.skeleton(config_of(family, **changes), settings("lora", targets))
+    _, found = described(family, **changes)
+    job = TrainingJob(found, "lora", lora_r=8, lora_target_modules=targets)
+    assert job.shapes == models.shapes_of(made, "bf16")
+    return job.shapes.trainable
+
+
+@pytest.mark.parametrize(
+    "family, targets",
+    [
+        *((family, "all-linear") for family in ("phi", "phi3", "gemma2", "gemma3_text", "gpt2")),
+        *((family, "all-linear") for family in ("gpt_neox", "falcon", "opt", "bloom", "granite")),
+        ("deepseek_v3", "q_b_proj,o_proj"),
+        ("qwen3_moe", "q_proj"),
+        ("mamba", "x_proj"),
+    ],
+)
+def test_adapters(family, targets):
+    assert trained(family, targets) > 0
+
+
+def test_an_adapted_skeleton_is_the_same_model():
+    """A run describes the model with its adapters."""
+    _, found = described("gemma2")
+    adapted = models.skeleton(config_of("gemma2"), settings("lora"))
+    text = json.dumps(describer.describe(adapted))
+    assert model_shapes.ModelSpec.from_description(json.loads(text), "gemma2") == found
+
+
+def test_a_mixture_of_experts_by_hand():
+    """Qwen3-MoE: hidden 256, 4 experts of 256 of which 2 are used, 4 heads of 64 and 2 of keys."""
+    _, found = described("qwen3_moe")
+    (kind,) = found.kinds
+    attention, expert, router = 256 * (256 + 128 + 128 + 256), 3 * 256 * 256, 4 * 256
+    assert kind.size == attention + 4 * expert + router + 2 * 256 + 2 * 64
+    assert found.active == found.parameters - 2 * 2 * expert
+    assert kind.active == attention + 2 * expert + router
+    norms, attention = 2 * 256 + 256 + 128, 256 + 256 + 2 * 128 + 256  # its input, q, k, v, output
+    # The router's input; of each expert a copy of that, gate and up, their product, the output.
+    experts = 256 + 2 * (256 + 2 * 256 + 256 + 256)
+    assert kind.kept(64, True, True) == norms + attention + experts
+    rank = {name: sum(map(sum, found.adapters(8, name))) for name in ("attention", "experts")}
+    assert rank["attention"] == 8 * (2 * 512 + 2 * 384)
+    assert rank["experts"] == 4 * 8 * (256 + 512 + 256 + 256)
+    assert sum(map(sum, found.adapters(8, "all-linear"))) == rank["attention"]
+    with pytest.raises(RunError, match="did you mean experts"):
+        found.adapters(8, "expert")
+
+
+def test_experts_in_a_list():
+    """Experts as modules of their own count as those in one tensor do."""
+    from torch import nn
+
+    made = models.skeleton(config_of("qwen3_moe"), settings())
+
+    class Experts(nn.ModuleList):
+        """Four experts of three matrices."""
+
+    for layer in made.model.layers:
+        maps = {"w1": (256, 256), "w2": (256, 256), "w3": (256, 256)}
+        layer.mlp.experts = Experts(
+            nn.ModuleDict({k: nn.Linear(*v, bias=False, device="meta") for k, v in maps.items()})
+            for _ in range(4)
+        )
+    found = model_shapes.ModelSpec.from_description(describer.describe(made), "x")
+    _, stacked = described("qwen3_moe")
+    assert found.parameters == stacked.parameters and found.active == stacked.active
+    assert sum(map(sum, found.adapters(8, "experts"))) == 4 * 3 * 8 * 512
+
+
+def test_dense_layers_before_mixtures():
+    """DeepSeek-V3: sums are over both, the largest layer decides what is gathered."""
+    _, found = described("deepseek_v3")
+    dense, mixture = found.kinds
+    assert dense.count == mixture.count == 1 and mixture.unused and not dense.unused
+    largest, mean, _ = found.activations(64, 2)
+    assert mean < largest
+    assert TrainingJob(found).shapes.layer == max(dense.size, mixture.size)
+
+
+def test_layers_that_look_back_less():
+    _, found = described("gemma3_text")
+    assert {kind.window for kind in found.kinds} == {16, None}
+    _, hybrid = described("qwen3_next")
+    assert {kind.query > 0 for kind in hybrid.kinds} == {True, False}
+
+
+@pytest.mark.parametrize("family, whole", [("gemma2", True), ("gemma3_text", False)])
+def test_whole_logits(family, whole):
+    assert described(family)[1].whole_logits == whole
+
+
+def test_in_a_process_of_its_own_and_kept(tmp_path, monkeypatch):
+    """It is built once; what cannot be read in the cache is built again."""
+    config_of("mixtral").save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path / "cache"))
+    found = model_shapes.find(str(tmp_path / "model"))
+    assert found == described("mixtral")[1] or found.name == "model"
+    assert found.parameters == described("mixtral")[1].parameters
+    processes = []
+
+    def no_process(command, **_):
+        processes.append(command)
+        answer = (tmp_path / "answer").read_text()
+        return subprocess.CompletedProcess(command, 0, answer, "")
+
+    (kept,) = (tmp_path / "cache" / "skeletons").glob("*.json")
+    (tmp_path / "answer").write_text(f"a library prints\n{kept.read_text()}")
+    monkeypatch.setattr(skeleton.subprocess, "run", no_process)
+    assert model_shapes.find(str(tmp_path / "model")) == found and not processes
+    for broken in ("", "{", "[]", "null", '{"kinds": 5}', '{"rest": {}, "kinds": []}', "\0"):
+        kept.write_text(broken)
+        processes.clear()
+        assert model_shapes.find(str(tmp_path / "model")) == found and processes, broken
+    # Another configuration is another model.
+    config_of("mixtral", num_hidden_layers=3).save_pretrained(tmp_path / "model")
+    processes.clear()
+    model_shapes.find(str(tmp_path / "model"))
+    assert processes
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "/dev/null/x", ""])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, cache):
+    config_of("mixtral").save_pretrained(tmp_path)
+    made = describer.describe(models.skeleton(config_of("mixtral"), settings()))
+    monkeypatch.setenv("ZERO_OFFLOAD_CACHE", cache)
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(skeleton, "_build", lambda *_: made)
+    assert model_shapes.find(str(tmp_path)).family == "mixtral"
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        ({"stdout": '{"error": "no such family"}'}, "no such family"),
+        ({"stdout": '{"error": "it contains custom code"}'}, "--trust_remote_code true"),
+        ({"stdout": "", "stderr": "x\nImportError: nothing"}, "ImportError: nothing"),
+        ({"stdout": "", "stderr": ""}, "exit code 1"),
+        ({"stdout": "5"}, "exit code 1"),
+    ],
+)
+def test_no_skeleton(tmp_path, monkeypatch, answer, words):
+    config_of("mixtral").save_pretrained(tmp_path)
+    done = subprocess.CompletedProcess([], 1, **{"stderr": "", **answer})
+    monkeypatch.setattr(skeleton.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setenv("ZERO_OFFLOAD_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(RunError) as raised:
+        model_shapes.find(str(tmp_path))
+    assert words in str(raised.value) and raised.value.code == 2
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"model_type": "nothing_known"}, "nothing_known"),
+        ({"model_type": "t5"}, "T5Config"),
+        ({"model_type": "mixtral", "hidden_size": "wide"}, "hidden_size"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"}},
+            "custom code",
+        ),
+    ],
+)
+def test_what_transformers_does_not_build(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    source = {"name": str(tmp_path), "revision": None, "trust_remote_code": False}
+    answer = describer.main(json.dumps(source))
+    assert words in answer["error"], answer

@@ -1,0 +1,211 @@
+"""The layers of a model as the plan sees them: tensors, linear maps, what a backward pass keeps.
+
+Sizes are elements. Does not import torch.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+ALL_LINEAR, ATTENTION, EXPERTS = "all-linear", "attention", "experts"
+# What --lora_target_modules adapts beside names: kinds of maps, in decoder layers.
+ADAPTED = {ALL_LINEAR: ("attention", "mlp"), ATTENTION: ("attention",), EXPERTS: ("expert",)}
+# Tensors that attention without a fused kernel keeps, of the size of its scores: after the softmax
+# in fp32, and in the model's type.
+SCORES = 2
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map, or several alike. out, into: widths. name: dotted, within the layer.
+
+    kind: attention | mlp | expert | router | head | embedding. copies: how many there are. used:
+    how many of them a token goes through. stacked: the copies are one tensor.
+    """
+
+    name: str
+    out: int
+    into: int
+    kind: str = "mlp"
+    copies: int = 1
+    used: float = 1
+    stacked: bool = False
+
+    @property
+    def size(self) -> int:
+        """Parameters of all copies."""
+        return self.copies * self.out * self.into
+
+    @property
+    def active(self) -> float:
+        """Parameters that a token is multiplied with."""
+        return self.used * self.out * self.into
+
+    @property
+    def parent(self) -> str:
+        """The name of the module that holds it."""
+        return self.name.rpartition(".")[0]
+
+    def adapter(self, rank: int) -> list[int]:
+        """Return the elements of each tensor of its LoRA adapters."""
+        if self.stacked:
+            return [rank * self.into * self.copies, rank * self.out * self.copies]
+        return [rank * self.into, rank * self.out] * self.copies
+
+    def is_called(self, name: str) -> bool:
+        """Return whether a name of --lora_target_modules means this map, as PEFT has it."""
+        plain = self.name.replace(".*", "")
+        return self.name == name or f".{plain}".endswith(f".{name}")
+
+
+@dataclass
+class Layer:
+    """Decoder layers that are alike, or what is outside of them.
+
+    count: of such layers. hidden: width of the residual stream. tensors: elements of each
+    parameter. norms: elements of a token that go into norms. modules: of the layer, itself too.
+    query: width of softmax attention, 0 without. window: tokens that it looks back, None for all.
+    scores: heads whose scores are kept, as no fused kernel computes them.
+    """
+
+    hidden: int
+    tensors: list[int]
+    maps: list[LinearMap]
+    norms: int = 0
+    modules: int = 0
+    query: int = 0
+    window: int | None = None
+    scores: int = 0
+    count: int = 1
+
+    @cached_property
+    def size(self) -> int:
+        """Parameters of one such layer."""
+        return sum(self.tensors)
+
+    @cached_property
+    def active(self) -> float:
+        """Parameters of linear maps that a token is multiplied with."""
+        return sum(map_.active for map_ in self.maps)
+
+    @cached_property
+    def unused(self) -> float:
+        """Parameters of experts that a token does not go through."""
+        return sum(map_.size - map_.active for map_ in self.maps)
+
+    @cached_property
+    def _groups(self) -> "list[_Group]":
+        """The maps by the module that holds them, without routers."""
+        groups: dict[str, _Group] = {}
+        for map_ in self.maps:
+            if map_.kind in ("attention", "mlp", "expert"):
+                groups.setdefault(map_.parent, _Group(self.hidden)).maps.append(map_)
+        return list(groups.values())
+
+    @cached_property
+    def intermediate(self) -> float:
+        """Width of what goes into the MLP's last map: of all experts that a token goes through.
+
+        Where there is no MLP, the widest input of the layer.
+        """
+        mlp = [group.back.into * group.back.used for group in self._groups if group.is_mlp]
+        return sum(mlp) or max((map_.into for map_ in self.maps), default=self.hidden)
+
+    @cached_property
+    def last(self) -> float:
+        """Active parameters of the maps that end the layer."""
+        mlp = [group.back.active for group in self._groups if group.is_mlp]
+        return sum(mlp) or (self.maps[-1].active if self.maps else 0)
+
+    def kept(self, length: float, liger: bool, full: bool) -> float:
+        """Return the elements that a token keeps for the backward pass of one such layer.
+
+        The inputs of norms; the inputs of linear maps, once where several have the same; their
+        outputs, but for those that are added to the residual stream. Without Liger's kernels
+        autograd keeps the activation of a gate too, and the quotients of norms whose weights are
+        trained. length: tokens of a row, for attention without a fused kernel.
+        """
+        backs = [group.back for group in self._groups]
+        streams = {
+            map_.kind == "attention"
+            for map_ in self.maps
+            if map_.into == self.hidden and map_.kind != "expert" and map_ not in backs
+        }
+        elements = self.norms + len(streams) * self.hidden
+        for group in self._groups:
+            elements += group.inputs + group.outputs
+            if not liger:
+                elements += group.gated
+        if not liger and full:
+            elements += self.norms
+        return elements + SCORES * self.scores * length
+
+    def matching(self, targets: str) -> list[LinearMap]:
+        """Return the maps that one word of --lora_target_modules means."""
+        if targets in ADAPTED:
+            return [map_ for map_ in self.maps if map_.kind in ADAPTED[targets]]
+        return [map_ for map_ in self.maps if map_.is_called(targets)]
+
+
+@dataclass
+class _Group:
+    """The maps of one module, in their order. hidden: width of the residual stream."""
+
+    hidden: int
+    maps: list[LinearMap] = field(default_factory=list)
+
+    @property
+    def attention(self) -> bool:
+        return self.maps[0].kind == "attention"
+
+    @cached_property
+    def back(self) -> LinearMap:
+        """The map whose output is added to the residual stream."""
+        onto = [map_ for map_ in self.maps if map_.out == self.hidden]
+        return (onto or self.maps)[-1]
+
+    @property
+    def is_mlp(self) -> bool:
+        return not self.attention and self.back.out == self.hidden
+
+    @property
+    def inputs(self) -> float:
+        """Elements of a token that go into the maps, beside the residual stream.
+
+        Each expert has a copy of that.
+        """
+        widths = {
+            (map_.into, map_ is self.back): map_.into * map_.used
+            for map_ in self.maps
+            if map_.into != self.hidden or map_.kind == "expert" or map_ is self.back
+        }
+        return sum(widths.values())
+
+    @property
+    def outputs(self) -> float:
+        """Elements of a token that come out of the maps; an expert's are weighted yet."""
+        return sum(
+            map_.out * map_.used
+            for map_ in self.maps
+            if map_ is not self.back or map_.kind == "expert"
+        )
+
+    @property
+    def gated(self) -> float:
+        """Elements of a gate's activation: the MLP's first maps give twice what its last takes."""
+        if not self.is_mlp:
+            return 0
+        width = self.back.into * self.back.used
+        given = sum(map_.out * map_.used for map_ in self.maps if map_ is not self.back)
+        return width if given >= 2 * width else 0
+
+
+def targets_of(text: str) -> list[str]:
+    """Return the words of --lora_target_modules."""
+    return [word for word in re.split(r"[,\s]+", text) if word]
+
+
+def total(layers: Iterable[Layer], value: Callable[[Layer], float]) -> float:
+    """Return the sum of a value over all layers."""
+    return sum(layer.count * value(layer) for layer in layers)
