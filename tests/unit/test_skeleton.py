@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from families.configs import FAMILIES, config_of
+from families.configs import FAMILIES, config_of, make_model
 
 from trainer.config.settings import Settings
 from trainer.errors import RunError
@@ -49,6 +49,29 @@ def test_every_family(family):
     assert sum(kind.count * m.size for kind in found.kinds for m in kind.maps) > 0.97 * layers
     assert found.layers == made.config.get_text_config().num_hidden_layers
     assert all(kind.kept(64, True, True) > 2 * found.hidden for kind in found.kinds)
+
+
+@pytest.mark.parametrize(
+    "name, parameters, active",
+    [
+        ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
+        ("mixtral-8x7b", 46_702_792_704, 12_879_925_248),
+        ("gpt-oss-20b", 20_914_757_184, None),
+        ("deepseek-v3", 671_026_404_352, None),  # without the layer that predicts further tokens
+        ("gemma-2-2b", 2_614_341_888, 2_614_341_888),
+        ("gemma-2-9b", 9_241_705_984, 9_241_705_984),
+        ("gemma-3-1b", 999_885_952, 999_885_952),
+        ("phi-4", 14_659_507_200, 14_659_507_200),
+    ],
+)
+def test_published_counts(name, parameters, active):
+    """Of the built-in shapes that need a skeleton, here without a process of its own."""
+    from transformers import CONFIG_MAPPING
+
+    config = model_shapes.built_in_config(name)
+    made = models.skeleton(CONFIG_MAPPING[config.pop("model_type")](**config), settings())
+    found = model_shapes.ModelSpec.from_description(describer.describe(made), name)
+    assert found.parameters == parameters and active in (None, found.active)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3"])
@@ -146,6 +169,32 @@ def test_dense_layers_before_mixtures():
     largest, mean, _ = found.activations(64, 2)
     assert mean < largest
     assert TrainingJob(found).shapes.layer == max(dense.size, mixture.size)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_neox", "phi"])
+def test_what_a_layer_keeps(family):
+    """What autograd saves in a real forward pass, in fp32 without Liger's kernels."""
+    import torch
+
+    made = make_model(family).train()
+    found = model_shapes.ModelSpec.from_description(describer.describe(made), family)
+    weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
+    saved: dict[int, int] = {}
+    inside = []
+    for layer in models.decoder_layers(made):
+        layer.register_forward_pre_hook(lambda *_: inside.append(1))
+        layer.register_forward_hook(lambda *_: inside.clear())
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if inside and storage.data_ptr() not in weights and tensor.is_floating_point():
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made(input_ids=torch.arange(256).view(2, 128), use_cache=False)
+    _, mean, _ = found.activations(256, 4, liger=False, full=True, length=128)
+    assert mean * found.layers == pytest.approx(sum(saved.values()), rel=0.1)
 
 
 def test_layers_that_look_back_less():

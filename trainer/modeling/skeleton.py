@@ -27,6 +27,9 @@ LOGIT_CHANGES = (
     "logits_soft_cap",
     "output_multiplier_scale",
 )
+# What an activation keeps beside its input: GELU as a polynomial in tanh, operation by operation,
+# three tensors more; ReLU its output alone.
+BESIDE = {"NewGELUActivation": 3, "FastGELUActivation": 3, "ReLU": -1}
 # Classes that mix tokens; of those, classes whose attention is no softmax over all tokens.
 MIXERS = re.compile(r"Attention|Attn|Mixer|Mamba|DeltaNet|ShortConv|SSM|Recurrent|TimeMix|KDA")
 NOT_SOFTMAX = re.compile(r"Linear|Lightning|Mixer|Mamba|DeltaNet|Conv|SSM|Recurrent|TimeMix|KDA")
@@ -131,6 +134,7 @@ def _layer(layer: nn.Module, model: PreTrainedModel, index: int, seen: set[int])
         "tensors": _tensors(layer, seen),
         "maps": found,
         "norms": sum(_norms(modules, found)),
+        "beside": sum({BESIDE.get(type(module).__name__, 0) for module in modules.values()}),
         "modules": len([name for name in modules if not name.endswith("base_layer")]),
         "query": query,
         "window": _window(modules[softmax[0]], config, index) if softmax else None,

@@ -66,7 +66,8 @@ class Layer:
     count: of such layers. hidden: width of the residual stream. tensors: elements of each
     parameter. norms: elements of a token that go into norms. modules: of the layer, itself too.
     query: width of softmax attention, 0 without. window: tokens that it looks back, None for all.
-    scores: heads whose scores are kept, as no fused kernel computes them.
+    scores: heads whose scores are kept, as no fused kernel computes them. beside: tensors of the
+    MLP's width that its activation keeps beside its input; -1: it keeps its output alone.
     """
 
     hidden: int
@@ -77,6 +78,7 @@ class Layer:
     query: int = 0
     window: int | None = None
     scores: int = 0
+    beside: int = 0
     count: int = 1
 
     @cached_property
@@ -139,7 +141,7 @@ class Layer:
                 elements += group.gated
         if not liger and full:
             elements += self.norms
-        return elements + SCORES * self.scores * length
+        return elements + SCORES * self.scores * length + self.beside * self.intermediate
 
     def matching(self, targets: str) -> list[LinearMap]:
         """Return the maps that one word of --lora_target_modules means."""
