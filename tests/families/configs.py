@@ -17,6 +17,7 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
+    "moe_intermediate_size": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 2,
@@ -28,11 +29,7 @@ WINDOW = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-MOE = {
-    "intermediate_size": 256,
-    "moe_intermediate_size": 256,
-    "num_experts_per_tok": 2,
-}
+MOE = {"intermediate_size": 256, "num_experts_per_tok": 2}
 MLA = {
     "q_lora_rank": 64,
     "kv_lora_rank": 32,
