@@ -23,6 +23,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 2,
     # Dropout would need the same random numbers on both sides of a comparison.
     "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
     "router_jitter_noise": 0.0,
 }
 WINDOW = {
@@ -93,7 +94,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.5},
     "cohere2": {**WINDOW, "logit_scale": 0.5},
     "stablelm": {"num_key_value_heads": 4},
-    "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "starcoder2": {"embedding_dropout": 0.0},
     "glm4": {"head_dim": 64},
     "exaone4": WINDOW,
     "seed_oss": {"head_dim": 64},

@@ -215,12 +215,12 @@ class Family:
         trained: the model of the plain loop. Raise Failed where the files are not those that
         transformers writes, or where a tensor is missing or left over.
         """
-        found, needed = layout(folder), layout(self.directory)
-        if missing := needed.keys() - found.keys():
+        files, own = layout(folder), layout(self.directory)
+        if missing := own.keys() - files.keys():
             raise Failed(f"export lacks {_names(missing)}")
-        if more := found.keys() - needed.keys():
+        if more := files.keys() - own.keys():
             raise Failed(f"export has more: {_names(more)}")
-        if other := {name for name in needed if found[name] != needed[name]}:
+        if other := {name for name in own if files[name] != own[name]}:
             raise Failed(f"export has another type or shape: {_names(other)}")
         from transformers import AutoModelForCausalLM
 
@@ -231,8 +231,9 @@ class Family:
         if wrong := {key: value for key, value in info.items() if value}:
             raise Failed(f"export reloaded with {wrong}"[:160])
         some = [self.rows[index] for index in range(4)]
-        pairs = zip(reference.logits(model, some), reference.logits(trained, some))
-        return within(max(float((a - b).abs().max()) for a, b in pairs), "reloaded logits")
+        found, needed = (torch.cat(reference.logits(m, some)) for m in (model, trained))
+        distance = float((found - needed).abs().max() / needed.abs().max())
+        return within(distance, "reloaded logits")
 
     def merged(self, lora: Trained) -> float:
         """Merge an adapter with launch/export.py's command, and load the result."""
