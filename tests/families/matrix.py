@@ -13,7 +13,7 @@ COLUMNS = ("plan", "full", "lora", "experts", "nvme", "packing", "export", "lige
 # The columns that one run may measure, by the column that names the run.
 RUNS = {"run": COLUMNS[:-1], "GPU run": COLUMNS[-1:]}
 NOT_MEASURED, NO_EXPERTS, NO_RUN = "not measured", "no experts", "-"
-FAILED = "FAILED"  # a cell begins with it
+EXACT, REFUSED, FAILED = "exact", "refused", "FAILED"  # a measured cell begins with one
 STEPS = 8  # optimizer steps of a run
 # fp32 sums in another order. With weights as wide as these, a wrong mask or loss is off by 0.01.
 TOLERANCE = 1e-4
@@ -81,6 +81,16 @@ def failed(rows: dict[str, dict[str, str]]) -> list[str]:
         for family, cells in rows.items()
         for column, text in cells.items()
         if text.startswith(FAILED)
+    ]
+
+
+def refused_now(before: dict[str, dict[str, str]], rows: dict[str, dict[str, str]]) -> list[str]:
+    """Return "family column" of each cell that was exact before and is refused in `rows`."""
+    return [
+        f"{family} {column}"
+        for family, cells in rows.items()
+        for column, text in cells.items()
+        if text.startswith(REFUSED) and before.get(family, {}).get(column, "").startswith(EXACT)
     ]
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from tiny import swap_flags
 
 from tests.families import reference
 from tests.families.configs import FAMILIES, make_model
-from tests.families.matrix import FAILED, NO_EXPERTS, NOT_MEASURED, STEPS, TOLERANCE
+from tests.families.matrix import EXACT, FAILED, NO_EXPERTS, NOT_MEASURED, REFUSED, STEPS, TOLERANCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MAX_LENGTH, BATCH = 128, 4
 PACKED_ROWS = 2
 TIMEOUT = 900  # seconds of a run
+WIDTH = 160  # characters of a cell
 FLAGS = (
     f"--validation_split 0 --precision fp32 --max_length {MAX_LENGTH} --max_steps "
     f"{STEPS} --learning_rate {reference.LEARNING_RATE} --adam_epsilon "
@@ -164,7 +166,7 @@ class Family:
         reason = reason.replace(str(self.directory), "the model").replace(str(self.folder), "")
         if "Traceback" in output:
             last = [line for line in output.splitlines() if re.match(r"\w[\w.]*(Error|Exit)", line)]
-            raise Failed(f"exit {code}, traceback: {last[-1] if last else reason}"[:160])
+            raise Failed(f"exit {code}, traceback: {last[-1] if last else reason}")
         raise (Refused if code == 2 else Failed)(reason if code == 2 else f"exit {code}: {reason}")
 
     def loop(self, model: Any, packed: bool = False) -> tuple[Any, list[float], list[float]]:
@@ -229,7 +231,7 @@ class Family:
         )
         model, info = loaded
         if wrong := {key: value for key, value in info.items() if value}:
-            raise Failed(f"export reloaded with {wrong}"[:160])
+            raise Failed(f"export reloaded with {wrong}")
         some = [self.rows[index] for index in range(4)]
         found, needed = (torch.cat(reference.logits(m, some)) for m in (model, trained))
         distance = float((found - needed).abs().max() / needed.abs().max())
@@ -324,8 +326,16 @@ def text_of(family: Family, column: str) -> str:
     try:
         distance = getattr(family, f"column_{column}")()
     except Refused as error:
-        return f"refused: {error}"
+        return f"{REFUSED}: {short(error)}"
+    except Failed as error:
+        return f"{FAILED}: {short(error)}"
     except Exception as error:
-        known = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
-        return f"{FAILED}: {known.replace(str(family.folder), '')[:200]}"
-    return "exact" if column == "plan" else f"exact ({distance:.0e})"
+        traceback.print_exc()
+        return f"{FAILED}: {type(error).__name__}: {short(error)}".replace(str(family.folder), "")
+    return EXACT if column == "plan" else f"{EXACT} ({distance:.0e})"
+
+
+def short(error: Exception) -> str:
+    """Return an error's text, cut to what a cell of a table holds."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= WIDTH else f"{text[:WIDTH].rsplit(' ', 1)[0]} …"

@@ -4,7 +4,8 @@ python tests/families/run.py [--only llama,gemma2] [--columns full,lora] [--jobs
 (make test-families)
 
 A row is printed, and goes into the page, as soon as it is known. Rows of other families stay, and
-so do cells that were not measured. The exit code is 1 where a cell is neither exact nor refused.
+so do cells that were not measured. The exit code is 1 where a cell is neither exact nor refused,
+or is refused and was exact.
 --results keeps what was measured as JSON, and --merge takes such a file in: measured on a machine
 with a GPU, it fills the column of Liger's kernels.
 """
@@ -12,7 +13,7 @@ with a GPU, it fills the column of Liger's kernels.
 import argparse
 import json
 import os
-import shlex
+import platform
 import shutil
 import sys
 import tempfile
@@ -77,15 +78,17 @@ def chosen(text: str | None, known: Any, what: str) -> list[str]:
     return names
 
 
-def described(argv: list[str]) -> str:
-    """Return the date, the versions and the command of this run."""
-    import platform
-
+def described(args: argparse.Namespace) -> str:
+    """Return the date, the machine, the versions and the command of this run."""
     packages = versions()
     names = ("torch", "transformers", "deepspeed", "peft", "liger-kernel")
     known = ", ".join(f"{name} {packages[name]}" for name in names if packages.get(name))
-    command = shlex.join(["python", "tests/families/run.py", *argv])
-    return f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {known}: `{command}`"
+    # Without the flags that name files.
+    flags = [f"--{flag} {getattr(args, flag)}" for flag in ("only", "columns")]
+    flags = [flag for flag in flags if not flag.endswith(" None")]
+    command = f'make test-families ARGS="{" ".join(flags)}"' if flags else "make test-families"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return f"{time.strftime('%Y-%m-%d')}, {machine}, {known}: `{command}`"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -108,7 +111,7 @@ def main(argv: list[str], measure: Measure = measure_one) -> int:
     args = parse(argv)
     families = chosen(args.only, FAMILIES, "family")
     columns = chosen(args.columns, matrix.COLUMNS, "column")
-    run, rows, began = described(argv), {}, time.monotonic()
+    run, rows, began = described(args), {}, time.monotonic()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="families-"))
     # The runs share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
@@ -124,7 +127,7 @@ def main(argv: list[str], measure: Measure = measure_one) -> int:
         print(f"{family} ({seconds:.0f} s): {shown}", flush=True)
         # After each row: what is known stays, however this ends.
         minutes = (time.monotonic() - began) / 60
-        measured = f"{run}, {len(rows)} families in {minutes:.0f} min"
+        measured = f"{run}, {minutes:.0f} min"
         matrix.write(before.with_rows(rows, measured), args.output)
         if args.results:
             write_atomically(args.results, json.dumps({"run": measured, "rows": rows}, indent=1))
@@ -134,7 +137,10 @@ def main(argv: list[str], measure: Measure = measure_one) -> int:
         print(f"failed: {', '.join(failed)}; logs: {folder}")
     elif not args.folder:
         shutil.rmtree(folder, ignore_errors=True)
-    return FAILED if failed else DONE
+    worse = matrix.refused_now(before.rows, rows)
+    if worse:
+        print(f"exact before, refused now: {', '.join(worse)}")
+    return FAILED if failed or worse else DONE
 
 
 if __name__ == "__main__":

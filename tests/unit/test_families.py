@@ -85,7 +85,20 @@ def test_a_fault_is_written_and_ends_with_1(tmp_path, capsys):
     assert found.rows["falcon_h1"]["full"].startswith("FAILED")
     assert found.rows["llama"]["full"] == "exact (1e-07)"
     assert "falcon_h1 full" in capsys.readouterr().out
-    assert "--only llama,falcon_h1 --columns full`, 2 families" in found.runs[0]
+    assert 'make test-families ARGS="--only llama,falcon_h1 --columns full"`' in found.runs[0]
+    assert str(tmp_path) not in found.runs[0]
+
+
+def test_a_cell_that_is_refused_and_was_exact_ends_with_1_once(tmp_path, capsys):
+    def refuses(family, columns, folder):
+        return dict.fromkeys(columns, "refused: not any more")
+
+    flags = ["--output", str(tmp_path / "models.md"), "--only", "gpt2", "--columns", "full"]
+    assert run.main(flags, measure=refuses) == DONE  # it never was exact
+    assert run.main(flags, measure=measured) == DONE
+    assert run.main(flags, measure=refuses) == FAILED
+    assert "exact before, refused now: gpt2 full" in capsys.readouterr().out
+    assert run.main(flags, measure=refuses) == DONE  # the page says so now
 
 
 def test_results_are_merged(tmp_path):
