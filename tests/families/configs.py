@@ -101,6 +101,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": {},
     # Mixtures of experts.
     "mixtral": {**MOE, "num_local_experts": 4},
+    "qwen2_moe": {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 256},
     "qwen3_moe": {**MOE, "num_experts": 4, "head_dim": 64, "norm_topk_prob": True},
     "qwen3_next": {
         **MOE,
