@@ -17,6 +17,7 @@ import torch
 from conftest import Run, make_tokenizer, samples
 from conftest import train as launch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import swap_flags
 
 from tests.families import reference
@@ -27,15 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MAX_LENGTH, BATCH = 128, 4
 PACKED_ROWS = 2
 TIMEOUT = 900  # seconds of a run
+WEIGHT = "weight/"  # begins the name of a weight in a checkpoint's shard
 WIDTH = 160  # characters of a cell
 FLAGS = (
     f"--validation_split 0 --precision fp32 --max_length {MAX_LENGTH} --max_steps "
     f"{STEPS} --learning_rate {reference.LEARNING_RATE} --adam_epsilon "
     f"{reference.EPSILON} --max_grad_norm {reference.CLIP} --lr_scheduler_type cosine "
-    "--save_strategy no --report_to none"
+    f"--warmup_steps {reference.WARMUP} --report_to none"
 ).split()
 PLANNED_FOR = "--gpus 1 --gpu_memory 80GB --ram 1TB --json".split()
-LORA = ["--method", "lora", "--lora_r", "8"]
+LORA = "--method lora --lora_r 8 --save_steps 1 --save_total_limit 20".split()
+FULL = ["--save_strategy", "no"]
 EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
 
 
@@ -90,6 +93,15 @@ def layout(folder: Path) -> dict[str, tuple[str, list[int]]]:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
                 found[name] = part.get_dtype(), part.get_shape()
+    return found
+
+
+def trained_values(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of one rank's checkpoint by parameter, each flat."""
+    found = {}
+    for path in checkpoint.glob("rank-*.safetensors"):
+        tensors = load_file(path)
+        found |= {key.removeprefix(WEIGHT): t for key, t in tensors.items() if WEIGHT in key}
     return found
 
 
@@ -178,7 +190,7 @@ class Family:
     def full(self, name: str, *flags: Any) -> Trained:
         """Compare a run of all parameters with the plain loop."""
         packed = "--packing" in flags
-        run = self.launch(name, *flags)
+        run = self.launch(name, *FULL, *flags)
         model, losses, norms = self.once(
             f"loop, packed {packed}", lambda: self.loop(reference.plain(self.directory), packed)
         )
@@ -193,7 +205,12 @@ class Family:
 
         run = self.launch(name, *LORA, *flags)
         export = run.directory / "export"
-        model, losses, norms = self.loop(reference.adapted(self.directory, export))
+        first = trained_values(run.directory / f"checkpoint-{reference.WARMUP}")
+        try:
+            start = reference.adapted(self.directory, export, first)
+        except KeyError as error:
+            raise Failed(f"the run does not train {error}, which PEFT trains") from None
+        model, losses, norms = self.loop(start)
         distance = self.losses_apart(run, losses, norms)
         exported = PeftModel.from_pretrained(reference.plain(self.directory), str(export))
         found, needed = map(get_peft_model_state_dict, (exported, model))
@@ -300,7 +317,7 @@ class Family:
             runs = [
                 self.launch(
                     f"liger-{method}-{on}",
-                    *(LORA if method == "lora" else ()),
+                    *(LORA if method == "lora" else FULL),
                     *("--use_liger_kernel", on, "--export", "false"),
                     env={"DS_ACCELERATOR": "cuda"},
                 )

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, get_scheduler, set_seed
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from data.dataset import IGNORED, BatchSampler, Samples
 from tests.families.matrix import STEPS
 
 SEED = 42  # of the trainer's flags
 LEARNING_RATE, EPSILON, CLIP = 5e-4, 1e-6, 1.0
+WARMUP = 1  # steps: the first one has a rate of 0, so what is saved after it are the first values
 
 
 def batches(rows: Samples, batch_size: int, pack_length: int | None) -> Iterator[list[Any]]:
@@ -47,18 +48,22 @@ def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def adapted(folder: Path, adapter: Path) -> Any:
-    """Return the model of a directory with new adapters as PEFT makes them.
+def adapted(folder: Path, adapter: Path, initial: dict[str, torch.Tensor]) -> Any:
+    """Return the model of a directory with adapters as PEFT makes them.
 
-    adapter: a directory with the adapter_config.json that says where they are. Their first values
-    are those of the trainer's seed.
+    adapter: a directory with the adapter_config.json that says where they are. initial: the first
+    values of each trained parameter. Raise KeyError where one is not there.
     """
     from peft import PeftConfig, get_peft_model
 
-    set_seed(SEED)
     config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = False
-    return get_peft_model(plain(folder), config)
+    model: Any = get_peft_model(plain(folder), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(initial[name].view_as(parameter))
+    return model
 
 
 def train(model: Any, steps: Iterator[list[Any]], pad: int) -> tuple[list[float], list[float]]:
@@ -66,7 +71,7 @@ def train(model: Any, steps: Iterator[list[Any]], pad: int) -> tuple[list[float]
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, 0, STEPS)
+    schedule = get_scheduler("cosine", optimizer, WARMUP, STEPS)
     losses, norms = [], []
     for _, samples in zip(range(STEPS), steps):
         batch = padded(samples, pad)
