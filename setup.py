@@ -18,6 +18,7 @@ REQUIRES = [
     "s3fs>=2025.1",  # s3://
     "gcsfs>=2025.1",  # gs://
     "hjson>=3.1",
+    "jinja2>=3.1.6",  # what a chat template reads
     "pyyaml>=6.0",
     "wandb>=0.20",
     "tqdm>=4.66",

@@ -5,8 +5,11 @@ from typing import Any
 
 from data import storage
 from data.errors import RunError
-from data.formats import Row
+from data.formats import REASONING, Message, Row
 from data.template import Rendered, Spans, Template
+
+# Keys of a message that need not be in the template.
+_OURS = {"role", "content", "tool_calls", "weight"}
 
 # Token ids of a row, and the ranges of them that are learned.
 Encoded = tuple[list[int], Spans]
@@ -15,7 +18,13 @@ Encoded = tuple[list[int], Spans]
 class Encoder:
     """A tokenizer and its template. Adds no special token that the template does not write."""
 
-    def __init__(self, tokenizer: Any, last_turn_only: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        last_turn_only: bool = False,
+        variables: dict[str, Any] | None = None,
+    ) -> None:
+        """variables: those of the chat template that --chat_template_kwargs sets."""
         from tokenizers import Tokenizer
 
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -30,13 +39,13 @@ class Encoder:
         self.backend = Tokenizer.from_str(serialized)
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.template = Template(tokenizer, last_turn_only)
         # Not only the tokens with a name (eos, pad, …): models have end-of-turn tokens without one.
         self.special = {
             i: token.content
             for i, token in self.backend.get_added_tokens_decoder().items()
             if token.special
         } | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+        self.template = Template(tokenizer, last_turn_only, self.special.values(), variables)
         named = (tokenizer.eos_token, tokenizer.bos_token)
         self.controls = tuple(
             token
@@ -66,20 +75,37 @@ class Encoder:
 
     def control_in(self, row: Row) -> str | None:
         """Return a control token in the row's own text, which is read as the real one, or None."""
-        text = "\0".join(message["content"] for message in row.messages)
+        texts = (m[key] for m in row.messages for key in ("content", *REASONING) if key in m)
+        text = "\0".join(filter(lambda value: isinstance(value, str), texts))
         return next((token for token in self.controls if token in text), None)
 
     def render(self, row: Row) -> Rendered:
-        """Return the text of a row: the part before the tokenizer. Raise RowError."""
+        """Return the text of a row: the part before the tokenizer. Raise RowError.
+
+        The keys of turns that the template does not read are added to row.unread.
+        """
         contents = [message["content"] for message in row.messages]
         if row.messages[0]["role"] in ("prompt", "completion"):
             text = "".join(contents)
             return Rendered(text, [(len(text) - len(contents[-1]), len(text))], raw=True)
-        if not self.writes_calls:  # such a template leaves an empty answer of a call
-            for message in row.messages:
-                if "tool_calls" in message and not message["content"].strip():
-                    message["weight"] = 0
+        if row.tools and "tools" not in self.template.reads.variables:
+            row.unread.append("tools")
+        for message in row.messages:
+            if len(message) > 2:
+                self._hand_over(message, row.unread)
         return self.template.render(row)
+
+    def _hand_over(self, message: Message, unread: list[str]) -> None:
+        """Give a message the names that the template reads, and find those that it does not."""
+        reads = self.template.reads
+        for key in message.keys() - _OURS:
+            reasoning = key in REASONING and message["role"] == "assistant"
+            names = [name for name in REASONING if reads.key(name)] if reasoning else []
+            message |= dict.fromkeys(names, message[key])
+            if not names and not reads.key(key) and message[key] not in ("", [], {}):
+                unread.append(f"{key} of {message['role']} turns")
+        if "tool_calls" in message and not self.writes_calls and not message["content"].strip():
+            message["weight"] = 0  # such a template leaves an empty answer of a call
 
     def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and the assistant's token ranges of rendered rows.

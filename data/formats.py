@@ -5,7 +5,8 @@ OpenAI's shape (tool_calls and tool_call_id as there). Raw text, which gets no c
 the roles "prompt" (never trained) and "completion".
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from data import records
@@ -40,6 +41,15 @@ ROLES = {
     "function_response": "tool",
     "function_call": "function_call",
 }
+# The columns that each format reads.
+_CONVERSATION = {"system", "tools", "functions"}
+_READ = {
+    "messages": {"messages", *_CONVERSATION},
+    "sharegpt": {"conversations", *_CONVERSATION},
+    "alpaca": {"instruction", "input", "output", "history", *_CONVERSATION},
+    "prompt-completion": {"prompt", "completion", "tools", "functions"},
+    "text": {"text"},
+}
 # Role names that a registry entry may give as tags.
 _TAGS = {
     "user_tag": "user",
@@ -48,7 +58,14 @@ _TAGS = {
     "observation_tag": "tool",
     "function_tag": "function_call",
 }
-_KEPT = ("tool_call_id", "name", "reasoning_content")
+_MEDIA = re.compile(
+    r"(image|img|picture|video|audio)s?(_?(url|uri|path|file|name|bytes|data|base64)s?)?",
+    re.IGNORECASE,
+)
+_PLACEHOLDER = re.compile(r"<\|?(image|video|audio)(_?\w+)?\|?>")
+_TEXT_PARTS = ("text", "input_text", "output_text", None)
+_LOSS = ("weight", "loss", "train")  # keys of a turn that keep it out of the loss, each 0 or 1
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a turn with the same meaning
 # What may come before each role. "call" is an assistant turn with tool calls.
 _AFTER = {
     "system": ("the beginning",),
@@ -63,10 +80,15 @@ Tags = dict[str, str]  # what dataset_info.json calls the keys and roles of a tu
 
 @dataclass
 class Row:
-    """One conversation, and the tools that it may call."""
+    """One conversation, and the tools that it may call.
+
+    A message has the keys that its turn has; `weight` only where it is 0. unread: keys of the row
+    that nothing reads.
+    """
 
     messages: list[Message]
     tools: list[dict] | None = None
+    unread: list[str] = field(default_factory=list)
 
 
 def detect(record: Any) -> str:
@@ -88,8 +110,27 @@ def detect(record: Any) -> str:
     )
 
 
+def unread_keys(record: dict, read: set[str]) -> list[str]:
+    """Return the keys with a value that are not among those read.
+
+    Raise RowError where one of them holds pictures or sound.
+    """
+    unread = [key for key in record if key not in read and record[key] not in (None, "", [], {})]
+    for key in unread:
+        if _MEDIA.fullmatch(key) or (
+            re.match("image|img|picture|video|audio|media", key, re.IGNORECASE)
+            and _PLACEHOLDER.search(str([record[name] for name in record if name in read]))
+        ):
+            raise RowError(
+                f"it has {key[:40]}; needed: text alone, as this trainer does not read images, "
+                "video or sound"
+            )
+    return unread
+
+
 def convert(record: Any, format: str, tags: Tags) -> Row:
     """Return the Row of a record of that format. Raise RowError that says what is wrong with it."""
+    unread = unread_keys(record, _READ[format])
     tools = record.get("tools")
     if tools is None and record.get("functions"):  # OpenAI's older form
         functions = _list(record["functions"], "functions")
@@ -103,7 +144,7 @@ def convert(record: Any, format: str, tags: Tags) -> Row:
     else:
         turns = _list(record[KEY[format]], KEY[format])
         messages = _conversation(turns, _system(record), tags)
-    return Row(messages, _tools(tools))
+    return Row(messages, _tools(tools), unread)
 
 
 # -- values ----------------------------------------------------------------------------------------
@@ -121,8 +162,12 @@ def _text(value: Any, name: str, empty: bool = False) -> str:
     if value is None and empty:
         return ""
     if isinstance(value, list):  # OpenAI's content parts
-        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
-            raise RowError(f"{name} holds more than text; needed: text alone")
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else _type(part)
+            if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+                raise RowError(
+                    f"{name} holds more than text ({str(kind)[:40]}); needed: text alone"
+                )
         value = "\n".join(part["text"] for part in value)
     if value is None:
         raise RowError(f"{name} is null; needed: text")
@@ -219,7 +264,7 @@ def _conversation(turns: list, system: list[Message], tags: Tags) -> list[Messag
         )
     if all("weight" in answer for answer in answers):
         raise RowError(
-            "every assistant turn has weight 0: there is nothing to learn from; "
+            "every assistant turn has weight 0 or loss false: there is nothing to learn from; "
             "needed: one with weight 1"
         )
     last = messages[-1]["role"]
@@ -253,12 +298,53 @@ def _turn(turn: Any, place: str, roles: dict[str, str], tags: Tags) -> Message:
     content_key = tags.get("content_tag") or content_key
     place = f"{place} ({name}): {content_key}"
     role, content = roles[name], turn.get(content_key)
+    kept = {
+        key: value
+        for key, value in turn.items()
+        if value is not None and key not in (role_key, content_key, *_LOSS)
+    }
+    unread_keys(kept, set())  # refuses images
+    trained = _is_trained(turn, place)
+    if role in ("user", "system", "tool"):
+        if kept.pop("tool_calls", None):
+            raise RowError(f"{place}: tool calls of a {role} turn; needed: an assistant turn")
+        # Nobody trains it, and the user is told so.
+        kept |= {key: True for key in ("loss", "train") if turn.get(key)}
+        return kept | _message(role, content, place, empty=role != "user")
+    for key in (*REASONING, "function_call"):
+        kept.pop(key, None)
+    if not trained:
+        kept["weight"] = 0
+    kept |= _reasoning(turn, place)
     if role == "function_call":  # ShareGPT: the call as JSON in the text
-        return {"role": "assistant", "content": "", "tool_calls": _calls(content, place)}
-    kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
-    if role == "assistant":
-        return kept | _answer(turn, content, place)
-    return kept | _message(role, content, place, empty=role != "user")
+        call = {"role": "assistant", "content": "", "tool_calls": _calls(content, place)}
+        return kept | call
+    return kept | _answer(turn, content, place)
+
+
+def _is_trained(turn: dict, place: str) -> bool:
+    """Return whether a turn is in the loss: OpenAI's weight, or loss or train of other tools."""
+    said = {}
+    for key in _LOSS:
+        value = turn.get(key)
+        if value is not None and (not isinstance(value, (bool, int, float)) or value not in (0, 1)):
+            raise RowError(
+                f"{place}: {key} {str(value)[:40]!r}; needed: "
+                + ("0 or 1" if key == "weight" else "true or false")
+            )
+        if value is not None:
+            said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise RowError(f"{place}: {' and '.join(said)} contradict each other; needed: one of them")
+    return all(said.values())
+
+
+def _reasoning(turn: dict, place: str) -> Message:
+    """Return the reasoning of an answer, under the first of the names that the turn has."""
+    given = {key: turn[key] for key in REASONING if str(turn.get(key) or "").strip()}
+    if len({str(value) for value in given.values()}) > 1:
+        raise RowError(f"{place}: {' and '.join(given)} differ; needed: one of them")
+    return {key: _text(value, f"{place}: {key}") for key, value in [*given.items()][:1]}
 
 
 def _answer(turn: dict, content: Any, place: str) -> Message:
@@ -268,11 +354,6 @@ def _answer(turn: dict, content: Any, place: str) -> Message:
     message = _message("assistant", content, place, empty=bool(calls))
     if calls:
         message["tool_calls"] = _calls(calls, place)
-    weight = turn.get("weight")
-    if weight not in (None, 0, 1):
-        raise RowError(f"{place}: weight {weight!r}; needed: 0 or 1")
-    if weight == 0:  # OpenAI: it keeps an answer out of the loss
-        message["weight"] = 0
     return message
 
 

@@ -18,7 +18,7 @@ from data.bad_rows import BadRow, RowCount
 from data.errors import RowError, RunError, did_you_mean
 from data.registry import Layout, Registry
 
-VERSION = 4  # of the code that makes rows: a change makes cached results invalid
+VERSION = 5  # of the code that makes rows: a change makes cached results invalid
 # Passes rows on and shows how many came.
 Progress = Callable[[Iterable], Iterable]
 _OURS = (registry.NAME, "rejected.jsonl")  # files that stand beside data and are none
@@ -142,7 +142,9 @@ def _row(source: Source, record: Any) -> formats.Row:
     The registry's entry decides the format of a file, or else its first good row.
     """
     layout, columns = source.layout, source.layout.columns
+    unread = []
     if columns and isinstance(record, dict):
+        unread = formats.unread_keys(record, set(columns.values()))
         record = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     if layout.format is None:
         format = formats.detect(record)
@@ -158,7 +160,9 @@ def _row(source: Source, record: Any) -> formats.Row:
                 f"no {columns.get(key, key)}, which the registry's entry names; "
                 "needed: every row with it"
             )
-    return formats.convert(record, str(source.format), layout.tags)
+    row = formats.convert(record, str(source.format), layout.tags)
+    row.unread += unread
+    return row
 
 
 def check(source: Source, progress: Progress = iter) -> RowCount:

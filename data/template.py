@@ -1,12 +1,18 @@
 """Chat templates: the text of a conversation, and which characters of it the assistant wrote."""
 
+import dataclasses
 import os
 import re
+from collections.abc import Iterable
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import RowError, RunError, one_line
-from data.formats import Row
+import jinja2
+
+from data.errors import RowError, RunError, did_you_mean, one_line
+from data.formats import REASONING, Row
+from data.template_reads import Reads, reads
 
 TEMPLATES = Path(__file__).parent / "templates"
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -27,6 +33,10 @@ _FILLERS = (
     "<unk>",
 )
 _FIX = "fix: --template NAME"
+# Variables of a template that are not the user's to set.
+_ROW_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+# Two texts without a common first or last character: what they change is what the answer writes.
+_PROBES = ("Xylem quartz", "Abacus jumble")
 
 Spans = list[tuple[int, int]]  # [(begin, end), …]
 
@@ -34,12 +44,13 @@ Spans = list[tuple[int, int]]  # [(begin, end), …]
 class Rendered(NamedTuple):
     """The text of a row and the character ranges that are learned: the assistant spans.
 
-    raw: the row is raw text, without a template.
+    raw: the row is raw text, without a template. notes: what the template leaves out of it.
     """
 
     text: str
     spans: Spans
     raw: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def prepare_tokenizer(tokenizer: Any, template: str | None = None) -> list[str]:
@@ -99,15 +110,38 @@ class Template:
     """The tokenizer's chat template.
 
     A template with `{% generation %}` marks says itself what the assistant writes. Without them an
-    answer is the text between the prompt that asks for it and the rest of the conversation; a row
-    whose template writes earlier turns differently is then rejected.
+    answer is the text between the prompt that asks for it and the rest of the conversation. Where
+    a template writes earlier turns differently (without their reasoning, say), the conversation is
+    rendered with other words in the answer's place: what changes is the answer.
     """
 
-    def __init__(self, tokenizer: Any, last_turn_only: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        last_turn_only: bool,
+        special: Iterable[str] = (),
+        variables: dict[str, Any] | None = None,
+    ) -> None:
+        """special: the control tokens. variables: what --chat_template_kwargs sets.
+
+        Raise RunError where the template is none, or does not read one of the variables.
+        """
         self.text = tokenizer.chat_template
         self.marked = bool(_GENERATION.search(self.text))
         self.last_turn_only = last_turn_only
-        self.variables = tokenizer.special_tokens_map
+        self.special = tuple(special)
+        try:
+            self.reads: Reads = reads(self.text)
+        except jinja2.TemplateError as error:
+            raise RunError(
+                "the chat template is not readable as Jinja",
+                found=one_line(error),
+                needed="the model's own, or --template NAME",
+            ) from None
+        own = tokenizer.special_tokens_map
+        for name in variables or {}:
+            _check_variable(name, self.reads.variables - {*own, *_ROW_VARIABLES})
+        self.variables = (variables or {}) | own
 
     def render(self, row: Row) -> Rendered:
         """Return the text and the assistant spans of a row. Raise RowError where it has none."""
@@ -116,7 +150,7 @@ class Template:
         learned = [turn for turn in learned if row.messages[turn].get("weight") != 0]
         text, marks = self._jinja(row, None, return_assistant_tokens_mask=self.marked)
         if not self.marked:
-            spans = [self._between_prompts(row, turn, text) for turn in learned]
+            spans = [self._span(row, turn, text) for turn in learned]
         elif learned == turns:
             spans = marks[0]
         elif len(marks[0]) == len(turns):
@@ -126,13 +160,35 @@ class Template:
                 f"the chat template marks {len(marks[0])} spans in {len(turns)} answers, so it is "
                 f"not known which belong together; {_FIX}, without weights and --last_turn_only"
             )
+        notes = self._left_out(row, learned, text, spans)
         spans = [(begin, end) for begin, end in spans if begin < end]
         if not spans:
             raise RowError(
                 f"the chat template leaves no trained token in it; {_FIX}, or an answer whose "
                 "weight is not 0"
             )
-        return Rendered(text, spans)
+        if any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:])):
+            raise self._unclear(learned[-1])
+        return Rendered(text, spans, notes=tuple(notes))
+
+    def _left_out(self, row: Row, learned: list[int], text: str, spans: Spans) -> set[str]:
+        """Return notes on the reasoning that learned answers have and their spans have not."""
+        notes = set()
+        if len(spans) != len(learned):  # marks that do not belong to one answer each
+            spans = [(0, len(text))] * len(learned)
+        for turn, (begin, end) in zip(learned, spans):
+            message = row.messages[turn]
+            inside = message["content"].rpartition("</think>")[0].rpartition("<think>")[2].strip()
+            given = [message[key] for key in REASONING if self.reads.key(key) and key in message]
+            if all(text.find(part.strip(), begin, end) >= 0 for part in (inside, *given)):
+                continue
+            if turn + 1 == len(row.messages):
+                fix = "--template FILE takes one that keeps it"
+                notes.add(f"the chat template leaves the last answer's reasoning out; {fix}")
+            else:
+                fix = "a row for each answer, with --last_turn_only true, trains it"
+                notes.add(f"the chat template leaves the reasoning of earlier turns out; {fix}")
+        return notes
 
     def _jinja(self, row: Row, end: int | None, **options: Any) -> tuple[str, list[Spans]]:
         """Return the text of a row's messages before number `end`, and [the marked spans]."""
@@ -150,16 +206,132 @@ class Template:
             ) from None
         return text, marks
 
-    def _between_prompts(self, row: Row, turn: int, text: str) -> tuple[int, int]:
+    # -- the place of an answer --------------------------------------------------------------------
+    def _unclear(self, turn: int) -> RowError:
+        return RowError(
+            f"the model's chat template writes turn {turn + 1} differently when the "
+            "conversation goes on, so its answer cannot be found in the text; "
+            "fix: --last_turn_only true, or --template NAME"
+        )
+
+    def _span(self, row: Row, turn: int, text: str) -> tuple[int, int]:
         """Return the range of an answer in the row's text: from its prompt to what follows it."""
         prompt, _ = self._jinja(row, turn, add_generation_prompt=True)
-        end = text if turn + 1 == len(row.messages) else self._jinja(row, turn + 1)[0]
+        closed = text if turn + 1 == len(row.messages) else self._jinja(row, turn + 1)[0]
+        end = closed
         if not text.startswith(end):
             end = end.rstrip()  # what a template adds at the very end only
-        if not text.startswith(prompt) or not text.startswith(end):
+        known = text.startswith(prompt), text.startswith(end)
+        if all(known):
+            return len(prompt), len(end)
+        written = self._written(row, turn, text)
+        return (
+            len(prompt) if known[0] else self._begin(row, turn, prompt, text[: written[0]]),
+            len(end) if known[1] else self._end(row, turn, closed, text[written[1] :], written[1]),
+        )
+
+    def _written(self, row: Row, turn: int, text: str) -> tuple[int, int]:
+        """Return the range of the text that an answer's words make: without its header and end.
+
+        Raise RowError where the template does not write them, or they change other turns too.
+        """
+        one, other = (self._jinja(self._with(row, turn, probe), None)[0] for probe in _PROBES)
+        before = commonprefix([one, other])
+        after = commonprefix([one[::-1], other[::-1]])[::-1]
+        if one == other:
             raise RowError(
-                f"the model's chat template writes turn {turn + 1} differently when the "
-                "conversation goes on, so its answer cannot be found in the text; "
-                "fix: --last_turn_only true, or --template NAME"
+                f"the chat template leaves the answer of turn {turn + 1} out of the text; "
+                f"{_FIX}, or --last_turn_only true where it is not the last one"
             )
-        return len(prompt), len(end)
+        end = len(text) - len(after)
+        if end < len(before) or not (text.startswith(before) and text.endswith(after)):
+            raise self._unclear(turn)
+        return len(before), end
+
+    def _with(self, row: Row, turn: int, word: str) -> Row:
+        """Return the row with this word in place of every text of an answer."""
+        message = dict(row.messages[turn])
+        # Templates cut texts at tags such as </think>, so these stay.
+        for key in ("content", *REASONING):
+            if key in message:
+                message[key] = "".join(
+                    part if not part.strip() or self._is_tag(part) else word
+                    for part in re.split(r"(<[^<>\s]+>)", message[key])
+                )
+        if "tool_calls" in message:
+            # Arguments and none: what they have in common, every call's have.
+            arguments = {word: word} if word == _PROBES[0] else {}
+            message["tool_calls"] = [
+                call | {"function": call["function"] | {"arguments": arguments}}
+                for call in message["tool_calls"]
+            ]
+        return dataclasses.replace(
+            row, messages=[*row.messages[:turn], message, *row.messages[turn + 1 :]]
+        )
+
+    def _is_tag(self, part: str) -> bool:
+        return part.startswith("<") and part in self.text
+
+    def _begin(self, row: Row, turn: int, prompt: str, before: str) -> int:
+        """Return where an answer begins whose prompt is not the text's beginning.
+
+        before: the text before the answer's own words. It ends with the header that asks for an
+        answer, or with a part of that: a header may open a <think> that the text leaves out. What
+        the template writes between a whole header and the words is the model's to write.
+        """
+        closed = self._jinja(row, turn)[0]
+        header = prompt[len(commonprefix([prompt, closed])) :]
+        if not header:
+            blanks = closed[len(closed.rstrip()) :]
+            begin = len(before.rstrip())
+            return begin + len(blanks) if before.startswith(blanks, begin) else begin
+        place, opening = before.rfind(header), self._first_special(header)
+        between = before[place + len(header) :]
+        if place >= 0 and not (opening and opening in between):
+            return place + len(header)
+        for known in (before, before.rstrip()):  # an answer may begin with blanks
+            if known.endswith(tuple(header[:length] for length in range(1, len(header)))):
+                return len(known)
+        raise self._unclear(turn)
+
+    def _end(self, row: Row, turn: int, closed: str, rest: str, begin: int) -> int:
+        """Return where an answer ends that is closed in another way when it is the last one.
+
+        closed: the text of the conversation up to it; rest: what follows its words in the row's
+        text, from character `begin` on. An answer in the middle may have another end-of-turn token,
+        which stands before the next header.
+        """
+        short = dataclasses.replace(row, messages=row.messages[: turn + 1])
+        tail = closed[self._written(short, turn, closed)[1] :]
+        if rest.startswith(tail):
+            return begin + len(tail)
+        last = self._first_special(tail)
+        place = tail.find(last)
+        ours = self._special_at(rest, place)
+        following = rest[place + len(ours) :].lstrip()
+        same = rest.startswith(tail[:place])
+        if same and last and ours and self._special_at(following, 0):
+            return begin + place + len(ours)
+        raise self._unclear(turn)
+
+    def _first_special(self, text: str) -> str:
+        """Return the control token that comes first in the text, or ""."""
+        found = [token for token in self.special if token in text]
+        return min(found, key=text.index, default="")
+
+    def _special_at(self, text: str, place: int) -> str:
+        """Return the control token that stands at this place of the text, or ""."""
+        found = [token for token in self.special if text.startswith(token, place)]
+        return max(found, key=len, default="")
+
+
+def _check_variable(name: str, known: Iterable[str]) -> None:
+    """Raise RunError for a variable that the template does not read, or that is not the user's."""
+    if name not in known:
+        raise RunError(
+            f"chat_template_kwargs: the chat template does not read {str(name)[:80]}"
+            f"{did_you_mean(str(name), known)}",
+            needed=f"some of {', '.join(sorted(known))}"
+            if known
+            else "nothing: this template has no variables to set",
+        )

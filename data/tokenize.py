@@ -32,10 +32,11 @@ CHUNK = 1024  # rows that are encoded together; fewer where they have more than
 CHARACTERS = 2**22
 # Chunks that the tokenizer works on at once: where one ends, the other keeps the cores busy.
 AHEAD = 2
-VERSION = 4  # of the files below
+VERSION = 5  # of the files below
 _NO_CALLS = "the chat template leaves tool calls out, which are not trained; fix: --template chatml"
 _NO_TOKENS = "no trained token: the tokenizer makes nothing of the answer"
 _CONTROL = "which the tokenizer reads as a control token"
+_UNREAD = 20  # keys that nothing reads and that are named
 _COLUMNS = {"lengths": "i", "lines": "q", "contents": "Q", "spans": "i", "span_counts": "i"}
 
 _Chunk = list[tuple[int, Row, Rendered]]  # line, row, text
@@ -142,6 +143,8 @@ def _make(work: Path, source: Source, encoder: Encoder, progress: Progress) -> d
         [line, text if count == 1 else f"{text} ({count:,} rows)"]
         for text, (line, count) in writer.notes.items()
     ]
+    if writer.unread:
+        notes.insert(0, writer.unread_note())
     manifest = {
         "format": source.format,
         "notes": notes,
@@ -159,6 +162,7 @@ class _Writer:
         self.tokens, self.rejected, self.encoder = tokens, rejected, encoder
         self.columns = {name: array.array(code) for name, code in _COLUMNS.items()}
         self.notes: dict[str, list[int]] = {}  # text: [first line, number of rows]
+        self.unread: dict[str, list[int]] = {}  # key: [first line, number of rows]
         self.counts = RowCount()
         self.weighted = 0
 
@@ -168,6 +172,13 @@ class _Writer:
 
     def note(self, line: int, text: str) -> None:
         self.notes.setdefault(text, [line, 0])[1] += 1
+
+    def unread_note(self) -> list:
+        """Return the one note that names the keys which nothing reads, with their rows."""
+        named = [f"{key[:60]} ({count:,} row(s))" for key, (_, count) in self.unread.items()]
+        more = f" and {len(named) - _UNREAD:,} more" if len(named) > _UNREAD else ""
+        first = min(line for line, _ in self.unread.values())
+        return [first, "keys that nothing reads: " + ", ".join(named[:_UNREAD]) + more]
 
     def chunks(self, rows: Iterable) -> Iterator[_Chunk]:
         """Yield the rows that can be used, with their text, many at a time."""
@@ -197,6 +208,10 @@ class _Writer:
                 continue
             if not self.encoder.writes_calls and any("tool_calls" in m for m in row.messages):
                 self.note(line, _NO_CALLS)
+            for note in text.notes:
+                self.note(line, note)
+            for key in dict.fromkeys(row.unread):
+                self.unread.setdefault(key, [line, 0])[1] += 1
             if control := self.encoder.control_in(row):
                 self.note(line, f"the text itself holds {control}, {_CONTROL}")
             all_ids += ids

@@ -71,7 +71,7 @@ def check(argv: Sequence[str]) -> int:
     directory = settings.model_name_or_path or default_model.ensure(quiet=bool(own["json"]))
     tokenizer, given = load_tokenizer(str(directory), settings)
     data_setup.check_vocabulary(tokenizer, data_setup.vocabulary_of(directory))
-    encoder = Encoder(tokenizer, settings.last_turn_only)
+    encoder = Encoder(tokenizer, settings.last_turn_only, settings.chat_template_kwargs)
     files = [tokenized(one, encoder, data_setup.progress(one.shown)) for one in sources]
     for file in files:
         data_setup.check_weights(file, settings)

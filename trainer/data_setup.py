@@ -119,7 +119,7 @@ def build_data(
     from data.encoder import Encoder
 
     check_vocabulary(tokenizer, vocabulary)
-    encoder = Encoder(tokenizer, settings.last_turn_only)
+    encoder = Encoder(tokenizer, settings.last_turn_only, settings.chat_template_kwargs)
     files = [_token_file(one, encoder, settings, show) for one in plan.train]
     validation_files = [_token_file(one, encoder, settings, show) for one in plan.validation]
     messages = [*_describe("train", files), *_describe("validation", validation_files)]

@@ -141,7 +141,7 @@ def test_a_template_that_rewrites_earlier_turns_is_rejected(tokenizer):
         "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
-    with pytest.raises(RowError, match="turn 3 differently"):
+    with pytest.raises(RowError, match="answer of turn 3 out of the text"):
         encoded(tokenizer, LONG)
     assert trained(tokenizer, LONG, last_turn_only=True) == ["yes<|im_end|>"] and trained(
         tokenizer, CHAT

@@ -13,6 +13,7 @@ import pytest
 from data import formats, pack, records, source
 from data.bad_rows import BadRow
 from data.errors import RowError, RunError
+from data.template_reads import reads
 from trainer import ROOT
 
 DATA = ROOT / "tests" / "data"
@@ -100,6 +101,7 @@ def test_null_columns_do_not_decide_the_format(tmp_path):
     assert not rejected and contents(rows[0]) == [("user", "q"), ("assistant", "a")]
 
 
+ASK = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
 
 
@@ -285,6 +287,138 @@ def test_weights(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     with pytest.raises(RowError, match="every assistant turn has weight 0"):
         formats.convert({"messages": turns}, "messages", {})
+
+
+def talk(**keys):
+    """An answer with these keys, and one without."""
+    return {"messages": [ASK, ANSWER | keys, ASK, ANSWER]}
+
+
+@pytest.mark.parametrize(
+    "keys, trained",
+    [
+        ({"weight": 0}, False),
+        ({"weight": 0.0}, False),
+        ({"weight": 1}, True),
+        ({"loss": False}, False),
+        ({"loss": True}, True),
+        ({"loss": None, "train": None}, True),
+        ({"train": False}, False),
+        ({"train": 0, "weight": 0}, False),
+        ({"loss": "false"}, "loss 'false'; needed: true or false"),
+        ({"loss": [1, 2]}, "needed: true or false"),
+        ({"weight": 0.5}, "weight '0.5'; needed: 0 or 1"),
+        ({"weight": float("nan")}, "needed: 0 or 1"),
+        ({"weight": 1, "loss": False}, "weight and loss contradict each other"),
+    ],
+)
+def test_answers_that_are_kept_out_of_the_loss(keys, trained):
+    if isinstance(trained, str):
+        with pytest.raises(RowError, match=trained):
+            formats.convert(talk(**keys), "messages", {})
+        return
+    message = formats.convert(talk(**keys), "messages", {}).messages[1]
+    assert message == ANSWER | ({} if trained else {"weight": 0})
+
+
+def test_a_call_that_is_kept_out_of_the_loss():
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "f"}', "loss": False},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "b", "loss": True},
+    ]
+    row = formats.convert({"conversations": turns}, "sharegpt", {})
+    assert ["weight" in message for message in row.messages] == [False, True, False, False]
+
+
+def test_keys_of_turns_go_on():
+    """Names, ids and reasoning are the template's to read; which of them it reads, it says."""
+    keys = {"name": "Ada", "thinking": "hm", "reasoning_content": "hm", "persona": {"age": 3}}
+    message = formats.convert(talk(**keys, empty=None), "messages", {}).messages[1]
+    assert message == ANSWER | {"name": "Ada", "reasoning_content": "hm", "persona": {"age": 3}}
+    for keys, reason in (
+        ({"thinking": "x", "reasoning": "y"}, "thinking and reasoning differ"),
+        ({"thinking": ["x"]}, "thinking holds more than text"),
+        ({"thinking": "\0"}, "NUL"),
+    ):
+        with pytest.raises(RowError, match=reason):
+            formats.convert(talk(**keys), "messages", {})
+
+
+def test_keys_of_rows_that_nothing_reads():
+    record = talk() | {"id": 3, "split": "train", "none": None, "tags": [], "system": "s"}
+    assert formats.convert(record, "messages", {}).unread == ["id", "split"]
+    assert formats.convert({"text": "a", "system": "s"}, "text", {}).unread == ["system"]
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        talk() | {"images": ["a.png"]},
+        talk() | {"image": {"bytes": b"x", "path": None}},
+        talk() | {"videos": ["a.mp4"]},
+        talk() | {"Audio": "a.wav"},
+        talk() | {"image_path": "a.png"},
+        {"text": "<image> a dog", "image_id": 3},
+        {"instruction": "What is <image_1>?", "output": "a dog", "picture": 7},
+        {"conversations": [{"from": "human", "value": "a"}], "image": "a.png"},
+        talk(images=["a.png"]),
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, PICTURE]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+    ],
+)
+def test_images_and_sound_are_refused(record):
+    with pytest.raises(RowError, match="needed: text alone"):
+        formats.convert(record, formats.detect(record), {})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        talk() | {"images": [], "image": None, "audio": ""},
+        {"text": "an <image> tag of HTML"},
+        {"text": "a dog", "image_id": 3, "image_caption": "a dog"},
+    ],
+)
+def test_text_about_images_is_text(record):
+    formats.convert(record, formats.detect(record), {})
+
+
+@pytest.mark.parametrize(
+    "text, variables, keys",
+    [
+        (
+            "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ thinking }}"
+            "{% for m in messages %}{% if m['role'] == 'x' %}{% set y = m.get('name') %}{% endif %}"
+            "{% if 'thinking' in m %}{{ m.thinking }}{{ y }}{{ tool.title }}{% endif %}"
+            "{% endfor %}",
+            {"thinking", "messages", "tool"},
+            {"role", "name", "thinking"},
+        ),
+        (
+            "{% generation %}{{ messages[0].content }}{{ messages[-1]['persona'] }}"
+            "{% endgeneration %}{{ raise_exception('x') }}{{ date | default('today') }}",
+            {"messages", "date"},
+            {"content", "persona"},
+        ),
+        ("{% for m in messages %}{{ m.role }}{{ m | tojson }}{% endfor %}", {"messages"}, None),
+        (
+            "{{ messages | selectattr('role', 'equalto', 'x') | map(attribute='note') | list }}"
+            "{{ messages[0].role }}",
+            {"messages"},
+            {"role", "equalto", "x", "note"},
+        ),
+    ],
+)
+def test_what_a_template_reads(text, variables, keys):
+    found = reads(text)
+    assert found.variables == variables and (keys is None) == (found.keys is None)
+    assert keys is None or {key for key in found.keys if key != "get"} == keys
 
 
 # -- faults ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ KEPT = (
     "max_length",
     "too_long",
     "template",
+    "chat_template_kwargs",
     "train_on_prompt",
     "last_turn_only",
     "lora_alpha",

@@ -81,6 +81,11 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
         "auto",
         "chat template: auto (the model's own), llama3, chatml, llama2, mistral, alpaca, or a file",
     ),
+    "chat_template_kwargs": (
+        None,
+        "variables of the chat template, as JSON or a mapping: '{\"enable_thinking\": false}'",
+        "dict",
+    ),
     "train_on_prompt": (False, "take the loss over the prompt too"),
     "last_turn_only": (False, "take the loss over the last answer of a conversation only"),
     "on_bad_row": (

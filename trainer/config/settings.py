@@ -142,6 +142,12 @@ def _check(settings: Settings) -> None:
             found="--packing and --train_sampling_strategy group_by_length",
             needed="one of them",
         )
+    if isinstance(settings.chat_template_kwargs, str):
+        raise RunError(
+            "chat_template_kwargs is not a mapping",
+            found=settings.chat_template_kwargs[:200],
+            needed="a JSON object, as '{\"enable_thinking\": false}', or a mapping in the recipe",
+        )
     if settings.kept_layers != "auto" and not settings.kept_layers.isdigit():
         raise RunError(
             "kept_layers is not a number of layers",

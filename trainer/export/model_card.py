@@ -22,6 +22,7 @@ _SHOWN = (
     "max_grad_norm",
     "seed",
 )
+_TEMPLATE = ("template", "chat_template_kwargs")  # shown where they are set
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 _EVALUATIONS = """| step | validation loss | perplexity | token accuracy |
 |---|---|---|---|
@@ -46,9 +47,8 @@ def model_card(
     method = "LoRA adapter" if lora else "Full fine-tune"
     rows = "".join(_EVALUATION.format(**record) for record in evaluations)
     evaluated = f"{_EVALUATIONS}{rows}\n" if rows else ""
-    values = "\n".join(
-        f"| {name} | {settings.values[name]} |" for name in _SHOWN + (_LORA if lora else ())
-    )
+    shown = (*_SHOWN, *filter(settings.given, _TEMPLATE), *(_LORA if lora else ()))
+    values = "\n".join(f"| {name} | {settings.values[name]} |" for name in shown)
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
