@@ -13,6 +13,7 @@ REQUIRES = [
     "huggingface-hub>=1.0",
     "numpy>=1.26",
     "pyarrow>=17",  # Parquet and Arrow rows
+    "datasets>=4",  # rows of the hub, and the splits that a README.md gives
     "fsspec>=2025.1",  # rows at an address
     "aiohttp>=3.10",  # https://, through fsspec
     "s3fs>=2025.1",  # s3://

@@ -1,11 +1,13 @@
 """Files -> raw records with their line numbers. Imports no torch.
 
-.jsonl and .parquet are read block by block: a file never has to fit into memory.
+All but a JSON list are read block by block: a file never has to fit into memory.
 """
 
 import codecs
+import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -18,11 +20,11 @@ from data.errors import RowError, RunError, one_line
 BLOCK = 2**22
 MAX_ROW = 2**24  # bytes; a longer line is a missing line break, not a row
 MAX_LIST = 10**9  # bytes of a JSON list, which is read as a whole
-READABLE = ".jsonl, .json (also with .gz or .zst), .parquet"
+READABLE = ".jsonl, .json, .csv, .tsv (also with .gz or .zst), .parquet, .arrow"
 _DEEP = "JSON that is nested too deeply; needed: what Python's json reads (some hundred levels)"
 _BOM = "a byte order mark, ignored; iconv or `sed -i '1s/^\\xEF\\xBB\\xBF//'` takes it out"
 _NOT_READ = "What follows was not read"
-_KIND = re.compile(r"(?<=[^/])\.((jsonl|ndjson|json)(\.gz|\.zst)?|parquet)$")
+_KIND = re.compile(r"(?<=[^/])\.((jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?|parquet|arrow)$")
 # What stands before and after an element of a JSON list.
 _MARK = re.compile(r"[ \t\r\n]*([\[\],]?)[ \t\r\n]*")
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -269,6 +271,77 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
+def _csv(path: Path, kind: str, note: Note) -> Records:
+    """Yield the rows of a table whose first line names the columns. Every value is text."""
+    csv.field_size_limit(MAX_ROW)
+    with _open(path, kind) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        first = text.readline(MAX_ROW)
+        sign = "\t" if kind.startswith(".tsv") else ","
+        if sign not in first and (other := next((s for s in ";\t" if s in first), "")):
+            note(1, f"its columns are separated by {other!r}, accepted")
+            sign = other
+        rows = csv.reader(itertools.chain([first], text), delimiter=sign, strict=True)
+        names: list[str] = []
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows, None)
+                if row is None:
+                    return
+                _check_table_row(row, names)
+            except csv.Error as error:
+                yield line, RowError(f"broken CSV: {error}; needed: quotes closed and doubled")
+            except RowError as error:
+                yield line, error
+            else:
+                if names and row:
+                    yield line, {name: value for name, value in zip(names, row) if value}
+                names = names or [name.strip() for name in row]
+                continue
+            if not names:  # what follows cannot be understood
+                return
+
+
+def _check_table_row(row: list[str], names: list[str]) -> None:
+    """Raise RowError where a row of a table cannot be used. No names: it is the names' row."""
+    text = "".join(row)
+    if "\0" in text:
+        raise RowError("a NUL character; needed: text, not a binary or UTF-16 file")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError("invalid UTF-8; fix: iconv -f LATIN1 (or UTF-16) -t UTF-8") from None
+    twice = next((name for name in row if not names and row.count(name) > 1), None)
+    if twice is not None:
+        raise RowError(f"the column {twice[:40]!r} stands twice; needed: each name once")
+    if names and row and len(row) != len(names):
+        raise RowError(f"{len(row)} values; needed: {len(names)}, one for each column")
+
+
+def _arrow(path: Path) -> Records:
+    """Yield the rows of an Arrow file, as `datasets` keeps them in its cache and saves them."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.OSFile(str(path)) as file:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            if is_file:
+                table = pyarrow.ipc.open_file(file)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            else:
+                table = batches = pyarrow.ipc.open_stream(file)
+            columns = [c.name for c in table.schema if not pyarrow.types.is_temporal(c.type)]
+            for batch in batches:
+                for record in batch.select(columns).to_pylist():
+                    number += 1
+                    yield number, {k: _without_nulls(v) for k, v in record.items()}
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        yield number + 1, RowError(f"not readable as Arrow: {one_line(error, 200)}")
+
+
 def _parquet(path: Path) -> Records:
     import pyarrow
     import pyarrow.parquet
@@ -293,16 +366,17 @@ def read(path: Path, name: str, note: Note) -> Records:
     """Yield (line, record) of a data file; a RowError in place of a record that cannot be read.
 
     name: decides the kind of file, as the path may be a cached copy. line: counts from 1; in a JSON
-    list the line where the element begins, in Parquet the row. note(line, text) is called for
-    what is odd and still accepted. Raises RunError for another kind of file, and OSError.
+    list the line where the element begins, in Parquet and Arrow the row. note(line, text) is called
+    for what is odd and still accepted. Raises RunError for another kind of file, and OSError.
     """
     kind = kind_of(name)
     if kind is None:
         raise RunError(f"{name} is not a data file that can be read", needed=READABLE)
-    if kind == ".parquet":
-        yield from _parquet(path)
+    if kind in (".parquet", ".arrow"):
+        yield from _parquet(path) if kind == ".parquet" else _arrow(path)
         return
-    rows, line = _json if kind.split(".")[1] == "json" else _json_lines, 0
+    readers = {"json": _json, "csv": _csv, "tsv": _csv}
+    rows, line = readers.get(kind.split(".")[1], _json_lines), 0
     try:
         for line, record in rows(path, kind, note):
             yield line, record

@@ -25,6 +25,9 @@ _COLUMNS = {
 }
 
 
+_MEDIA = ("images", "videos", "audios")
+
+
 @dataclass
 class Layout:
     """How rows are written, as far as a registry entry says it.
@@ -75,21 +78,31 @@ class Registry:
             if not storage.is_url(path):
                 path = str(self.path.parent / path)
         elif "hf_hub_url" in entry:
-            from huggingface_hub import snapshot_download
-
-            name, patterns = str(entry["hf_hub_url"]), ["*.json*", "*.ndjson*", "*.parquet*"]
-            try:
-                folder = snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
-            except (OSError, ValueError) as error:
-                raise RunError(
-                    f"{where}: the dataset {name} cannot be read from the hub",
-                    found=type(error).__name__,
-                    needed="network and, for a gated dataset, HF_TOKEN; or a file_name",
-                ) from None
-            path = str(Path(folder, entry.get("folder") or entry.get("subset") or ""))
+            path = str(entry["hf_hub_url"])
+            if "folder" in entry:
+                path = _downloaded(path, str(entry["folder"]), where)
         else:
             raise RunError(f"{where} names no data", needed="file_name or hf_hub_url")
+        if "hf_hub_url" in entry and entry.get("subset"):
+            path += f"#{entry['subset']}"
+        if entry.get("split"):
+            path += f":{entry['split']}"
         return path, _layout(entry, where)
+
+
+def _downloaded(name: str, folder: str, where: str) -> str:
+    """Return the path of a folder of a data set of the hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = snapshot_download(name, repo_type="dataset", allow_patterns=f"{folder}/**")
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{where}: the data set {name} cannot be read from the hub",
+            found=type(error).__name__,
+            needed="network and, for a gated data set, HF_TOKEN; or a file_name",
+        ) from None
+    return str(Path(root, folder))
 
 
 def _layout(entry: dict, where: str) -> Layout:
@@ -113,8 +126,10 @@ def _layout(entry: dict, where: str) -> Layout:
     ours = _COLUMNS[formatting]
     unknown = sorted(columns.keys() - ours.keys() - {"tools"})
     if unknown:
+        text = ", as this trainer reads text alone" if unknown[0] in _MEDIA else ""
         raise RunError(
-            f"{where}: column {unknown[0]!r} is not known for {formatting}", needed=", ".join(ours)
+            f"{where}: column {unknown[0]!r} is not known for {formatting}",
+            needed=", ".join(ours) + text,
         )
     layout = Layout(tags=tags, limit=limit)
     if columns or "formatting" in entry:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data import bad_rows, formats, records, registry, storage
+from data import bad_rows, formats, records, registry, splits, storage
 from data.bad_rows import BadRow, RowCount
 from data.errors import RowError, RunError, did_you_mean
 from data.registry import Layout, Registry
@@ -21,7 +21,10 @@ from data.registry import Layout, Registry
 VERSION = 5  # of the code that makes rows: a change makes cached results invalid
 # Passes rows on and shows how many came.
 Progress = Callable[[Iterable], Iterable]
-_OURS = (registry.NAME, "rejected.jsonl")  # files that stand beside data and are none
+# What can follow a path: @revision and #config of the hub, :split, and :share.
+_SPEC = re.compile(
+    r"(?P<path>[^@#]+?)(@(?P<revision>[^#:]+))?(#(?P<config>[^:]+))?(:(?P<split>[A-Za-z][\w.]*))?"
+)
 
 
 @dataclass
@@ -29,12 +32,16 @@ class Source:
     """One file of rows.
 
     group: the files of one share of a mixture have the same number. weight: that share, or None.
+    name: what messages call it, where that is not the path. about: which split it is of which, ""
+    where there are none.
     """
 
     path: str
     group: int = 0
     weight: float | None = None
     layout: Layout = field(default_factory=Layout)
+    name: str | None = None
+    about: str = ""
     format: str | None = None  # known once a row was read
 
     @functools.cached_property
@@ -44,30 +51,63 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """The path, of an address without secrets and query."""
-        return storage.shown(self.path)
+        """What messages call it: of an address without secrets and query."""
+        return self.name or storage.shown(self.path)
 
     def key(self) -> str:
         """Return a digest of everything that the rows depend on."""
         content = storage.content_hash(self.file)
-        return storage.digest(VERSION, content, records.kind_of(self.shown), self.layout)
+        return storage.digest(
+            VERSION, content, records.kind_of(storage.shown(self.path)), self.layout
+        )
 
 
-def resolve(specs: list[str], dataset_dir: str | None = None) -> list[Source]:
+@dataclass
+class Spec:
+    """What the user named: a path, address or name, and what follows it."""
+
+    path: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The spec without its split, for messages."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return storage.shown(self.path) + revision + (f"#{self.config}" if self.config else "")
+
+
+def resolve(specs: list[str], dataset_dir: str | None = None, role: str = "train") -> list[Source]:
     """Return the sources of ["a.jsonl:0.7", "b.parquet:0.3"]. Raise RunError for what is no data.
 
-    dataset_dir: the folder of the registry; None: data/ or this folder.
+    dataset_dir: the folder of the registry; None: data/ or this folder. role: what the rows are
+    for, as splits.choose takes it; "validation" gives nothing where no place has such a split.
     """
     sources = []
     names = Registry(dataset_dir)
-    for group, spec in enumerate(specs):
-        path, weight = _weighted(spec)
+    for group, text in enumerate(specs):
+        path, weight = _weighted(text)
         layout = Layout()
         if path in names.entries and not os.path.exists(path):
             path, layout = names.find(path)
-        sources += [Source(file, group, weight, layout) for file in _files(path, names)]
+        spec = _spec(path)
+        found = _splits(spec, names)
+        split = splits.choose(found, spec.split, role, spec.place)
+        if split is None or (role == "validation" and split == spec.split):
+            continue
+        about = ""
+        if len(found) > 1:
+            about = f"{spec.place}: {splits.named(split)} (of {splits.listed(found)})"
+        files = found[split]()
+        for file in files:
+            source = Source(file, group, weight, layout, about=about)
+            if file.endswith(".arrow") and splits.is_hub_name(spec.path):
+                shard = f" ({Path(file).name})" if len(files) > 1 else ""
+                source.name = f"{spec.place}:{split}{shard}"
+            sources.append(source)
     weighted = {source.group for source in sources if source.weight is not None}
-    if weighted and len(weighted) < len(specs):
+    if weighted and len(weighted) < len({source.group for source in sources}):
         raise RunError(
             "some sources have a share and some have none",
             needed="a share for each (a.jsonl:0.7 b.jsonl:0.3), or none",
@@ -88,31 +128,48 @@ def _weighted(spec: str) -> tuple[str, float | None]:
     return path, share
 
 
-def _files(path: str, names: Registry) -> list[str]:
-    """Return the files that a path, folder, glob or address stands for."""
+def _spec(text: str) -> Spec:
+    """Return the parts of folder[#config][:split] and org/name[@revision][#config][:split]."""
+    match = _SPEC.fullmatch(text)
+    if match and not os.path.exists(text) and not storage.is_url(text):
+        spec = Spec(**match.groupdict())
+        local = os.path.isdir(os.path.expanduser(spec.path))
+        if (local and not spec.revision) or splits.is_hub_name(spec.path):
+            return spec
+    return Spec(text)
+
+
+def _splits(spec: Spec, names: Registry) -> splits.Splits:
+    """Return the splits of a path, folder, glob, address or name of the hub."""
+    path = spec.path
     if storage.is_url(path):
-        return storage.expand(path)
+        files = storage.expand(path)
+        if files == [path]:
+            return {splits.NONE: lambda: files}
+        folder = path if any(sign in path for sign in "*[?") else f"{path.rstrip('/')}/*"
+        return splits.of_glob(folder, files)
     place = Path(path).expanduser() if path else Path("''")
     if os.path.isfile(place):
         if records.kind_of(place) is None:
             raise RunError(f"{path} is not a data file that can be read", needed=records.READABLE)
-        return [str(place)]
+        return {splits.NONE: lambda: [str(place)]}
     if os.path.isdir(place):
-        candidates, where = [p for p in place.rglob("*") if p.name not in _OURS], "in"
-    elif any(character in path for character in "*?["):
-        candidates, where = map(Path, glob.glob(str(place), recursive=True)), "matches"
-    else:
-        unregistered = f", and no such name in {names.path}" if names.entries else ""
-        raise RunError(
-            f"no data file {path[:200]}{did_you_mean(path, names.entries)}",
-            found=f"nothing at {str(place.absolute())[:300]}{unregistered}",
-            needed=f"a file ({records.READABLE}), a folder, a glob, an s3://, gs:// or https:// "
-            f"address, or a name in {registry.NAME}",
-        )
-    files = sorted(str(p) for p in candidates if p.is_file() and records.kind_of(p))
-    if not files:
-        raise RunError(f"no data file {where} {path}", needed=records.READABLE)
-    return files
+        return splits.of_folder(place, spec.config)
+    if any(character in path for character in "*?["):
+        found = map(Path, glob.glob(str(place), recursive=True))
+        files = sorted(str(p) for p in found if p.is_file() and records.kind_of(p))
+        if not files:
+            raise RunError(f"no data file matches {path}", needed=records.READABLE)
+        return splits.of_glob(str(place), files)
+    if splits.is_hub_name(path):
+        return splits.of_hub(path, spec.config, spec.revision)
+    unregistered = f", and no such name in {names.path}" if names.entries else ""
+    raise RunError(
+        f"no data file {path[:200]}{did_you_mean(path, names.entries)}",
+        found=f"nothing at {str(place.absolute())[:300]}{unregistered}",
+        needed=f"a file ({records.READABLE}), a folder, a glob, an s3://, gs:// or https:// "
+        f"address, org/name of the hub, or a name in {registry.NAME}",
+    )
 
 
 def read(
@@ -124,7 +181,7 @@ def read(
     """
     layout, count, line = source.layout, 0, 0
     source.format = layout.format
-    for line, record in records.read(source.file, source.shown, note):
+    for line, record in records.read(source.file, storage.shown(source.path), note):
         row = bad_rows.checked(line, record, functools.partial(_row, source))
         yield line, row
         count += not isinstance(row, BadRow)

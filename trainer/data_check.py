@@ -62,7 +62,11 @@ def check(argv: Sequence[str]) -> int:
     if settings.model_name_or_path is not None:
         check_model(settings.model_name_or_path)
     bundled = [str(data_setup.SAMPLES / f"{name}.jsonl") for name in ("train", "validation")]
-    sources = source.resolve(settings.dataset or bundled, settings.dataset_dir)
+    specs = settings.dataset or bundled
+    sources = source.resolve(specs, settings.dataset_dir)
+    sources += source.resolve(specs, settings.dataset_dir, "validation")
+    for about in dict.fromkeys(one.about for one in sources if one.about):
+        print(about, file=sys.stderr)
     # Nothing here needs a GPU, and DeepSpeed would print that it looks for one.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from data import dataset

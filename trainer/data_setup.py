@@ -72,11 +72,14 @@ def plan_data(settings: Settings, show: Progress) -> DataPlan:
     if not specs:
         specs = [str(SAMPLES / "train.jsonl")]
         share = str(SAMPLES / "validation.jsonl") if share is None else share
-    plan = DataPlan(source.resolve(specs, settings.dataset_dir), [], share)
+    folder = settings.dataset_dir
+    plan = DataPlan(source.resolve(specs, folder), [], share)
+    if share is None:
+        plan.validation = source.resolve(specs, folder, "validation")
     try:
         number = float(SHARE if share is None else share)
     except ValueError:  # it names a file
-        plan.validation = source.resolve([str(share)], settings.dataset_dir)
+        plan.validation = source.resolve([str(share)], folder, "evaluate")
     else:
         if not 0 <= number < 1 and not (number > 0 and number.is_integer()):
             raise RunError(
@@ -122,7 +125,10 @@ def build_data(
     encoder = Encoder(tokenizer, settings.last_turn_only, settings.chat_template_kwargs)
     files = [_token_file(one, encoder, settings, show) for one in plan.train]
     validation_files = [_token_file(one, encoder, settings, show) for one in plan.validation]
-    messages = [*_describe("train", files), *_describe("validation", validation_files)]
+    messages = list(
+        dict.fromkeys(one.about for one in [*plan.train, *plan.validation] if one.about)
+    )
+    messages += [*_describe("train", files), *_describe("validation", validation_files)]
     seed = settings.seed if settings.data_seed is None else settings.data_seed
     count, share = sum(map(len, files)), plan.share
     if validation_files or (share is None and count < SMALL):

@@ -1,5 +1,8 @@
 """Rows in: every format and every fault, sources and mixtures, packing. No torch."""
 
+import csv
+import gzip
+import io
 import json
 import random
 import subprocess
@@ -250,6 +253,60 @@ def test_lines_ended_by_cr_alone(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
     _, rejected, notes = read(tmp_path / "d.jsonl")
     assert "tr '\\r' '\\n'" in rejected[0][1] and not notes
+
+
+TABLE = [
+    {"instruction": "a, b", "output": 'say "c"\nd', "input": None},
+    {"instruction": "é", "output": "f", "input": "x"},
+]
+
+
+@pytest.mark.parametrize(
+    "name, sign, encoding, line_end",
+    [
+        ("d.csv", ",", "utf-8", "\n"),
+        ("d.CSV", ",", "utf-8-sig", "\r\n"),
+        ("d.tsv", "\t", "utf-8", "\n"),
+        ("d.csv", ";", "utf-8", "\r\n"),
+        ("d.csv.gz", ",", "utf-8", "\n"),
+    ],
+)
+def test_tables_of_text(tmp_path, name, sign, encoding, line_end):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(TABLE[0]), delimiter=sign, lineterminator=line_end)
+    writer.writeheader()
+    writer.writerows(TABLE)
+    content = text.getvalue().encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (one,) = source.resolve([str(tmp_path / name)])
+    notes = []
+    first, second = source.read(one, lambda line, text: notes.append(text))
+    assert (first[0], second[0]) == (2, 4)  # the lines where they begin
+    assert contents(first[1]) == [("user", "a, b"), ("assistant", 'say "c"\nd')]
+    assert contents(second[1]) == [("user", "é\n\nx"), ("assistant", "f")]
+    assert ("separated by ';'" in str(notes)) == (sign == ";")
+
+
+@pytest.mark.parametrize(
+    "content, line, words",
+    [
+        (b"text,x\na,b\nc\nd,e\n", 3, "1 values; needed: 2"),
+        (b"text\na\nb\0c\n", 3, "NUL"),
+        (b"text\na\n\xff\n", 3, "invalid UTF-8"),
+        ("text,x\na,b\n".encode("utf-16"), 1, "UTF-16"),
+        (b'text,x\na,b\n"c" d,e\nf,g\n', 3, "broken CSV"),
+        (b'text,x\na,b\n"c,d\ne,f\n', 3, "broken CSV: unexpected end"),
+        (b"text,text\na,b\n", 1, "'text' stands twice"),
+        (b"question,answer\na,b\n", 2, "the keys are question, answer"),
+        (b"", 1, "no rows"),
+        (b"text\n", 1, "no rows"),
+        (b"messages\n\"[{'role': 'user'}]\"\n", 2, "messages is not JSON"),
+    ],
+)
+def test_tables_refused(tmp_path, content, line, words):
+    (tmp_path / "d.csv").write_bytes(content)
+    _, rejected, _ = read(tmp_path / "d.csv")
+    assert len(rejected) == 1 and rejected[0][0] == line and words in rejected[0][1], rejected
 
 
 def test_parquet_with_what_it_adds(tmp_path):

@@ -54,8 +54,8 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ),
     "dataset": (
         None,
-        "files, folders, globs, s3:// gs:// https:// addresses or registered names, each with "
-        ":SHARE for a mixture; none: the bundled samples",
+        "files, folders, globs, s3:// gs:// https:// addresses, hub names (org/name:split) or "
+        "registered names, each with :SHARE for a mixture; none: the bundled samples",
         "list",
     ),
     "dataset_dir": (
@@ -65,7 +65,8 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ),
     "validation_split": (
         None,
-        "validation rows: a file, a share (0.05), a count (200), or 0 for none",
+        "validation rows: a file, folder:split, a share (0.05), a count (200), or 0 for none; "
+        "unset: the data set's own validation split, else 0.05",
         "str",
     ),
     "max_length": (2048, "tokens a row, or of a packed row"),
