@@ -1,6 +1,8 @@
 """Chat templates: the text of a conversation, and which characters of it the assistant wrote."""
 
 import dataclasses
+import functools
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from data.errors import RowError, RunError, did_you_mean, one_line
-from data.formats import REASONING, Row
+from data.formats import REASONING, Message, Row
 from data.template_reads import Reads, reads
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -35,6 +37,7 @@ _FILLERS = (
 _FIX = "fix: --template NAME"
 # Variables of a template that are not the user's to set.
 _ROW_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+_TAGS_AT_END = re.compile(r"(\s|<[^<>]*>)+$")
 # Two texts without a common first or last character: what they change is what the answer writes.
 _PROBES = ("Xylem quartz", "Abacus jumble")
 
@@ -160,6 +163,11 @@ class Template:
                 f"the chat template marks {len(marks[0])} spans in {len(turns)} answers, so it is "
                 f"not known which belong together; {_FIX}, without weights and --last_turn_only"
             )
+        if len(spans) == len(learned):
+            for turn, (begin, end) in zip(learned, spans):
+                said = row.messages[turn]["content"].rpartition("</think>")[2].strip()
+                if text.find(said, begin, end) < 0:  # written differently, or not at all
+                    self._written(row, turn, text)
         notes = self._left_out(row, learned, text, spans)
         spans = [(begin, end) for begin, end in spans if begin < end]
         if not spans:
@@ -196,15 +204,40 @@ class Template:
 
         render: Any = chat_template_utils.render_jinja_template  # its annotations are wrong
         options |= self.variables
+        messages = row.messages[:end]
+        if any("tool_calls" in message for message in messages):
+            messages = [_as_call(message, *self._form_of_calls) for message in messages]
         try:
-            (text,), marks = render(
-                [row.messages[:end]], chat_template=self.text, tools=row.tools, **options
-            )
+            (text,), marks = render([messages], chat_template=self.text, tools=row.tools, **options)
         except Exception as error:  # templates raise what they like
             raise RowError(
                 f"the chat template rejects it: {type(error).__name__}: {one_line(error, 160)}"
             ) from None
         return text, marks
+
+    @functools.cached_property
+    def _form_of_calls(self) -> tuple[str | None, bool]:
+        """What the template takes where an answer is a call: (its content, arguments as text).
+
+        OpenAI has null and JSON text. Many templates want an empty text or an object, and fail on
+        the others or write them as Python does.
+        """
+        from transformers.utils import chat_template_utils
+
+        function = {"name": "f", "arguments": {"x": "y"}}
+        call = {"id": "a12345678", "type": "function", "function": function}
+        ask, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
+        result = {"role": "tool", "name": "f", "tool_call_id": "a12345678", "content": "b"}
+        render: Any = chat_template_utils.render_jinja_template
+        for form in ((None, False), (None, True), ("", False), ("", True)):
+            messages = [ask, _as_call(said | {"tool_calls": [call]}, *form), result]
+            try:
+                (text,), _ = render([messages], chat_template=self.text, **self.variables)
+            except Exception:  # as above
+                continue
+            if "{'x'" not in text and ("None" not in text or "None" in self.text):
+                return form
+        return "", False
 
     # -- the place of an answer --------------------------------------------------------------------
     def _unclear(self, turn: int) -> RowError:
@@ -285,14 +318,13 @@ class Template:
             blanks = closed[len(closed.rstrip()) :]
             begin = len(before.rstrip())
             return begin + len(blanks) if before.startswith(blanks, begin) else begin
-        place, opening = before.rfind(header), self._first_special(header)
-        between = before[place + len(header) :]
-        if place >= 0 and not (opening and opening in between):
-            return place + len(header)
-        for known in (before, before.rstrip()):  # an answer may begin with blanks
-            if known.endswith(tuple(header[:length] for length in range(1, len(header)))):
-                return len(known)
-        raise self._unclear(turn)
+        # What names the speaker: it stands in every header, unlike a tag at its end.
+        opening = self._first_special(header)
+        core = max(_TAGS_AT_END.sub("", header), opening, key=len)
+        place = before.rfind(opening or core)
+        if not core or place < 0 or not before.startswith(core, place):
+            raise self._unclear(turn)
+        return place + len(commonprefix([header, before[place:]]))
 
     def _end(self, row: Row, turn: int, closed: str, rest: str, begin: int) -> int:
         """Return where an answer ends that is closed in another way when it is the last one.
@@ -323,6 +355,24 @@ class Template:
         """Return the control token that stands at this place of the text, or ""."""
         found = [token for token in self.special if text.startswith(token, place)]
         return max(found, key=len, default="")
+
+
+def _as_call(message: Message, content: str | None, as_text: bool) -> Message:
+    """Return a message with its calls, if any, in the form that Template._form_of_calls gives."""
+    if "tool_calls" not in message:
+        return message
+    calls = message["tool_calls"]
+    if as_text:
+        calls = [
+            call
+            | {
+                "function": function
+                | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+            }
+            for call in calls
+            for function in [call["function"]]
+        ]
+    return message | {"tool_calls": calls, "content": message["content"] or content}
 
 
 def _check_variable(name: str, known: Iterable[str]) -> None:

@@ -68,6 +68,15 @@ R1 = [
         "<s><|User|>q<|Assistant|>⟦\n\n<b> a<|end|>⟧<|User|>r<|Assistant|>⟦\n\n<c><|end|>⟧",
     ),
 ]
+# The header opens <think>, and every answer closes it.
+NEMOTRON = [
+    (
+        [user("q"), answer("a"), user("r"), answer("b", reasoning="hm")],
+        "<s><|User|>q<|Assistant|><think>⟦</think>a<|end|>⟧"
+        "<|User|>r<|Assistant|><think>⟦hm</think>b<|end|>⟧",
+    ),
+    ([user("q"), answer("a")], "<s><|User|>q<|Assistant|><think>⟦</think>a<|end|>⟧"),
+]
 ASK, SAY = "<|im_start|>user\n", "<|im_start|>assistant\n"
 END, EMPTY = "<|im_end|>\n", "<think>\n\n</think>\n\n"
 CALL, EMPTY_CALL = (
@@ -109,6 +118,7 @@ CASES = [
     *[("r1", *case) for case in R1],
     *[("qwen3", *case) for case in QWEN3],
     *[("channels", *case) for case in CHANNELS],
+    *[("closed", *case) for case in NEMOTRON],
 ]
 
 
@@ -139,6 +149,51 @@ def test_reasoning_that_is_left_out_is_said(tokenizer):
         (),
     )
     assert marked(tokenizer, "qwen3", turns, last_turn_only=True)[1] == ()
+
+
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_wants_other_content_is_refused(tokenizer):
+    """It writes nothing of a plain text: only the end of turn would be trained."""
+    tokenizer.chat_template = PARTS
+    row = formats.convert({"messages": [user("q"), answer("a")]}, "messages", {})
+    with pytest.raises(RowError, match="the answer of turn 2 out of the text; fix: --template"):
+        Encoder(tokenizer).render(row)
+
+
+@pytest.mark.parametrize(
+    "written, form",
+    [
+        ("{{ m.content }}{{ m.tool_calls[0].function.arguments | tojson }}", ("", False)),
+        ("{{ m.content or '' }}{{ m.tool_calls[0].function.arguments }}", (None, True)),
+        ("{{ m.content + m.tool_calls[0].function.arguments }}", ("", True)),
+        (
+            "{% if m.content is not none %}X{% endif %}"
+            "{% for key, value in m.tool_calls[0].function.arguments.items() %}"
+            "{{ key }}={{ value }}{% endfor %}",
+            (None, False),
+        ),
+    ],
+)
+def test_calls_in_the_form_that_the_template_takes(tokenizer, written, form):
+    """OpenAI has null and JSON text; some templates want "" or an object."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.tool_calls %}"
+        + written
+        + "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    encoder = Encoder(tokenizer)
+    assert encoder.template._form_of_calls == form
+    row = formats.convert({"messages": [user("q"), call(x="é")]}, "messages", {})
+    rendered = encoder.render(row)
+    learned = [rendered.text[begin:end] for begin, end in rendered.spans]
+    assert learned == ["x=é<|im_end|>" if form == (None, False) else '{"x": "é"}<|im_end|>']
 
 
 def test_an_answer_that_the_template_hides_is_refused(tokenizer):

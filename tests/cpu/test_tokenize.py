@@ -155,7 +155,7 @@ def test_a_template_that_rewrites_earlier_turns_is_rejected(tokenizer):
         (
             "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
             "{% endfor %}",
-            "no trained token",
+            "leaves the answer of turn 2 out of the text",
         ),
     ],
 )
