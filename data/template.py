@@ -186,6 +186,8 @@ class Template:
             spans = [(0, len(text))] * len(learned)
         for turn, (begin, end) in zip(learned, spans):
             message = row.messages[turn]
+            if len(message) == 2 and "</think>" not in message["content"]:
+                continue
             inside = message["content"].rpartition("</think>")[0].rpartition("<think>")[2].strip()
             given = [message[key] for key in REASONING if self.reads.key(key) and key in message]
             if all(text.find(part.strip(), begin, end) >= 0 for part in (inside, *given)):
