@@ -373,3 +373,15 @@ def test_every_optimizer_and_tracker_of_transformers_is_known():
     for name in all_keys()["optim"].choices:
         known = any(re.fullmatch(pattern, name) for pattern in patterns)
         assert known != (name in torch_only), name
+
+
+def test_chat_template_kwargs(tmp_path):
+    """JSON on the command line, a mapping in a recipe, and nothing else."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("chat_template_kwargs:\n  enable_thinking: false\n", encoding="utf-8")
+    typed = ["--chat_template_kwargs", '{"enable_thinking": false}']
+    for flags in (typed, ["--config", str(recipe)]):
+        assert resolve(flags).chat_template_kwargs == {"enable_thinking": False}
+    for wrong in ("enable_thinking=false", "[1]", '{"enable_thinking": }'):
+        with pytest.raises(RunError, match="chat_template_kwargs.*\n.*\n.*JSON object"):
+            resolve(["--chat_template_kwargs", wrong])
