@@ -21,12 +21,14 @@ from trainer.checkpoint.files import SavedCheckpoint
 from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
 from trainer.data_setup import TrainingData
+from trainer.distributed import on_all_ranks
 from trainer.engine import cpu_step, finite, patches
 from trainer.engine.activation_offload import offload_inputs
 from trainer.errors import FAILED, RunError
 from trainer.export.evaluation import evaluate
 from trainer.modeling.kept_layers import SelectiveCheckpointing
 from trainer.modeling.loss import ChunkedHead, whole_logits
+from trainer.modeling.proof import proof_rows, prove
 from trainer.monitor import progress
 from trainer.monitor.guards import Guards
 from trainer.monitor.stopping import PreemptionCallback
@@ -107,8 +109,8 @@ class OffloadTrainer(Trainer):
         # The loss below is a sum over the step's answer tokens divided by their number on all
         # ranks. transformers must count them, and not divide by the micro-batches again.
         self.model_accepts_loss_kwargs = True
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.head = ChunkedHead.install(base, parts.liger) if parts.fused_loss else None
+        self.base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.head = ChunkedHead.install(self.base, parts.liger) if parts.fused_loss else None
         self.timed_engine: Any = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -251,7 +253,28 @@ class OffloadTrainer(Trainer):
             load.restore(engine, parts.saved, parts.space)
             contents.apply_position(self, parts.saved)
             say(f"resume: goes on after step {parts.saved.step}")
+        self._prove()
         return made
+
+    def _prove(self) -> None:
+        """Show with one forward pass that loss and packing are exact. Else whole logits are taken.
+
+        Raises RunError where packed samples see each other.
+        """
+        tokens, *_ = self.data.train[0]
+        length = self.parts.pack_length
+        batch = self._collate(proof_rows(tokens, length is not None, length or len(tokens)))
+        batch = {k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        engine = self.model_wrapped
+        exact = on_all_ranks(lambda: prove(engine, self.base, self.head, batch))
+        engine.empty_partition_cache()  # as after an evaluation
+        if self.head and not all(exact):
+            self.head.remove()
+            self.head = None
+            say(
+                f"loss: {type(self.base).__name__} changes its logits after the head, so they are "
+                "made as a whole"
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # A run that is resumed at its end would make one step more.

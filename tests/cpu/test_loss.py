@@ -37,6 +37,21 @@ def test_nothing_to_predict_keeps_the_graph():
     assert total.item() == 0 and hidden.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_nothing_to_predict_in_fp16(grad):
+    """Values whose sum fp16 does not hold; also a validation batch of a rank without rows."""
+    hidden = torch.full((1, 40, 80), 6e4, dtype=torch.float16, requires_grad=True)
+    weight = torch.full((50, 80), -6e4, dtype=torch.float16, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        total, correct_tokens = losses.cross_entropy_sum(
+            hidden, weight, None, torch.full((1, 40), -100)
+        )
+    assert total.item() == 0 and correct_tokens.item() == 0
+    if grad:
+        total.backward()
+        assert hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
+
+
 def test_never_more_than_one_chunk_of_logits(monkeypatch):
     seen = []
     plain = torch.logsumexp
@@ -66,18 +81,3 @@ def test_head_of_a_model():
         [float(v) for v in expected], rel=1e-5
     )
     assert model(ids).logits.shape == (2, 12, 64)  # without labels the head is what it was
-
-
-def test_heads_that_are_left_alone():
-    from transformers import Gemma2Config
-
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    assert losses.ChunkedHead.install(AutoModelForCausalLM.from_config(config)) is None

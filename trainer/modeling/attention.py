@@ -15,7 +15,8 @@ from trainer.errors import RunError
 
 # Proven by tests: a packed sample has the same logits as the sample alone.
 EXACT = ("varlen", "sdpa", "eager")
-# Recurrent and linear layers carry state from one sample to the next.
+# Recurrent and linear layers carry state from one sample to the next. What another family does with
+# these layers is proven by proof.py, once the model is loaded.
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
 
 # Settings of model families that torch's kernels do not compute.
@@ -82,11 +83,11 @@ def choose(skeleton: Any, settings: Settings, gpu: bool, precision: str) -> str 
     model = skeleton.get_base_model() if hasattr(skeleton, "peft_config") else skeleton
     config = model.config.get_text_config()
     inexact = set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYERS
-    if inexact or not model._supports_attention_backend or getattr(model, "_is_stateful", False):
+    if inexact or getattr(model, "_is_stateful", False):
         raise RunError(
             f"packing is not exact for {type(model).__name__}: "
             "samples of one row would see each other",
-            found=", ".join(sorted(inexact)) or "attention of its own",
+            found=", ".join(sorted(inexact)) or "layers that carry state",
             needed="plain attention layers",
             fix="--packing false; --train_sampling_strategy group_by_length keeps padding low",
         )
@@ -101,6 +102,7 @@ def choose(skeleton: Any, settings: Settings, gpu: bool, precision: str) -> str 
     # Whether torch's kernels compute this model's attention on this hardware.
     fits = (
         gpu
+        and model._supports_attention_backend
         and precision != "fp32"
         and torch.__version__ >= "2.11"  # its kernels have a window and a scale
         and size <= 256

@@ -6,24 +6,19 @@ The gradients of the head's input and weight are made in the forward pass, while
 exist. This is the idea of Liger's fused linear cross-entropy (arXiv 2410.10989), in plain torch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from transformers import PreTrainedModel
 
 from data.dataset import IGNORED
+from trainer.errors import RunError
 
 CHUNK_BYTES = 2**28  # fp32 logits of one chunk; two more tensors of that size exist for a moment
-
-# Settings of model families that change the logits after the head. ChunkedHead does not know them.
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "logits_soft_cap",
-    "output_multiplier_scale",
-)
+_OF_A_MATRIX = {"weight", "bias"}
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -83,13 +78,10 @@ def cross_entropy_sum(
     """
     targets = labels[:, 1:].flatten()
     (positions,) = targets.ne(IGNORED).nonzero(as_tuple=True)
-    # The graph must be whole also without labels: every rank runs the same backward pass.
-    if len(positions) == 0:
-        loss = (hidden.sum() * 0.0 + weight.sum() * 0.0).float()
-        return loss, torch.zeros_like(loss)
+    # Without labels no row is left, and the graph is whole: every rank runs the same backward pass.
     rows = hidden[:, :-1].flatten(0, 1)[positions]
     targets = targets[positions]
-    if liger and torch.is_grad_enabled():
+    if liger and torch.is_grad_enabled() and len(positions):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         loss = liger_fused_linear_cross_entropy(
@@ -103,41 +95,78 @@ class ChunkedHead:
     """Make a causal model's head return `[summed loss, correct tokens]` while labels are set.
 
     Without labels it returns logits. The loss is computed inside the head's own forward: only there
-    has ZeRO-3 gathered the head's weight.
+    has ZeRO-3 gathered the head's weight. `proof.py` shows that this is the model's own loss.
+    probe: asked for what the head returns in place of logits, while it is set.
     """
 
-    def __init__(self, head: nn.Linear, liger: bool) -> None:
+    def __init__(self, head: Any, liger: bool) -> None:
         self.head, self.liger = head, liger
-        self.labels = None
+        self.labels: Tensor | None = None
+        self.probe: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.made: Tensor | None = None  # what the head has returned, until it is checked
+        self.checked = False
         self.plain_forward = head.forward
         head.forward = self.head_forward
 
-    def head_forward(self, input: Tensor) -> Tensor:
+    def head_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute what the head returns. input: [B, S, H]."""
+        if self.probe is not None:
+            return self.probe(input, self.plain_forward(input, *args, **kwargs))
         if self.labels is None:
-            return self.plain_forward(input)
-        return torch.stack(
+            return self.plain_forward(input, *args, **kwargs)
+        loss = torch.stack(
             cross_entropy_sum(input, self.head.weight, self.head.bias, self.labels, self.liger)
         )
+        self.made = None if self.checked else loss
+        return loss
 
     @classmethod
     def install(cls, model: PreTrainedModel, liger: bool = False) -> "ChunkedHead | None":
-        """Install it on the model's head. Return None where logits are more than one matrix."""
+        """Install it on the model's head. Return None where the head is more than one matrix."""
         head = model.get_output_embeddings()
-        config = model.config.get_text_config()
-        changed = any(getattr(config, name, None) not in (None, 1) for name in LOGIT_CHANGES)
-        if type(head) is nn.Linear and not changed:
+        # A parameter beside the matrix would be trained without a gradient.
+        if isinstance(head, nn.Linear) and {n for n, _ in head.named_parameters()} <= _OF_A_MATRIX:
             return cls(head, liger)
         return None
 
+    def remove(self) -> None:
+        """Give the head its own forward back."""
+        self.head.forward = self.plain_forward
+
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return (summed loss, correct tokens) of one batch with labels."""
+        """Return (summed loss, correct tokens) of one batch with labels.
+
+        Raise RunError where the model changes what its head returns.
+        """
         self.labels = inputs["labels"]
         try:
-            loss, correct_tokens = _logits(model, inputs)
+            output = _logits(model, inputs)
         finally:
             self.labels = None
+        if self.made is not None and torch.is_grad_enabled():
+            _check_unchanged(self.made, output, model)
+            self.checked = True
+        self.made = None
+        loss, correct_tokens = output
         return loss, correct_tokens.detach()
+
+
+def _check_unchanged(made: Tensor, output: Tensor, model: nn.Module) -> None:
+    """Raise RunError where an operation lies between what the head made and the model's output.
+
+    Also one that changes nothing yet, such as a trained scale of 1. DeepSpeed's hooks are no
+    operations: they are autograd functions in Python, with one input.
+    """
+    node = output.grad_fn
+    while node is not made.grad_fn:
+        above = node.next_functions if isinstance(node, BackwardCFunction) else ()
+        if not above or above[0][0] is None:
+            raise RunError(
+                f"{type(model).__name__} changes its logits while it trains",
+                found=type(node).__name__,
+                fix="--disable_optimizations fused_loss",
+            )
+        node = above[0][0]
 
 
 def whole_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
