@@ -138,6 +138,7 @@ def _train(run: "Run") -> int:
     inputs = stages.load_inputs(run)
     stages.bind_cores(run)
     plan = stages.plan_engine(run, inputs, saved)
+    stages.check_weights(run, inputs)
     arguments = stages.training_arguments(run, inputs, plan, saved)
     stages.show_settings(run)
     at_once = saved is None or run.is_new

@@ -20,7 +20,7 @@ from trainer.distributed import broadcast_object, is_main_process, on_all_ranks
 from trainer.engine.aio import watch_swap_files
 from trainer.errors import RunError, one_line
 from trainer.export.writer import rehearse
-from trainer.modeling import attention
+from trainer.modeling import attention, positions, weights
 from trainer.modeling import load as modeling
 from trainer.modeling.skeleton import describe
 from trainer.monitor.stopping import dump_stacks_on_signal
@@ -184,6 +184,8 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     if settings.export:
         names = run.model, settings.model_revision
         on_all_ranks(lambda: is_main_process() and rehearse(skeleton, inputs.tokenizer, *names))
+    if warning := positions.check(skeleton, _positions(settings, inputs.data)):
+        say(warning)
     backend = attention.choose(skeleton, settings, prepared.gpu, prepared.precision)
     if saved:
         trained = {n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}
@@ -202,6 +204,31 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     )
     model = ModelSpec.from_description(describe(skeleton), run.model)
     return EnginePlan(config, shapes, parameters, backend, model)
+
+
+def _positions(settings: Settings, data: TrainingData) -> int:
+    """Return how many positions a sample takes at most; padding of a packed row has some too."""
+    if settings.packing:
+        return settings.max_length
+    return max(int(max(s.lengths, default=0)) for s in (data.train, data.validation))
+
+
+def check_weights(run: Run, inputs: Inputs) -> None:
+    """Refuse a checkpoint that does not hold the model, before ZeRO-3 is on and any is read."""
+    settings = run.settings
+    if settings.random_weights:
+        return
+
+    def check() -> list[str]:
+        return weights.check(
+            run.model,
+            inputs.model_config,
+            settings.model_revision,
+            settings.trust_remote_code,
+        )
+
+    for line in on_all_ranks(check)[0]:
+        say(line)
 
 
 def training_arguments(

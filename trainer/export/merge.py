@@ -33,7 +33,9 @@ def merge(run: Path, output: Path, limit: int) -> None:
         )
     from peft import PeftModel
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from trainer.modeling import weights
 
     from trainer.export.writer import processor_files, write_model
 
@@ -47,6 +49,9 @@ def merge(run: Path, output: Path, limit: int) -> None:
     revision, trusted = settings.get("model_revision"), settings.get("trust_remote_code", False)
     revision = revision or "main"
     try:
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trusted)
+        for line in weights.check(base, config, revision, trusted):
+            say(line)
         model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype="auto", revision=revision, trust_remote_code=trusted
         )

@@ -1,10 +1,8 @@
 """The model: its shapes before it is loaded, its weights as ZeRO-3 shards, and LoRA adapters."""
 
-import pickle
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +18,7 @@ from data.template import prepare_tokenizer
 from trainer.config.ds_config import ZeroShapes
 from trainer.config.settings import Settings
 from trainer.errors import RunError, did_you_mean, make_line, one_line
+from trainer.modeling import weights
 
 # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES).
 SWAPPED_BYTES = 2**20
@@ -156,10 +155,16 @@ def build(
             model = AutoModelForCausalLM.from_config(config, **options)
             _randomize(model)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, revision=settings.model_revision, config=config, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=settings.model_revision,
+                config=config,
+                output_loading_info=True,
+                **options,
             )
-    except (OSError, ValueError, ImportError, pickle.UnpicklingError, SafetensorError) as error:
+            model, info = loaded
+            weights.check_loaded(name, info)
+    except weights.LOAD_ERRORS as error:
         raise RunError(
             f"the model {name} cannot be loaded",
             found=one_line(error),
