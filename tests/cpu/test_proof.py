@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import inputs, make_tokenizer, samples, train
 
 from data.dataset import collate
 from trainer.errors import RunError
@@ -154,6 +155,10 @@ def test_heads_of_another_class():
         def forward(self, input):
             return super().forward(input) * 2
 
+    class InDouble(torch.nn.Linear):
+        def forward(self, input):
+            return torch.nn.functional.linear(input.double(), self.weight)
+
     class Same(torch.nn.Linear):
         pass
 
@@ -162,9 +167,11 @@ def test_heads_of_another_class():
             super().__init__(*sizes)
             self.more = torch.nn.Parameter(torch.zeros(1))
 
-    for head, expected in ((Scaled, False), (Same, True)):
+    for head, expected in ((Scaled, False), (InDouble, False), (Same, True)):
         model = changed(lambda logits: logits)
         model.lm_head = head(64, 256)
+        if head is InDouble:
+            model.lm_head.double()
         assert verdict(model) is expected
     model.lm_head = WithMore(64, 256)
     assert losses.ChunkedHead.install(model) is None
@@ -271,3 +278,40 @@ def test_layers_that_cannot_be_compared():
     model.config.num_hidden_layers = 1  # the second one is not called
     with pytest.raises(RunError, match="layer 1"):
         prove(model, model, None, batch(packing=True))
+
+
+# -- runs ----------------------------------------------------------------------------------------
+def run_of(model, rows_file, folder, *flags):
+    """A run of the model, whose tokenizer is made here. Return it and its validation rows."""
+    model.save_pretrained(folder / "model")
+    tokenizer = make_tokenizer(folder / "model")
+    done = train(
+        folder / "run",
+        *inputs(folder / "model", rows_file, folder),
+        *"--precision fp32 --max_length 96 --max_steps 1 --export false".split(),
+        *"--save_strategy no --deepspeed ds_z3_nvme.json".split(),
+        *flags,
+        launcher=False,
+    )
+    return done, samples(tokenizer, rows_file[1])[0]
+
+
+def test_a_run_takes_whole_logits_where_it_must(rows_file, tmp_path):
+    model = make("Cohere", vocab_size=512, logit_scale=4.0)
+    run, rows = run_of(model, rows_file, tmp_path)
+    assert run.code == 0 and "CohereForCausalLM changes its logits after the head" in run.output
+    loss = tokens = 0.0
+    for ids, labels in rows:
+        ids, labels = torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(labels)[None]
+        with torch.no_grad():
+            total, _ = losses.whole_logits(model, {"input_ids": ids, "labels": labels})
+        loss, tokens = loss + float(total), tokens + int((labels[:, 1:] >= 0).sum())
+    assert run.evaluations[0]["eval_loss"] == pytest.approx(loss / tokens, abs=1e-4)
+
+
+def test_a_packed_run_is_refused(rows_file, tmp_path):
+    model = make("GptOss", **EXPERTS, vocab_size=512, head_dim=16)
+    run, _ = run_of(model, rows_file, tmp_path, "--packing")
+    assert run.code == 2 and "packing is not exact for GptOssForCausalLM" in run.output
+    assert "layer 0" in run.output and "Traceback" not in run.output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not run.steps

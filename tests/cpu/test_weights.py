@@ -1,6 +1,7 @@
 """A checkpoint that does not hold the model is refused before it is loaded, by name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -150,3 +151,13 @@ def test_an_adapter_beside_the_weights(saved, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RunError, match="holds an adapter"):
         saved()
+
+
+def test_a_run_from_a_checkpoint_with_a_hole(trains, tiny_model, tmp_path):
+    """Before anything of it is loaded."""
+    folder = shutil.copytree(tiny_model, tmp_path / "hole")
+    held = without("layers.2.mlp")(load_file(folder / "model.safetensors"))
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    run = trains("run", "--model_name_or_path", folder, "--max_steps", 1, launcher=False, code=2)
+    assert "would stay random" in run.output and "model.layers.2.mlp" in run.output
+    assert "Traceback" not in run.output

@@ -103,9 +103,13 @@ class HeadProbe:
 
     def __call__(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """Return what the head returns in place of its logits."""
-        plain = nn.functional.linear(hidden, self.head.head.weight, self.head.head.bias)
+        weight, bias = self.head.head.weight, self.head.head.bias
         self.exact = (
-            self.answer is None and hidden.shape[:-1] == self.tokens and torch.equal(plain, logits)
+            self.answer is None
+            and hidden.shape[:-1] == self.tokens
+            and hidden.dtype == weight.dtype
+            and weight.shape == (logits.shape[-1], hidden.shape[-1])  # not packed codes
+            and torch.equal(nn.functional.linear(hidden, weight, bias), logits)
         )
         # Large and small values of both signs, others for every token: a limit, a factor, a mask
         # and another order all show.
