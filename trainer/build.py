@@ -15,7 +15,7 @@ from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
 from trainer.distributed import is_main_process, on_all_ranks
 from trainer.errors import RunError
-from trainer.modeling import linear
+from trainer.modeling import experts, linear
 from trainer.modeling import load as modeling
 from trainer.modeling.kept_layers import AUTO, SelectiveCheckpointing
 from trainer.monitor.stopping import PreemptionCallback
@@ -56,7 +56,7 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
         largest_batch = settings.per_device_train_batch_size * settings.max_length
         selective = SelectiveCheckpointing(layers, keep, largest_batch, plan.attention == "eager")
     base = base_of(parts)
-    telemetry = _telemetry(parts)
+    telemetry = _telemetry(parts, model)
     resources.callback(telemetry.close)
     tracker = _tracker(parts)
     if tracker:
@@ -92,7 +92,7 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
 
 
 def load_model(parts: RunParts) -> PreTrainedModel:
-    """Load the model, and replace its linear layers. Leaf modules are marked before that."""
+    """Load the model, and replace its experts and linear layers. Leaf modules come before that."""
     prepared, settings = parts.run.prepared, parts.run.settings
     model = modeling.build(
         parts.run.model,
@@ -103,6 +103,8 @@ def load_model(parts: RunParts) -> PreTrainedModel:
     )
     if prepared.leaf_modules:
         say(f"leaf module: {modeling.make_leaves(model)}")
+    if count := experts.install(model, prepared.leaf_modules):
+        say(f"experts as grouped products: {count} layers")
     if settings.optimizes("fused_linear"):
         layers = modeling.decoder_layers(model)
         say(f"fused linear layers: {linear.install(layers, prepared.leaf_modules)}")
@@ -135,10 +137,10 @@ def base_of(parts: RunParts) -> str | None:
     return base
 
 
-def _telemetry(parts: RunParts) -> Telemetry:
+def _telemetry(parts: RunParts, model: PreTrainedModel) -> Telemetry:
     summary, text = parts.inputs.data.summary, parts.inputs.model_config.get_text_config()
     flops = flops_per_token(
-        parts.plan.parameters,
+        experts.active_parameters(model),
         text.num_hidden_layers,
         text.hidden_size,
         summary.tokens / summary.rows,

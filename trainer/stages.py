@@ -178,7 +178,7 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     model, the export would fail, buffers are too small, or locked memory is.
     """
     prepared, settings, ranks = run.prepared, run.settings, run.ranks.world
-    skeleton = modeling.skeleton(inputs.model_config, settings)
+    skeleton: Any = modeling.skeleton(inputs.model_config, settings)
     shapes = modeling.shapes_of(skeleton, prepared.precision)
     parameters = sum(p.numel() for p in skeleton.parameters())
     if settings.export:
@@ -186,6 +186,8 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         on_all_ranks(lambda: is_main_process() and rehearse(skeleton, inputs.tokenizer, *names))
     if warning := positions.check(skeleton, _positions(settings, inputs.data)):
         say(warning)
+    if settings.method == "lora":
+        say(skeleton.selection.report(skeleton))
     backend = attention.choose(skeleton, settings, prepared.gpu, prepared.precision)
     if saved:
         trained = {n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}

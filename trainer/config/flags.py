@@ -97,7 +97,11 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "lora_r": (16, "rank of the LoRA adapters"),
     "lora_alpha": (32, "LoRA scaling: the update is multiplied by alpha / r"),
     "lora_dropout": (0.0, "dropout before the adapters"),
-    "lora_target_modules": ("all-linear", "comma-separated module names, or all-linear"),
+    "lora_target_modules": (
+        "all-linear",
+        "all-linear: the linear maps of the decoder layers, without routed experts; attention; "
+        "experts; or module names. Several with commas",
+    ),
     "precision": (
         "auto",
         "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, "

@@ -35,9 +35,8 @@ def merge(run: Path, output: Path, limit: int) -> None:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from trainer.modeling import weights
-
     from trainer.export.writer import processor_files, write_model
+    from trainer.modeling import weights
 
     base = _base_of(adapter)
     _check_base(base, adapter)

@@ -1,7 +1,5 @@
 """The model: its shapes before it is loaded, its weights as ZeRO-3 shards, and LoRA adapters."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import (
@@ -17,8 +15,10 @@ from transformers.utils import is_liger_kernel_available
 from data.template import prepare_tokenizer
 from trainer.config.ds_config import ZeroShapes
 from trainer.config.settings import Settings
-from trainer.errors import RunError, did_you_mean, make_line, one_line
-from trainer.modeling import weights
+from trainer.errors import RunError, make_line, one_line
+from trainer.modeling import experts, weights
+from trainer.modeling.adapters import add_adapters
+from trainer.modeling.experts import decoder_layers
 
 # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES).
 SWAPPED_BYTES = 2**20
@@ -56,21 +56,6 @@ def load_tokenizer(name: str, settings: Settings) -> tuple[PreTrainedTokenizerBa
     return tokenizer, prepare_tokenizer(tokenizer, settings.template)
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder's layers: the members of the ModuleList with the most parameters.
-
-    Return an empty list where the model has no ModuleList.
-    """
-    return list(
-        max(
-            (m for m in model.modules() if isinstance(m, nn.ModuleList)),
-            # A parameter that ZeRO-3 has partitioned is empty; ds_numel is its full size.
-            key=lambda m: sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters()),
-            default=[],
-        )
-    )
-
-
 def skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
     """Return the model on the meta device, without memory, with its adapters: for shapes."""
     with torch.device("meta"):
@@ -96,42 +81,6 @@ def shapes_of(model: nn.Module, precision: str) -> ZeroShapes:
         itemsize=itemsize,
         small_frozen=sum(numel for numel in frozen if numel <= max(trainable)),
     )
-
-
-def add_adapters(model: PreTrainedModel, settings: Settings) -> Any:
-    """Return the PEFT model: LoRA adapters around the model, whose own weights are frozen.
-
-    Raise RunError where lora_target_modules names no module of the model.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    targets = settings.lora_target_modules
-    names = targets.replace(",", " ").split()
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if targets == "all-linear" else names,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        # fp32 adapters beside a bf16 model would make two precisions of one ZeRO group.
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        linear = {
-            name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)
-        }
-        hint = did_you_mean(names[0], linear) if names else ""
-        raise RunError(
-            f"lora_target_modules {targets} is not in the model{hint}",
-            found=one_line(error),
-            needed="all-linear, or some of " + ", ".join(sorted(linear)),
-        ) from None
-    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    return adapted
 
 
 def build(
@@ -220,16 +169,31 @@ def uses_liger(settings: Settings, gpu: bool) -> bool:
 def liger_kernels(settings: Settings, config: PreTrainedConfig) -> dict[str, bool]:
     """Return which of Liger's kernels run, as Liger's keyword arguments.
 
-    Its losses do not: loss.py calls its kernel itself. Its MLP runs for SiLU only: Liger does not
-    look at the activation when it patches a model that exists already.
+    Its losses do not: loss.py calls its kernel itself. Its MLPs run for SiLU and for GELU by tanh
+    only: Liger does not look at the activation when it patches a model that exists already. Its
+    fused experts, which come with the MLP, do not run either: in liger-kernel 0.8.5 they cannot
+    take the place of PEFT's wrapper, and their kernels try 32 to 40 variants each in the first
+    step, more than 100 s on an H100. experts.py runs torch's grouped products instead.
+
+    Raise RunError where --liger_kernel_config demands them.
     """
     text = config.get_text_config()
     activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
     kernels = dict(
         settings.liger_kernel_config or {}, cross_entropy=False, fused_linear_cross_entropy=False
     )
-    if activation not in ("silu", "swish"):
+    if experts.routes(text):
+        if kernels.get("swiglu"):
+            raise RunError(
+                "--liger_kernel_config swiglu is not for a model with experts",
+                found="swiglu: true, which replaces the experts too",
+                fix="leave swiglu out: experts run as grouped products of torch",
+            )
+        kernels["swiglu"] = False
+    elif activation not in ("silu", "swish"):
         kernels.setdefault("swiglu", False)
+    if activation not in ("gelu_pytorch_tanh", "gelu_new"):
+        kernels.setdefault("geglu", False)
     return kernels
 
 
