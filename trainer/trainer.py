@@ -29,6 +29,7 @@ from trainer.export.evaluation import evaluate
 from trainer.modeling.kept_layers import SelectiveCheckpointing
 from trainer.modeling.loss import ChunkedHead, whole_logits
 from trainer.modeling.proof import proof_rows, prove
+from trainer.modeling.router_loss import RouterLoss
 from trainer.monitor import progress
 from trainer.monitor.guards import Guards
 from trainer.monitor.stopping import PreemptionCallback
@@ -111,6 +112,7 @@ class OffloadTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.head = ChunkedHead.install(self.base, parts.liger) if parts.fused_loss else None
+        self.router_loss = RouterLoss.install(self.base)
         self.timed_engine: Any = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -176,6 +178,8 @@ class OffloadTrainer(Trainer):
         clock = self.telemetry.clock
         clock.start("forward")
         loss, _ = self._loss_and_correct(model, inputs)
+        if self.router_loss:
+            loss = loss + self.router_loss.summed(inputs["labels"])
         # ZeRO averages gradients over the ranks; the sum was divided by the tokens of all of them.
         loss = loss / num_items_in_batch.clamp(min=1) * self.args.world_size
         # An infinite loss can have finite gradients. Times NaN it has none, and ZeRO-3 then skips

@@ -1,5 +1,7 @@
 """The model: its shapes before it is loaded, its weights as ZeRO-3 shards, and LoRA adapters."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import (
