@@ -46,6 +46,7 @@ SHAPES = {
     "3b": built_in_config("llama-3.2-3b"),
     "8b": built_in_config("llama-3-8b"),
     "70b": built_in_config("llama-3-70b"),
+    "30b-a3b": built_in_config("qwen3-30b-a3b"),
 }
 
 
@@ -87,6 +88,11 @@ CASES = {
     "8b-lora-8k": Case("8b", "lora", 4, max_length=8192),
     "8b-lora-64k": Case("8b", "lora", 1, max_length=65536),
     "8b-full": Case("8b", "full", 8, gpus=2),
+    "30b-a3b-lora": Case("30b-a3b", "lora", 4, layers=12),
+    "30b-a3b-experts": Case(
+        "30b-a3b", "lora", 4, layers=12, flags=["--lora_target_modules", "attention,experts"]
+    ),
+    "30b-a3b-full": Case("30b-a3b", "full", 4, layers=4),
     "70b-lora": Case("70b", "lora", 4, gpus=2, stock=16),
     "70b-layers-full": Case("70b", "full", 16, layers=4),
     "70b-layers-full-nvme": Case(
@@ -104,26 +110,12 @@ BASELINE = {"peer": ["--zero", "peer"], "tuned": ["--zero", "tuned", "--leaf", "
 
 def _inputs(work, case, steps):
     """Write a model directory without weights, and rows for so many steps: (directory, file)."""
-    from transformers import LlamaConfig
-
-    shape = SHAPES[case.shape]
-    layers = case.layers or shape["num_hidden_layers"]
+    layers = case.layers or SHAPES[case.shape]["num_hidden_layers"]
     folder = work / f"{case.shape}-{layers}"
     rows = work / f"{'mixed' if case.mixed else 'rows'}-{case.max_length}.jsonl"
     text = (ROOT / "data" / "samples" / "train.jsonl").read_text()
     if not folder.exists():
-        LlamaConfig(
-            **{
-                **shape,
-                "num_hidden_layers": layers,
-                "max_position_embeddings": 131072,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-                "tie_word_embeddings": False,
-                "architectures": ["LlamaForCausalLM"],
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            }
-        ).save_pretrained(folder)
+        _configuration(case.shape, layers).save_pretrained(folder)
         make_tokenizer(folder, text.splitlines()[:2000])
     length = 6 * case.max_length
     text *= -(-2 * length // len(text))
@@ -141,6 +133,25 @@ def _inputs(work, case, steps):
         )
     )
     return folder, rows
+
+
+def _configuration(name, layers):
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    shape = SHAPES[name]
+    return AutoConfig.for_model(
+        **{
+            **shape,
+            "num_hidden_layers": layers,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "tie_word_embeddings": False,
+            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[shape["model_type"]]],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    )
 
 
 def _run(label, command, log, seconds, gpu):
