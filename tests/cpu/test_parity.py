@@ -7,6 +7,9 @@ import json
 
 import pytest
 from conftest import make_model, make_tokenizer, samples
+from safetensors.torch import load_file
+
+from tests import moe_models
 
 CONFIGS = ["ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme"]
 TEN = ["--max_steps", 10, "--per_device_train_batch_size", 4, "--lr_scheduler_type", "constant"]
@@ -75,6 +78,29 @@ def test_lora(trains):
     off = ["--disable_optimizations", "none,overlap_step,fetch_ahead"]
     leaf = trains("leaf", *lora, *off, "--gradient_checkpointing", "false")
     close(leaf.losses, runs["ds_z3"].losses)
+
+
+def test_experts(trains, rows_file, tmp_path):
+    folder = tmp_path / "experts"
+    shape = {"vocab_size": 512, "max_position_embeddings": 512}
+    moe_models.make("qwen2_moe", **shape).save_pretrained(folder)
+    make_tokenizer(folder)
+    flags = [*TEN, "--max_steps", 5, "--model_name_or_path", folder]
+    expected, norms = plain_torch(folder, rows_file[0], 5, 4, 1e-3)
+    full = trains("full", *flags)
+    close(full.losses, expected)
+    close([s["grad_norm"] for s in full.steps], norms, 1e-2)
+    lora = [*flags, "--method", "lora", "--lora_target_modules", "all-linear,experts"]
+    apart = trains("apart", *lora)
+    assert "LoRA adapts experts (down_proj, gate_up_proj)" in apart.output
+    off = ["--disable_optimizations", "none,overlap_step,fetch_ahead"]
+    whole = trains("whole", *lora, *off, "--gradient_checkpointing", "false")
+    close(whole.losses, apart.losses)
+    adapter = load_file(apart.directory / "export" / "adapter_model.safetensors")
+    experts = {
+        name: b for name, b in adapter.items() if ".mlp.experts." in name and "lora_B" in name
+    }
+    assert len(experts) == 4 and all(b.any() for b in experts.values())
 
 
 @pytest.mark.parametrize(
