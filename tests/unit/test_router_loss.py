@@ -31,7 +31,9 @@ def test_one_batch_is_what_transformers_computes(family):
     model.zero_grad()
 
     experts.install(model, leaf=True)
-    head, router_loss = ChunkedHead.install(model), RouterLoss.install(model)
+    # Granite scales its logits after the head.
+    head = None if family == "granitemoe" else ChunkedHead.install(model)
+    router_loss = RouterLoss.install(model)
     loss, _ = (head or whole_logits)(model, inputs)
     loss = (loss + router_loss.summed(inputs["labels"])) / inputs["labels"][:, 1:].ne(IGNORED).sum()
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
