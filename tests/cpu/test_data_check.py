@@ -59,7 +59,8 @@ def test_every_format(every_format):
         )
         assert 0 < entry["trained_share"] <= 1 and entry["truncated"] == 0
     assert 0 < result["packing_fill"] <= 1
-    assert "leaves tool calls out" in found["messages.jsonl"]["notes"][0]["text"]
+    notes = " ".join(note["text"] for note in found["messages.jsonl"]["notes"])
+    assert "leaves tool calls out" in notes and "nothing reads: tools (1 row(s))" in notes
 
 
 def test_every_fault(tiny_model):

@@ -105,7 +105,7 @@ def trained(family, targets, **changes):
         *((family, "all-linear") for family in ("gpt_neox", "falcon", "opt", "bloom", "granite")),
         ("deepseek_v3", "q_b_proj,o_proj"),
         ("qwen3_moe", "q_proj"),
-        ("mamba", "x_proj"),
+        ("mamba", "in_proj"),
     ],
 )
 def test_adapters(family, targets):
