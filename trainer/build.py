@@ -122,7 +122,7 @@ def base_of(parts: RunParts) -> str | None:
 
     def read() -> str:
         with disk_errors(f"the weights of {parts.run.model} cannot be read"):
-            return fingerprint(parts.run.model, settings.model_revision)
+            return fingerprint(parts.run.model, settings.model_revision, settings.trust_remote_code)
 
     base = "random"
     if not settings.random_weights:
@@ -171,6 +171,7 @@ def _checkpointer(parts: RunParts, base: str | None) -> Checkpointer:
         "versions": versions(),
         "data": data.key,
         "base": base,
+        "model": parts.plan.definition,
         "config_hash": storage.digest(json.dumps(public, sort_keys=True)),
     }
     run = parts.run

@@ -56,8 +56,7 @@ def finish(
             fix=f"free space under {run.directory}, then {resume.command(run.directory)}",
             code=FAILED,
         )
-    saved = trainer.last_saved and trainer.last_saved.name == f"checkpoint-{step}"
-    if not (run.settings.export or saved):
+    if not run.settings.export and trainer.saved_step != step:
         say(
             f"note: the weights after step {step} are not on disk, as --export is false and "
             f"--save_strategy is {run.settings.save_strategy}"

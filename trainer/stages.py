@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.errors import disk_errors
 from data.files import write_atomically
 from trainer import data_setup
-from trainer.checkpoint import load, resume
+from trainer.checkpoint import base, load, resume
 from trainer.checkpoint.files import SavedCheckpoint, supersede
 from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
 from trainer.config.flags import all_keys
@@ -161,7 +162,7 @@ def bind_cores(run: Run) -> None:
 class EnginePlan:
     """What follows from the model's shapes. parameters: all of them; attention: the backend.
 
-    model: as the plan sees it.
+    model: as the plan sees it. definition: what it computes, for every manifest.
     """
 
     config: DeepSpeedConfig
@@ -169,6 +170,7 @@ class EnginePlan:
     parameters: int
     attention: str | None
     model: ModelSpec
+    definition: dict[str, Any]
 
 
 def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> EnginePlan:
@@ -192,6 +194,7 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     if saved:
         trained = {n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}
         load.check_fits(trained, saved)
+    definition = define_model(run, saved)
     config = prepared.config.resolved(shapes, ranks, run.swap, prepared.fused_step)
     config.check_buffers(shapes, ranks, prepared.fused_step)
     hardware.check_locked_memory(*config.locked_bytes(shapes, ranks), run.ranks.here)
@@ -205,7 +208,24 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         f"micro-batches = {settings.rows_per_step(ranks)} rows"
     )
     model = ModelSpec.from_description(describe(skeleton), run.model)
-    return EnginePlan(config, shapes, parameters, backend, model)
+    return EnginePlan(config, shapes, parameters, backend, model, definition)
+
+
+def define_model(run: Run, saved: SavedCheckpoint | None) -> dict[str, Any]:
+    """Return what the model computes: its config.json and its own code, once they are loaded.
+
+    Raises RunError where the checkpoint was saved with another model.
+    """
+    settings = run.settings
+
+    def define() -> dict[str, Any]:
+        with disk_errors(f"the model {run.model} cannot be read"):
+            found = base.definition(run.model, settings.model_revision, settings.trust_remote_code)
+        if saved:
+            load.check_same_model(found, saved)
+        return found
+
+    return on_all_ranks(lambda: define() if is_main_process() else {})[0]
 
 
 def _positions(settings: Settings, data: TrainingData) -> int:

@@ -93,13 +93,9 @@ class OffloadTrainer(Trainer):
         )
         self.data, self.parts, self.run = data, parts, parts.run
         self.telemetry = parts.telemetry
-        self.guards = Guards(
-            self.run.path,
-            args.process_index,
-            parts.max_nonfinite_steps,
-            last_good_step=parts.saved.step if parts.saved else 0,
-        )
+        self.guards = Guards(self.run.path, args.process_index, parts.max_nonfinite_steps)
         self.last_saved = parts.saved.folder if parts.saved else None
+        self.saved_step = parts.saved.step if parts.saved else None
         self.failed_saves = 0
         self.sampler: Any = None
         self.batches: list[dict[str, Any]] = []  # of the optimizer step that is being made
@@ -302,7 +298,8 @@ class OffloadTrainer(Trainer):
         position = contents.position(self)
         saved = self.parts.checkpointer.save(self.model_wrapped, self.state, position)
         if saved:
-            self.last_saved, self.failed_saves = saved, 0
+            self.last_saved, self.saved_step = saved, self.state.global_step
+            self.failed_saves = 0
             say(f"saved {saved} in {time.perf_counter() - began:.1f} s")
         else:
             self.failed_saves += 1

@@ -100,7 +100,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     saved = read_checkpoint(folder)
     assert isinstance(saved, SavedCheckpoint)
     assert (saved.folder, saved.step) == (folder, 3)
-    assert saved.manifest["format"] == 2
+    assert saved.manifest["format"] == files.FORMAT
     assert saved.manifest["scheduler"] == {"1": [2, 3]}
     assert saved.first_damage(saved.manifest["files"]) is None
     assert files.read_whole(folder)
@@ -126,7 +126,7 @@ def test_the_first_damaged_file_is_named(tmp_path):
         (lambda folder: (folder / files.MANIFEST).write_text("[" * 10**5), "(ValueError)"),
         (lambda folder: (folder / files.MANIFEST).write_text("{}"), "not readable (KeyError)"),
         (lambda folder: (folder / files.MANIFEST).write_bytes(b"\xff"), "(UnicodeDecodeError)"),
-        (lambda folder: rewrite(folder, format=3), "needed: 2"),
+        (lambda folder: rewrite(folder, format=4), "needed: 3"),
         (lambda folder: rewrite(folder, files={"../x": {}}), "names files outside"),
         (lambda folder: rewrite(folder, files={"/etc/passwd": {}}), "names files outside"),
     ],
@@ -309,19 +309,62 @@ def test_the_base_of_an_adapter(tmp_path, monkeypatch):
     small, large = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     small.write_bytes(bytes(1000))
     large.write_bytes(bytes(2**25))
-    seen = {base.fingerprint(str(tmp_path), "main")}
+    seen = {base.fingerprint(str(tmp_path), "main", False)}
     moved = shutil.copytree(tmp_path, tmp_path / "moved")
     (moved / "config.json").write_text('{"_name_or_path": "/b", "rope_theta": 1}')
-    assert base.fingerprint(str(moved), "main") in seen
+    assert base.fingerprint(str(moved), "main", False) in seen
     (moved / "config.json").write_text('{"rope_theta": 2}')
-    seen.add(base.fingerprint(str(moved), "main"))
+    seen.add(base.fingerprint(str(moved), "main", False))
     for path, offset, block in ((small, 999, b"x"), (large, 100, b"x"), (large, 0, b"y" * 2**25)):
         with open(path, "r+b") as file:
             file.seek(offset)
             file.write(block)
-        seen.add(base.fingerprint(str(tmp_path), "main"))
+        seen.add(base.fingerprint(str(tmp_path), "main", False))
     large.rename(tmp_path / "c.safetensors")
-    assert len(seen | {base.fingerprint(str(tmp_path), "main")}) == 6
+    assert len(seen | {base.fingerprint(str(tmp_path), "main", False)}) == 6
+
+
+def test_what_a_model_computes(tmp_path):
+    """Its configuration and its trusted code; where they were saved does not count."""
+    config = {"hidden_act": "silu", "rope": {"theta": 1.0, "x": math.nan}, "_name_or_path": "/a"}
+    config["auto_map"] = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoT": ["t.T"]}
+    for name, code in (("own", "from .part import A"), ("part", "A = 1"), ("t", "")):
+        (tmp_path / f"{name}.py").write_text(code)
+    path = tmp_path / "config.json"
+
+    def now(trusted=True, **changes):
+        path.write_text(json.dumps({**config, **changes}))
+        return base.definition(str(tmp_path), "main", trusted)
+
+    saved = json.loads(json.dumps(now()))
+    assert not base.differences(saved, now(_name_or_path="/b", transformers_version="5"))
+    rope = {"theta": 2.0, "x": math.nan}
+    found = base.differences(saved, now(hidden_act="gelu", rope=rope, bias=True))
+    assert found == [
+        "bias: not there saved, true here",
+        'hidden_act: "silu" saved, "gelu" here',
+        "rope.theta: 1.0 saved, 2.0 here",
+    ]
+    (tmp_path / "t.py").write_text("the tokenizer's")
+    assert not base.differences(saved, now())
+    fingerprint = base.fingerprint(str(tmp_path), "main", True)
+    (tmp_path / "part.py").write_text("A = 2")
+    (changed,) = base.differences(saved, now())
+    assert changed.startswith("part.py: ")
+    assert base.fingerprint(str(tmp_path), "main", True) != fingerprint
+    assert len(base.differences(saved, now(trusted=False))) == 2
+
+
+def test_another_model_is_refused(tmp_path):
+    from trainer.checkpoint import load
+
+    model = {"config": {"rms_norm_eps": 1e-6}, "code": {}}
+    saved = read_checkpoint(save(tmp_path, 1, model=model))
+    load.check_same_model(model, saved)
+    with pytest.raises(RunError, match="is not the one that") as error:
+        load.check_same_model({"config": {"rms_norm_eps": 1e-5}, "code": {}}, saved)
+    assert error.value.code == 2
+    assert "rms_norm_eps: 1e-06 saved, 1e-05 here" in str(error.value)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -334,12 +377,12 @@ def test_a_base_is_the_files_that_are_loaded(tmp_path, sharded):
         index = {"weight_map": {"a": name}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / name).write_bytes(b"1")
-    before = base.fingerprint(str(tmp_path), "main")
+    before = base.fingerprint(str(tmp_path), "main", False)
     (tmp_path / "training_args.bin").touch()
     (tmp_path / "adapter_model.safetensors").touch()
-    assert base.fingerprint(str(tmp_path), "main") == before
+    assert base.fingerprint(str(tmp_path), "main", False) == before
     (tmp_path / name).write_bytes(b"2")
-    assert base.fingerprint(str(tmp_path), "main") != before
+    assert base.fingerprint(str(tmp_path), "main", False) != before
 
 
 # -- the checkpoints of a run ------------------------------------------------------------------

@@ -5,11 +5,14 @@ Skipped optimizer steps, their rows, and a loss that jumps.
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer.checkpoint import contents
+from trainer.checkpoint.files import SavedCheckpoint
 from trainer.errors import RunError
 from trainer.monitor.guards import DUMPS, ENOUGH, Guards
 
@@ -106,3 +109,43 @@ def test_a_jump_too_early_is_not(tmp_path, capsys):
         guards.watch(step, 1.0)
     guards.watch(ENOUGH, 100.0)
     assert not capsys.readouterr().out
+
+
+class Trainer(SimpleNamespace):
+    """What contents.position and apply_position look at."""
+
+    def __init__(self, guards):
+        optimizer = SimpleNamespace(
+            loss_scaler=SimpleNamespace(cur_scale=1.0), dtype=torch.float32, param_groups=[]
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), lambda step: 1.0
+        )
+        names = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+        super().__init__(
+            guards=guards,
+            model_wrapped=SimpleNamespace(optimizer=optimizer),
+            lr_scheduler=schedule,
+            metrics=None,
+            evaluated_at=None,
+            telemetry=SimpleNamespace(tokens=0),
+            sampler=SimpleNamespace(rows_per_step=8),
+            args=SimpleNamespace(**dict.fromkeys(names, 0)),
+            state=SimpleNamespace(global_step=2, max_steps=2),
+        )
+
+
+def test_a_resumption_is_no_good_step(tmp_path):
+    """A checkpoint of steps that were all skipped: their number says nothing of the weights."""
+    guards = Guards(tmp_path, rank=0, limit=4)
+    for step in (1, 2):
+        guards.step_was_skipped(step, ROWS, [])
+    manifest = json.loads(json.dumps(contents.position(Trainer(guards))))
+    resumed = Guards(tmp_path, rank=0, limit=4)
+    saved = SavedCheckpoint(tmp_path, {"step": 2, **manifest})
+    contents.apply_position(Trainer(resumed), saved)
+    with pytest.raises(RunError, match="no optimizer step"):
+        resumed.check_some_step_was_made(2)
+    for step in (3, 4):  # in a row, also over the resumption
+        resumed.step_was_skipped(step, ROWS, [])
+    assert resumed.too_many(4)

@@ -35,11 +35,13 @@ def position(trainer: Any) -> Json:
         "tokens": trainer.telemetry.tokens,
         "update_rows": trainer.sampler.rows_per_step,
         "evaluated": metrics and [trainer.evaluated_at, metrics],
+        "last_good_step": trainer.guards.last_good_step,
+        "skipped_steps": trainer.guards.skipped,
     }
 
 
 def apply_position(trainer: Any, saved: SavedCheckpoint) -> None:
-    """Set schedule, loss scale, counters and evaluation as they were saved."""
+    """Set schedule, loss scale, counters, guards and evaluation as they were saved."""
     manifest, scheduler = saved.manifest, trainer.lr_scheduler
     optimizer = trainer.model_wrapped.optimizer
     if manifest["schedule"] == _schedule(trainer):
@@ -52,6 +54,9 @@ def apply_position(trainer: Any, saved: SavedCheckpoint) -> None:
     if manifest["precision"] == str(optimizer.dtype):
         vars(optimizer.loss_scaler).update(manifest["loss_scaler"])
     trainer.telemetry.tokens = manifest["tokens"]
+    # Not the checkpoint's step: each step before it may have been skipped.
+    trainer.guards.last_good_step = manifest["last_good_step"]
+    trainer.guards.skipped = manifest["skipped_steps"]
     trainer.evaluated_at, trainer.metrics = manifest["evaluated"] or (None, None)
 
 

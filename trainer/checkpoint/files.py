@@ -32,7 +32,7 @@ from trainer.run_dir import RunIdentity
 if TYPE_CHECKING:
     from trainer.engine.optimizer_state import OptimizerState, ShardSlice
 
-FORMAT = 2  # 1 had no run's identity
+FORMAT = 3  # 1 had no run's identity; 2 neither the model's definition nor the guards' counters
 KEYS: dict[str, tuple[type, ...]] = {
     "base": (str, NoneType),
     "data": (str,),
@@ -40,7 +40,9 @@ KEYS: dict[str, tuple[type, ...]] = {
     "evaluated": (list, NoneType),
     "files": (dict,),
     "kinds": (list,),
+    "last_good_step": (int,),
     "loss_scaler": (dict,),
+    "model": (dict,),
     "parameters": (dict,),
     "precision": (str,),
     "run": (dict,),
@@ -48,6 +50,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "schedule": (list,),
     "scheduler": (dict,),
     "settings": (dict,),
+    "skipped_steps": (int,),
     "step": (int,),
     "tokens": (int,),
     "update_rows": (int,),

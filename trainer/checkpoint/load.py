@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from trainer.checkpoint import resume
+from trainer.checkpoint import base, resume
 from trainer.checkpoint.files import (
     BUFFERS,
+    Json,
     SavedCheckpoint,
     ShardIndex,
     checkpoints,
@@ -116,6 +117,21 @@ def check_fits(shapes: dict[str, list[int]], saved: SavedCheckpoint) -> None:
             f"{saved.folder} is of another model, method or adapter shape",
             found="; ".join(rows[:5]) + more,
             needed="the --model_name_or_path, --method and --lora_… of the run that saved it",
+        )
+
+
+def check_same_model(definition: Json, saved: SavedCheckpoint) -> None:
+    """Raise RunError where the checkpoint's weights belong to a model that computes otherwise.
+
+    definition: of this run's model, see base.definition.
+    """
+    if rows := base.differences(saved.manifest["model"], definition):
+        more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise RunError(
+            f"the model is not the one that {saved.folder} was saved with",
+            found="; ".join(rows[:5]) + more,
+            needed="its config.json, and the code that it brings, as they were",
+            fix="put them back, or name their --model_revision; a new run takes the new ones",
         )
 
 

@@ -28,7 +28,7 @@ class Checkpointer:
 
     directory: the run's. identity: which run and line it is. limit: checkpoints that are kept
     besides the best by evaluation loss, or None for all. description: keys of every manifest:
-    settings, versions, data, base. seconds: that the last save took.
+    settings, versions, data, model, base. seconds: that the last save took.
     """
 
     directory: Path

@@ -25,13 +25,14 @@ RECENT, ENOUGH = 50, 20  # losses that are compared with, and how many it takes
 class Guards:
     """Counts optimizer steps that were skipped, and watches the loss.
 
-    limit: skipped steps in a row after which the run stops. last_good_step: of a resumed run.
+    limit: skipped steps in a row after which the run stops. last_good_step: the last one that
+    changed the weights, also before a resumption; 0: none has.
     """
 
     directory: Path
     rank: int
     limit: int
-    last_good_step: int
+    last_good_step: int = 0
     skipped: int = 0  # in a row
     skipped_since_log: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))

@@ -41,7 +41,8 @@ class PreemptionCallback(TrainerCallback):
     grace_period: seconds between a scheduler's signal and its SIGKILL.
     save_fits(seconds): whether a checkpoint would be written in that time.
     reason: why the run stopped, the same on all ranks; "" while it has not.
-    unsaved: it stopped without a checkpoint, because the grace period is too short for one.
+    unsaved: it stopped without the checkpoint that --save_strategy asks for, because the grace
+    period is too short for one.
     unfinished: an evaluation or an export was broken off.
     """
 
@@ -89,9 +90,10 @@ class PreemptionCallback(TrainerCallback):
         """Decide on all ranks together whether to stop and whether to save."""
         stop, save, unsaved = self._agree()
         if stop:
-            self.reason, self.unsaved = REASONS[stop], bool(unsaved)
+            saves = args.save_strategy != "no"
+            self.reason, self.unsaved = REASONS[stop], saves and bool(unsaved)
             control.should_training_stop, control.should_evaluate = True, False
-            control.should_save = args.save_strategy != "no" and not unsaved
+            control.should_save = saves and not unsaved
         elif save:
             control.should_save = True
         if is_main_process() and (stop or save):
@@ -138,16 +140,19 @@ def dump_stacks_on_signal(run: RunDirectory, rank: int) -> None:
 def exit_code(trainer: Any) -> int:
     """Return 75 where somebody stopped the run before its end, and say how it goes on; else 0.
 
+    A run whose last step was made, and was not saved because of the stop, has not come to its end.
     trainer: the OffloadTrainer, after its training, its last evaluation or its export.
     """
     request, step = trainer.parts.preemption, trainer.state.global_step
-    if not request.reason or (step >= trainer.state.max_steps and not request.unfinished):
+    unsaved = request.unsaved and trainer.saved_step != step
+    finished = step >= trainer.state.max_steps and not (request.unfinished or unsaved)
+    if not request.reason or finished:
         return DONE
     last = trainer.last_saved
     kept = last.name if last else "no checkpoint: it would begin anew"
     if trainer.failed_saves:
         kept += "; the new one could not be saved"
-    if request.unsaved:
+    if unsaved:
         kept += "; a new one would not have been written in time"
     say(
         f"\nstopped by {request.reason} after step {step}; {kept}\n"
