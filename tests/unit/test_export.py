@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
@@ -420,6 +420,45 @@ def test_a_merged_model_is_written_as_an_export(kind, adapter, tmp_path):
     assert torch.allclose(logits, expected, atol=1e-4) and not torch.allclose(
         plain, logits, atol=1e-3
     )
+
+
+ADAPTED = ["q_proj", "o_proj"]
+
+
+def drop(folder, half):
+    """Take tensors out of an adapter's file."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {name: t for i, (name, t) in enumerate(sorted(tensors.items())) if i % 2 or not half}
+    kept = kept if half else {name: t for name, t in kept.items() if "lm_head" not in name}
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda folder: drop(folder, half=True), "missing, such as"),
+        (lambda folder: drop(folder, half=False), "cannot be put on its base"),
+        (lambda folder: configure(folder, target_modules=["q_proj"]), "without a place, such as"),
+        (lambda folder: configure(folder, target_modules=[*ADAPTED, "k_proj"]), "missing, such as"),
+        (lambda folder: configure(folder, r=4), "cannot be put on its base"),
+    ],
+    ids=["half", "module", "fewer targets", "more targets", "rank"],
+)
+def test_an_adapter_that_does_not_match_itself(change, said, adapter, tmp_path):
+    """Tensors that are missing in its file, or that its configuration has no place for."""
+    from peft import LoraConfig
+
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=ADAPTED, modules_to_save=["lm_head"])
+    folder = adapter("llama", config)
+    change(folder)
+    with pytest.raises(RunError, match=said) as error:
+        merging.merge(folder, tmp_path / "merged", LIMIT)
+    assert error.value.code == BAD_INPUT and not (tmp_path / "merged").exists()
 
 
 def umask():

@@ -1,6 +1,7 @@
 """Merge a run's LoRA adapter into its base model: a plain model directory."""
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ def merge(run: Path, output: Path, limit: int) -> None:
             needed="adapter_config.json; a run with --method lora that has ended",
             fix="a full fine-tune's export/ is a whole model already" if whole else None,
         )
-    from peft import PeftModel
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -54,10 +54,9 @@ def merge(run: Path, output: Path, limit: int) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype="auto", revision=revision, trust_remote_code=trusted
         )
-        _check_same_base(base, revision, adapter)
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        _check_same_base(base, revision, trusted, adapter)
+        model = _adapted(model, adapter).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trusted)
-    # RuntimeError: the adapter is of a model of other shapes.
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"{base} with the adapter in {adapter} cannot be read", found=one_line(error)
@@ -93,6 +92,35 @@ def _base_of(adapter: Path) -> str:
     return str(config.base_model_name_or_path)
 
 
+def _adapted(model: Any, adapter: Path) -> Any:
+    """Return the base model with the adapter on it, as a PEFT model.
+
+    Raises RunError where the adapter's tensors are not those that its configuration describes.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # it is refused below
+            adapted: Any = PeftModel.from_pretrained(model, adapter)
+        # Once more: only this one returns which names of the file and of the model did not match.
+        loaded = adapted.load_adapter(str(adapter), adapted.active_adapter)
+    except Exception as error:  # a dozen kinds: other shapes, a tensor of a whole module is missing
+        raise RunError(
+            f"the adapter in {adapter} cannot be put on its base model", found=one_line(error)
+        ) from None
+    names = {"missing": loaded.missing_keys, "without a place": loaded.unexpected_keys}
+    found = [f"{len(n)} {what}, such as {min(n)}" for what, n in names.items() if n]
+    if found:
+        raise RunError(
+            f"the adapter in {adapter} does not match its adapter_config.json",
+            found=f"tensors: {'; '.join(found)}",
+            needed="all tensors that adapter_config.json describes, and no others",
+            fix="adapter_config.json and adapter_model.safetensors of one export, as it wrote them",
+        )
+    return adapted
+
+
 def _write_card(adapter: Path, work: Path) -> None:
     """Write the adapter's model card as the model's: it is loaded with transformers now."""
     if (adapter / "README.md").is_file():
@@ -101,14 +129,15 @@ def _write_card(adapter: Path, work: Path) -> None:
         (work / "README.md").write_text(card, encoding="utf-8")
 
 
-def _check_same_base(base: str, revision: str, adapter: Path) -> None:
+def _check_same_base(base: str, revision: str, trusted: bool, adapter: Path) -> None:
     """Raise RunError where the base model is not the one that the adapter was trained on.
 
     An adapter that is not of this trainer does not say which that is.
     """
     if not (adapter / BASE).is_file():
         return
-    needed, found = read_json(adapter / BASE).get("fingerprint"), fingerprint(base, revision)
+    needed = read_json(adapter / BASE).get("fingerprint")
+    found = fingerprint(base, revision, trusted)
     if needed not in (found, "random"):
         raise RunError(
             f"the adapter in {adapter} belongs to another base model",
