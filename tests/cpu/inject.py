@@ -1,8 +1,8 @@
 """launch/train.py with a fault in the n-th micro-batch of a rank, or a signal at a moment.
 
-FAULT_STEP is n, FAULT_RANK the rank (default 0). FAULT_VALUE is `hang`, `crash`, or a number by
-which the loss is multiplied (added to it where it begins with +). SLOW_EVALUATION: seconds that a
-batch of an evaluation takes more.
+FAULT_STEP is n, FAULT_RANK the rank (default 0). FAULT_VALUE is `hang`, `crash`, `stop` (a SIGTERM
+to this rank), or a number by which the loss is multiplied (added to it where it begins with +).
+SLOW_EVALUATION: seconds that a batch of an evaluation takes more.
 SIGNAL_AT is "<phase> <step> <seconds>": so long after the first heartbeat of this phase and step,
 or after the start of rank 0 ("start 0 <seconds>"), the supervisor gets SIGTERM. SIGNAL_SENT is a
 file that then gets the time, as time.monotonic() says it.
@@ -60,6 +60,9 @@ def install_fault():
                     time.sleep(10**6)
                 if fault == "crash":
                     raise ZeroDivisionError("injected")
+                if fault == "stop":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return loss, correct
                 loss = loss + float(fault) if fault[0] == "+" else loss * float(fault)
         else:
             time.sleep(float(os.environ.get("SLOW_EVALUATION", 0)))

@@ -47,7 +47,12 @@ def test_all_steps_are_skipped(starts, row):
     """--max_nonfinite_steps allows each of them; the model would be exported as it was."""
     run = spoilt(starts, 1, "nan", "--max_steps", 1, "--max_nonfinite_steps", 9)
     assert "no optimizer step changed the weights" in run.output, run.output[-3000:]
-    row("every step is skipped", "no export, exit 1")
+    # Its checkpoint has the weights that it began with.
+    flags = ["--max_steps", 1, "--export", "true", "--resume_from_checkpoint", "auto"]
+    run = alone(starts, "run", *OFFLOAD, *flags)
+    assert "no optimizer step changed the weights" in run.output, run.output[-3000:]
+    assert not (run.directory / "export").exists()
+    row("every step is skipped, and it is resumed", "no export, exit 1")
 
 
 @pytest.mark.parametrize(

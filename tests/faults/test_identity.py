@@ -151,6 +151,19 @@ def test_another_base_under_an_adapter(starts, tiny_model, tmp_path, row):
     row("a base model that was changed under an adapter", "refused by its fingerprint, exit 2")
 
 
+def test_another_configuration_of_the_model(starts, whole, tiny_model, tmp_path, row):
+    """All weights are the checkpoint's: what they are multiplied by is not."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    shutil.copytree(whole.directory, tmp_path / "run")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    flags = ["--model_name_or_path", base, "--max_steps", 6, "--resume_from_checkpoint", "auto"]
+    run = alone(starts, "run", *OFFLOAD, *flags, code=2)
+    assert 'hidden_act: "silu" saved, "gelu" here' in run.output, run.output[-3000:]
+    row("config.json was changed under a full fine-tune", "refused by its keys, exit 2")
+
+
 def test_another_base_at_the_merge(starts, tiny_model, tmp_path, row):
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)

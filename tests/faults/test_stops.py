@@ -23,6 +23,16 @@ def pasted(run):
     return subprocess.run(["bash", "-c", line], timeout=120, **options)
 
 
+def test_no_time_to_save_the_last_step(starts, row):
+    """The step was made, and nothing of it is on disk: the run has not come to its end."""
+    flags = ["--max_steps", 2, "--save_steps", 10, "--grace_seconds", 0, "--validation_split", 0]
+    fault = {"FAULT_STEP": "2", "FAULT_VALUE": "stop"}
+    run = starts("run", *flags, supervised=False, env=fault, script="tests/cpu/inject.py").ends(75)
+    assert "stopped by SIGTERM after step 2; no checkpoint: it would begin anew" in run.output
+    assert "to go on: " in run.output and not list(run.directory.glob("checkpoint-*"))
+    row("SIGTERM in the last step, with no time to save", "exit 75, with what stands on disk")
+
+
 @pytest.mark.parametrize("seconds", [0, 1])
 def test_a_stop_before_the_first_file(starts, tmp_path, row, seconds):
     """The ranks import their packages: no configuration is written that a line could name."""
