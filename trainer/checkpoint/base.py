@@ -86,10 +86,10 @@ def _code_files(model: str, revision: str, config: dict[str, Any]) -> Iterator[P
             continue
         from transformers.dynamic_module_utils import get_relative_import_files
 
-        # "module.Class", or "repository--module.Class", which is taken from its main branch.
+        # "module.Class", or "repository--module.Class": another one's is of its main branch.
         repository, _, place = reference.rpartition("--")
         module = f"{place.partition('.')[0]}.py"
-        main = _file(repository or model, None if repository else revision, module)
+        main = _file(repository or model, revision if repository in ("", model) else None, module)
         yield main
         yield from map(Path, get_relative_import_files(main))
 
