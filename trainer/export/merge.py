@@ -104,7 +104,9 @@ def _adapted(model: Any, adapter: Path) -> Any:
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # it is refused below
             adapted: Any = PeftModel.from_pretrained(model, adapter)
         # Once more: only this one returns which names of the file and of the model did not match.
-        loaded = adapted.load_adapter(str(adapter), adapted.active_adapter)
+        renamed = getattr(model, "_checkpoint_conversion_mapping", None)  # as the first call does
+        name = adapted.active_adapter
+        loaded = adapted.load_adapter(str(adapter), name, key_mapping=renamed)
     except Exception as error:  # a dozen kinds: other shapes, a tensor of a whole module is missing
         raise RunError(
             f"the adapter in {adapter} cannot be put on its base model", found=one_line(error)
