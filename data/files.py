@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,9 +29,14 @@ def new_file(target: Path, durable: bool = True) -> Iterator[Path]:
 
     An old target is replaced. After an exception nothing is left, and the old target stays. The
     mode is the umask's. durable: it is on the disk once the block has ended; False for what is made
-    again after a power cut. Raises OSError. A device such as /dev/null is written to in place.
+    again after a power cut. Raises OSError. A device such as /dev/null is written to in place; a
+    link to one is replaced, as every other link is.
     """
-    if target.parent == Path("/dev") or (target.exists() and not target.is_file()):
+    replaced = not os.path.lexists(target) or stat.S_IFMT(target.lstat().st_mode) in (
+        stat.S_IFREG,
+        stat.S_IFLNK,
+    )
+    if target.parent == Path("/dev") or not replaced:
         yield target
         return
     with _made(target, durable, target.name) as path:
@@ -46,9 +52,51 @@ def write_atomically(path: Path, content: str, durable: bool = True) -> None:
         partial.write_text(content, encoding="utf-8")
 
 
+def is_own(path: Path, status: os.stat_result) -> bool:
+    """Return whether this user put something where it is, or the owner of that directory did.
+
+    status: of the file or directory. On a network disk that maps users both are somebody else's.
+    """
+    return status.st_uid in (os.geteuid(), os.stat(path.parent).st_uid)
+
+
+def in_place(path: str, flags: int) -> int:
+    """Open a file that is written to where it stands: the opener of open(path, mode, opener=…).
+
+    Raises OSError for what may lead elsewhere: a link, a second name of a file (a hard link), a
+    device or pipe, another user's file. Then nothing was changed. A device is meant where its own
+    name is given.
+    """
+    if Path(path).parent == Path("/dev"):
+        return os.open(path, flags)
+    # A pipe that nobody reads would be waited for.
+    safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    problem = None
+    try:
+        handle = os.open(path, safe, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        problem = "a link" if error.errno == errno.ELOOP else "a pipe"
+    else:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            problem = "no regular file"
+        elif status.st_nlink > 1:
+            problem = f"one of {status.st_nlink} names of a file (hard links)"
+        elif not is_own(Path(path), status):
+            problem = f"of user {status.st_uid}"
+        if problem is None:
+            if flags & os.O_TRUNC:
+                os.ftruncate(handle, 0)
+            return handle
+        os.close(handle)
+    raise OSError(errno.EPERM, f"{path} is {problem}, and may lead elsewhere: remove it")
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file, whole or not at all. Raises OSError."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=in_place) as file:
         end, data = file.seek(0, os.SEEK_END), f"{line}\n".encode()
         if file.write(data) != len(data):  # the last block of the disk took a part
             file.truncate(end)
@@ -58,12 +106,18 @@ def append_line(path: Path, line: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises OSError; ValueError where it holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8", opener=_without_waiting) as file:
+            content = json.load(file)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"an object is needed, not a {type(content).__name__}")
     return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file to read. Where there is a pipe, nobody's writing is waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def new_directory(target: Path, durable: bool = True) -> AbstractContextManager[Path]:
@@ -167,31 +221,46 @@ def _clear_leftovers(target: Path, mark: str) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Wait for the lock file and hold it. The kernel frees the lock when its process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as lock:
+    # Nothing is written to it: in a cache that users share it may be another's.
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def try_lock(path: Path, flags: int = os.O_CREAT | os.O_RDWR) -> int | None:
     """Return the descriptor of the locked file or directory, or None where a process holds it.
 
-    flags: how it is opened.
+    flags: how it is opened. Raises OSError, also where a file that is to be written to is none of
+    ours (see in_place).
     """
-    handle = os.open(path, flags, 0o644)
+    handle = in_place(str(path), flags) if flags & os.O_RDWR else os.open(path, flags)
     # `is_locked` of another process holds it for a moment.
     for pause in (0.02, 0.05, 0):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
+            if is_at(path, handle):
+                return handle
+            break  # its last holder has just removed it
         except OSError:
             time.sleep(pause)
     os.close(handle)
     return None
 
 
+def is_at(path: Path, handle: int) -> bool:
+    """Return whether the open file is still the one under this name."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(handle))
+    except OSError:
+        return False
+
+
 def is_locked(path: Path) -> bool:
     """Return whether a living process holds the lock. The right to read the file is enough."""
-    with open(path, "rb") as lock:
+    with open(path, "rb", opener=_without_waiting) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -202,7 +271,8 @@ def is_locked(path: Path) -> bool:
 def lock_or_refuse(path: Path, what: str, fix: str) -> int:
     """Lock the file until this process ends and write our pid, host and start time into it.
 
-    Returns the descriptor. Raises RunError that names the holder where another process has it.
+    Returns the descriptor. Raises RunError that names the holder where another process has it, and
+    OSError (see try_lock).
     """
     import psutil
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.files import is_locked, lock_or_refuse, read_json, write_atomically
+from data.files import in_place, is_locked, lock_or_refuse, read_json, write_atomically
 from trainer import __version__
 from trainer.config.settings import Settings
 from trainer.console import say
@@ -183,8 +183,7 @@ class RunDirectory:
         text = json.dumps({"step": step, "phase": phase, "time": time.time()})
         try:
             # In place, and always as long: it is quick, and a full disk has room for it.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-            with open(os.open(self.heartbeat, flags, 0o666), "wb") as file:
+            with open(in_place(str(self.heartbeat), os.O_WRONLY | os.O_CREAT), "wb") as file:
                 file.write(f"{text:<100}\n".encode())
         except OSError as error:
             if phase == Phase.LOAD:

@@ -20,6 +20,7 @@ import psutil
 
 from data import storage
 from data.errors import disk_errors
+from data.files import in_place
 from trainer import ROOT
 from trainer.checkpoint import resume
 from trainer.checkpoint.files import commits
@@ -179,7 +180,7 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
         )
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
-        with open(directory.log, "ab") as log:
+        with open(directory.log, "ab", opener=in_place) as log:
             began = log.tell()
             process = subprocess.Popen(
                 [sys.executable, sys.argv[0], *(word for word in argv if word != "--detach")],
@@ -217,7 +218,8 @@ def stop(directory: RunDirectory) -> int:
         say(f"{directory} is not running ({directory.read_heartbeat().get('phase')})")
         return DONE
     try:
-        (directory.path / STOP).touch()
+        with suppress(FileExistsError):  # whatever has that name is such a request
+            open(directory.path / STOP, "xb").close()
     except OSError as error:
         raise directory.not_writable(error) from None
     say(f"{directory} stops after its optimizer step, with a checkpoint")
@@ -528,7 +530,9 @@ class Supervisor:
         if limit != self.published_limit:
             self.published_limit = limit
             try:  # for others who watch the run, such as the image's health check
-                self.directory.silence_limit_file.write_text(str(limit), encoding="utf-8")
+                path = self.directory.silence_limit_file
+                with open(path, "w", encoding="utf-8", opener=in_place) as file:
+                    file.write(str(limit))
             except OSError:  # a full disk: the ranks report it
                 pass
         silent = now - attempt.heartbeat_seen

@@ -147,6 +147,74 @@ def test_no_link_is_followed(tmp_path):
     assert (tmp_path / "elsewhere" / "kept").exists() and (tmp_path / "folder" / "a").exists()
 
 
+def planted(kind, path, victim):
+    """Put something at the path that leads to the victim."""
+    if kind == "link":
+        path.symlink_to(victim)
+    elif kind == "hard link":
+        path.hardlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "other user":
+        path.write_text("precious")
+        os.chown(path, 12345, 12345)
+    else:
+        path.symlink_to(victim.parent / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "other user"])
+def test_what_is_written_in_place_leads_nowhere(tmp_path, kind):
+    """An append, a truncation and a lock, where somebody has put a way to another file."""
+    if kind == "other user" and os.geteuid():
+        pytest.skip("needs root")
+    victim, path = tmp_path / "victim", tmp_path / "run" / "file"
+    victim.write_text("precious")
+    path.parent.mkdir()
+    planted(kind, path, victim)
+    for write in (
+        lambda: files.append_line(path, "x"),
+        lambda: open(path, "wb", opener=files.in_place).close(),
+        lambda: files.lock_or_refuse(path, "the run", "wait"),
+    ):
+        with pytest.raises(OSError, match=f"{path} is "):
+            write()
+    assert victim.read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"victim", "run"}
+    assert kind != "other user" or path.read_text() == "precious"
+
+
+def test_a_lock_of_a_cache_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "lock").symlink_to(victim)
+    with pytest.raises(OSError), files.locked(tmp_path / "lock"):
+        pass
+    with files.locked(victim):
+        assert victim.read_text() == "precious"
+
+
+def test_a_lock_whose_file_was_replaced_is_none(tmp_path, monkeypatch):
+    """Its last holder removes it between our opening and our locking it."""
+    stock = files.fcntl.flock
+    monkeypatch.setattr(
+        files.fcntl, "flock", lambda *args: (stock(*args), (tmp_path / "lock").unlink())
+    )
+    assert files.try_lock(tmp_path / "lock") is None
+
+
+def test_a_link_to_a_device_is_replaced(tmp_path):
+    (tmp_path / "plan.json").symlink_to("/dev/null")
+    files.write_atomically(tmp_path / "plan.json", "x")
+    assert (tmp_path / "plan.json").read_text() == "x"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert not files.is_locked(tmp_path / "pipe")
+    with pytest.raises(ValueError):
+        files.read_json(tmp_path / "pipe")
+
+
 def test_a_device_stays_one(tmp_path):
     files.write_atomically(Path("/dev/null"), "x")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)

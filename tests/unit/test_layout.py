@@ -146,6 +146,43 @@ def test_text_files_are_utf_8(path):
             assert named and named[0].startswith("utf-8"), f"{path}:{node.lineno} has no encoding"
 
 
+# They write into a directory that they have just made, where nobody else can put a link.
+WORK_DIRECTORIES = {
+    "data.storage",
+    "data.tokenize",
+    "trainer.data_setup",
+    "trainer.export.merge",
+    "trainer.export.model",
+    "trainer.export.writer",
+    "trainer.plan.model_shapes",
+}
+
+
+def writes_in_place(call):
+    """Whether a call opens a file for writing that may be there, without data/files.py's care."""
+    name, words = (
+        ast.unparse(call.func),
+        {word.arg: ast.unparse(word.value) for word in call.keywords},
+    )
+    if name.endswith((".write_text", ".write_bytes", ".touch")):
+        return True
+    if name == "os.open":
+        return "O_CREAT" in ast.unparse(call) and "O_NOFOLLOW" not in ast.unparse(call)
+    if name != "open" or "opener" in words:
+        return False
+    mode = words.get("mode", ast.unparse(call.args[1]) if len(call.args) > 1 else "")
+    # `x` takes nothing that is there, also no link.
+    return bool(set("wa+") & set(mode)) and "in_place(" not in ast.unparse(call)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_link_is_followed_by_what_is_written(path):
+    if name_of(path) not in {"data.files", *WORK_DIRECTORIES}:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert not writes_in_place(node), f"{path}:{node.lineno}: data.files.in_place"
+
+
 def test_launch_holds_no_logic():
     for path in (ROOT / "launch").glob("*.py"):
         kinds = {type(node).__name__ for node in ast.parse(path.read_text()).body}

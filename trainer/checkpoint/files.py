@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from data.files import hash_file, read_json
+from data.files import hash_file, in_place, read_json
 from trainer.errors import FAILED, RunError
 from trainer.run_dir import RunIdentity
 
@@ -81,7 +81,7 @@ def write_file(path: Path, chunks: Chunks) -> Json:
     """Write and fsync a file. Return its entry in the manifest: {"bytes", "xxh3_128"}."""
     digest = xxhash.xxh3_128()
     size = flushed = 0
-    with open(path, "wb") as file:
+    with open(path, "wb", opener=in_place) as file:
         for chunk in chunks:
             digest.update(chunk)
             size += file.write(chunk)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+from data.files import in_place
 from trainer.engine import aio
 from trainer.engine.cpu_step import CpuStepOptimizer
 from trainer.engine.values import is_finite
@@ -186,7 +187,7 @@ class OptimizerState:
 
     def _write_swap_file(self, i: int, path: str, total: int, key: str, fill: Fill) -> None:
         size = self.dtype.itemsize
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        with open(in_place(path, os.O_WRONLY), "wb") as file:
             file.truncate(total)
             for shard_slice in self.sub_groups[i]:
                 # ZeRO's padding is written too, as zeros: nothing may look as if it was never

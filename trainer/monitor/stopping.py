@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from data.files import in_place
 from trainer.checkpoint import resume
 from trainer.console import say, tell_at_once
 from trainer.distributed import is_main_process
@@ -133,7 +134,7 @@ def dump_stacks_on_signal(run: RunDirectory, rank: int) -> None:
     """Make SIGUSR2 write the stacks of all threads to stacks-<rank>.txt in the run directory."""
     with suppress(OSError):  # on a full disk the run goes on without it
         # It stays open: the handler writes to its descriptor.
-        file = open(run.path / f"stacks-{rank}.txt", "ab")  # noqa: SIM115
+        file = open(run.path / f"stacks-{rank}.txt", "ab", opener=in_place)  # noqa: SIM115
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
 
 
