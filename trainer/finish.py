@@ -33,12 +33,14 @@ def finish(
     step = trainer.state.global_step
     trainer.guards.check_some_step_was_made(step)
     trainer.check_weights()
+    trainer.check_directory()
     if run.settings.export:
         trainer.write_heartbeat(Phase.EXPORT)
         try:
             export_model(run, trainer)
         except BrokenOff:
             return stopping.exit_code(trainer)
+    trainer.check_directory()
     peak = run.ram.peak()
     peaks = all_gather_object(peak)
     if is_main_process():

@@ -16,6 +16,7 @@ from trainer.checkpoint import resume
 from trainer.config.flags import help_text
 from trainer.config.settings import resolve
 from trainer.console import (
+    answered,
     drop_when_blocked,
     guard_output,
     report,
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if any(word in ("-h", "--help") for word in argv):
         print(help_text())
-        return DONE
+        return answered(DONE)
     drop_when_blocked()
     if "ZERO_OFFLOAD_SUPERVISED" not in os.environ:  # a supervisor says it in its ranks' place
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -109,7 +110,7 @@ def _how_to_begin() -> str:
 
 def _say_how_to_resume(run: RunDirectory | None) -> None:
     """Name the last checkpoint of a run that failed, and the line that resumes it."""
-    if run is not None and (last := resume.newest(run.path)) is not None:
+    if run is not None and run.is_ours() and (last := resume.newest(run.path)) is not None:
         how = resume.command(run)
         to_stderr(f"the last checkpoint is of step {last}; to go on from it: {how}")
 
@@ -153,6 +154,7 @@ def _train(run: "Run") -> int:
             if not at_once:
                 stages.write_run_files(run, inputs, arguments, saved)
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
+            trainer.check_directory()
             if code := stopping.exit_code(trainer):
                 return code
             if code := finish.finish(run, trainer, prediction, space):

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
 import time
 import uuid
@@ -13,11 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.files import in_place, is_locked, lock_or_refuse, read_json, write_atomically
+from data.files import in_place, is_at, is_locked, lock_or_refuse, read_json, write_atomically
 from trainer import __version__
 from trainer.config.settings import Settings
 from trainer.console import say
-from trainer.errors import RunError
+from trainer.errors import FAILED, RunError
 from trainer.system import default_model
 
 RUNS = Path("runs")
@@ -150,6 +151,9 @@ class RunDirectory:
         self.rank_lock = self.path / ".running"  # held by rank 0
         self.supervisor_lock = self.path / ".supervised"
         self.silence_limit_file = self.path / ".patience"
+        self.held: dict[Path, int] = {}  # the locks that this process has, and their descriptors
+        self.lost = False  # the directory is another run's now
+        self.stuck: set[str] = set()  # requests that cannot be removed
 
     def __str__(self) -> str:
         return str(self.path)
@@ -161,9 +165,39 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock_or_refuse(lock, f"the run {self}", "make stop, or another --run_name")
+            what = f"the run {self}"
+            self.held[lock] = lock_or_refuse(lock, what, "make stop, or another --run_name")
         except OSError as error:
             raise self.not_writable(error) from None
+
+    def is_ours(self) -> bool:
+        """Return whether the locks that this process took are still the ones in the directory."""
+        self.lost |= not all(is_at(lock, handle) for lock, handle in self.held.items())
+        return not self.lost
+
+    def check_ours(self, identity: "RunIdentity | None" = None) -> None:
+        """Raise RunError where the directory has been replaced since this process locked it.
+
+        identity: the run and line that run.json must name.
+        """
+        found = None if self.is_ours() else "its lock file is gone, or another one"
+        if found is None and identity:
+            try:
+                there = RunIdentity.read(read_json(self.identity))
+                if (there.id, there.line) != (identity.id, identity.line):
+                    found = f"run {there.id}, line {there.line}"
+            except (OSError, ValueError) as error:
+                found = f"no {self.identity.name} of a run ({type(error).__name__})"
+        if found:
+            self.lost = True
+            needed = f" of run {identity.id}, line {identity.line}" if identity else ""
+            raise RunError(
+                f"the run directory {self} is no longer this run's",
+                found=found,
+                needed=f"the directory{needed} that it was started in",
+                fix="put that one back, then resume; what stands there now was not touched",
+                code=FAILED,
+            )
 
     def not_writable(self, error: OSError) -> RunError:
         """Return the error to raise where the directory cannot be written."""
@@ -179,7 +213,10 @@ class RunDirectory:
         """Write heartbeat.json: step, phase, time.
 
         Raises OSError while the run loads: it cannot begin. Later a warning is printed, once.
+        Writes nothing where the directory is another run's now.
         """
+        if not self.is_ours():
+            return
         text = json.dumps({"step": step, "phase": phase, "time": time.time()})
         try:
             # In place, and always as long: it is quick, and a full disk has room for it.
@@ -193,16 +230,27 @@ class RunDirectory:
             self.heartbeat_lost = True
 
     def read_heartbeat(self) -> dict:
-        """Return the last heartbeat; {} where there is none."""
+        """Return the last heartbeat; {} where there is none, or no heartbeat of a run."""
         try:
-            return read_json(self.heartbeat)
-        except (OSError, ValueError):
-            return {}
+            beat = read_json(self.heartbeat)
+            kinds = {"step": int, "phase": str, "time": (int, float)}
+            if (
+                all(isinstance(beat[key], kind) for key, kind in kinds.items())
+                and beat["phase"] in SILENCE_LIMITS
+                and math.isfinite(beat["time"])
+            ):
+                return beat
+        except (OSError, ValueError, KeyError, OverflowError):
+            pass
+        return {}
 
     def is_alive(self) -> bool:
         """Return whether a rank or a supervisor holds the run."""
-        locks = (self.rank_lock, self.supervisor_lock)
-        return any(lock.exists() and is_locked(lock) for lock in locks)
+        for lock in (self.rank_lock, self.supervisor_lock):
+            with suppress(OSError):  # not there, or not for us to read
+                if is_locked(lock):
+                    return True
+        return False
 
     def last_supervisor(self) -> int | None:
         """Return the pid of the run's last supervisor; None where there was none."""
@@ -251,26 +299,48 @@ class RunDirectory:
         write_atomically(self.identity, json.dumps(asdict(identity), indent=1))
 
     def withdraw_requests(self, before: float = math.inf) -> None:
-        """Remove the files STOP and SAVE, or those that were made before a time."""
+        """Remove the files STOP and SAVE, or those that were made before a time.
+
+        One that cannot be removed is named, and asks no more of this process.
+        """
         for name in (STOP, SAVE):
             path = self.path / name
-            with suppress(OSError):  # what cannot be removed asks again
+            try:
                 if path.lstat().st_mtime < before:
                     path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if name not in self.stuck:
+                    say(f"warning: {path} cannot be removed: {error.strerror}")
+                self.stuck.add(name)
+
+    def is_asked(self, name: str) -> bool:
+        """Return whether the file STOP or SAVE is there, and asks for something new."""
+        return name not in self.stuck and os.path.lexists(self.path / name)
 
     def withdraw_old_requests(self) -> None:
         """Remove the files STOP and SAVE from before this process began: of an earlier run.
 
-        What is asked while a run starts is asked of this one.
+        What is asked while a run starts is asked of this one. Raises RunError where one cannot be
+        removed: it would stop the run again and again.
         """
         import psutil
 
         self.withdraw_requests(psutil.Process().create_time())
+        if self.stuck:
+            paths = [str(self.path / name) for name in sorted(self.stuck)]
+            raise RunError(
+                f"an earlier request cannot be removed: {', '.join(paths)}",
+                needed="a file or an empty directory, which this user may remove",
+                fix=f"rm -r {shlex.join(paths)}",
+            )
 
 
 def all_runs() -> list[RunDirectory]:
-    """Return the runs under runs/ that ever had a heartbeat, by name."""
-    return [RunDirectory(path.parent) for path in sorted(RUNS.glob("*/heartbeat.json"))]
+    """Return the runs under runs/ that ever had a heartbeat or are starting, by name."""
+    runs = [RunDirectory(path) for path in sorted(RUNS.glob("*"))]
+    return [run for run in runs if run.heartbeat.exists() or run.is_alive()]
 
 
 def run_directory(settings: Settings, name: str | None = None) -> RunDirectory | None:
@@ -285,7 +355,8 @@ def run_directory(settings: Settings, name: str | None = None) -> RunDirectory |
             )
         return RunDirectory(settings.output_dir)
     name = name or settings.run_name
-    if name and (Path(name).is_absolute() or ".." in Path(name).parts):
+    parts = Path(name or "x").parts
+    if not parts or Path(name or "").is_absolute() or ".." in parts:  # `.` has no parts
         raise RunError(
             "--run_name is a name under runs/", found=name, fix="--output_dir takes any path"
         )

@@ -61,6 +61,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that
 FINAL = (FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED)  # exit codes that a restart would not change
 POLL = 0.2  # seconds
 SUSPENDED_LIMIT = 20  # seconds that a rank may be suspended (SIGSTOP, a debugger)
+KILL_ROUNDS = 5  # of kills, for processes that are started meanwhile
 SLACK = 20  # a step hangs when it takes so many times the longest one before it
 
 
@@ -97,8 +98,10 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.pop(name, None)
     if {"-h", "--help"} & {*argv}:
         say(USAGE + help_text())
-        return DONE
+        return answered(DONE)
     options, flags = parse_options(argv)
+    if options.status or options.stop:
+        check_alone(options, flags)
     if options.status:
         return status()
     if options.stop:
@@ -109,13 +112,26 @@ def main(argv: list[str] | None = None) -> int:
     if options.hostfile:
         become_deepspeed(options, flags)
     settings = resolve(flags)
-    directory, identity = identify(settings)
     ranks = options.num_gpus or (hardware.gpu_count() if uses_gpu(settings) else 1)
+    directory, identity = identify(settings, ranks)
     if options.detach:
         prepare(settings, ranks)  # here it can still be said what is wrong
         return detach([*argv, *identity], directory)
     from_path = settings.resume_from_checkpoint not in (None, "auto")
     return Supervisor(directory, options, ranks, from_path).run([*flags, *identity])
+
+
+def check_alone(options: Options, flags: list[str]) -> None:
+    """Raise RunError for words beside --stop RUN or --status: they would mean nothing."""
+    asked = "stop" if options.stop else "status"
+    given = vars(options).items()
+    others = [f"--{k}" for k, v in given if k != asked and v != getattr(Options, k)]
+    if others or flags:
+        raise RunError(
+            f"{WHERE}: unexpected beside --{asked}",
+            found=shlex.join([*others, *flags]),
+            needed="--stop RUN, a name with blanks in quotes" if options.stop else "--status alone",
+        )
 
 
 def become_deepspeed(options: Options, flags: list[str]) -> NoReturn:
@@ -159,10 +175,10 @@ def check_hostfile(path: Path) -> None:
         raise RunError(f"the hostfile {path} names no machine", needed=needed)
 
 
-def identify(settings: Settings) -> tuple[RunDirectory, list[str]]:
+def identify(settings: Settings, ranks: int = 1) -> tuple[RunDirectory, list[str]]:
     """Return the run directory, and the flags that every restart needs to find it again."""
     directory = run_directory(settings)
-    resume.check_request(settings)
+    resume.check_request(settings, ranks)
     if directory:
         return directory, []
     if settings.output_dir:  # check_request took it from the checkpoint's path
@@ -209,10 +225,10 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
 
 def stop(directory: RunDirectory) -> int:
     """Ask a run to stop, and wait until it has."""
-    if not directory.heartbeat.exists():
+    if not (directory.heartbeat.exists() or directory.is_alive()):
         raise RunError(
             f"no run {directory}",
-            found=", ".join(path.name for path in RUNS.glob("*")) or "no runs here",
+            found=", ".join(run.path.name for run in all_runs()) or "no runs here",
         )
     if not directory.is_alive():
         say(f"{directory} is not running ({directory.read_heartbeat().get('phase')})")
@@ -236,10 +252,12 @@ def status() -> int:
     for run in all_runs():
         beat = run.read_heartbeat()
         state = beat.get("phase", "?")
-        if not run.is_alive() and state not in (Phase.DONE, Phase.STOPPED):
+        if run.is_alive():
+            state = beat.get("phase", "starts")
+        elif state not in (Phase.DONE, Phase.STOPPED):
             state = f"ended in {state}"
-        ago = f"{max(0, time.time() - beat.get('time', 0)):,.0f} s ago"
-        rows.append((run.path.name, state, str(beat.get("step")), ago))
+        ago = f"{max(0, time.time() - beat['time']):,.0f} s ago" if beat else "?"
+        rows.append((run.path.name, state, str(beat.get("step", "?")), ago))
     say(table(rows, "  "))
     return answered(DONE)
 
@@ -253,6 +271,14 @@ def oom_kills() -> int:
 def position(beat: dict) -> str:
     """Return a heartbeat's phase and step as text."""
     return f"in {beat.get('phase', 'start')} after step {beat.get('step', 0)}"
+
+
+def _session(pid: int) -> int:
+    """Return the session of a process; 0 where it has ended."""
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
 
 
 @dataclass
@@ -322,11 +348,17 @@ class Attempt:
     def end(self, grace_period: float) -> None:
         """Kill the ranks that have not ended after so many seconds."""
         psutil.wait_procs(self.processes, grace_period)
-        for process in self.processes:
-            try:  # with the processes that it started: a loader's worker can hold its locks
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        # With the processes that they started: a loader's worker can hold its locks, and a
+        # compiler's has a process group of its own. Each rank leads a session.
+        ranks, killed = {process.pid for process in self.processes}, 0
+        while members := [pid for pid in psutil.pids() if _session(pid) in ranks]:
+            for pid in members:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed += 1
+            if killed == KILL_ROUNDS:  # what is left waits in the kernel, or for its parent
+                break
+            psutil.wait_procs(self.processes, POLL)
         psutil.wait_procs(self.processes)
 
 
@@ -395,6 +427,7 @@ class Supervisor:
                     fix=f"remove the cause, then {self._resume_command()}",
                     code=FAILED,
                 )
+            self.directory.check_ours()
             to_stderr(f"restart {restarts} of {most}: {progress}")
             # Until the run has a checkpoint of its own, it starts as the user asked.
             if now.keys() - at_first.keys() or not (now or self.from_path):
@@ -529,17 +562,20 @@ class Supervisor:
             limit = max(self.options.hang_timeout, SLACK * attempt.longest_step)
         if limit != self.published_limit:
             self.published_limit = limit
-            try:  # for others who watch the run, such as the image's health check
-                path = self.directory.silence_limit_file
-                with open(path, "w", encoding="utf-8", opener=in_place) as file:
-                    file.write(str(limit))
-            except OSError:  # a full disk: the ranks report it
-                pass
+            self._publish(limit)
         silent = now - attempt.heartbeat_seen
         if silent <= limit:
             return None
         limit_text = f"limit: {limit:.0f} s (--hang_timeout)"
         return f"no sign of life for {silent:.0f} s {position(beat)}; {limit_text}"
+
+    def _publish(self, limit: float) -> None:
+        """Write the limit for others who watch the run, such as the image's health check."""
+        with suppress(OSError):  # a full disk: the ranks report it
+            if self.directory.is_ours():
+                path = self.directory.silence_limit_file
+                with open(path, "w", encoding="utf-8", opener=in_place) as file:
+                    file.write(str(limit))
 
     def _dump_stacks(self) -> None:
         """Make every rank write its stacks, suspended ranks too."""

@@ -294,6 +294,7 @@ class OffloadTrainer(Trainer):
         began = time.perf_counter()
         if self.parts.space:
             self.parts.space.audit()
+        self.check_directory()
         self.write_heartbeat(Phase.SAVE)
         position = contents.position(self)
         saved = self.parts.checkpointer.save(self.model_wrapped, self.state, position)
@@ -312,6 +313,11 @@ class OffloadTrainer(Trainer):
                 )
         self.write_heartbeat(Phase.TRAIN)
         self.telemetry.pause(time.perf_counter() - began)
+
+    def check_directory(self) -> None:
+        """Raise RunError, on all ranks, where the run directory is another run's now."""
+        identity = self.parts.checkpointer.identity
+        on_all_ranks(lambda: self.is_world_process_zero() and self.run.check_ours(identity))
 
     def check_weights(self) -> None:
         """Raise RunError where a trained weight is not finite: it is not exported."""

@@ -153,6 +153,8 @@ def read_checkpoint(folder: Path) -> SavedCheckpoint | str:
         if named != folder.name and named.isdecimal() and int(named) != manifest["step"]:
             return f"it is a checkpoint of step {manifest['step']} under another name"
     except FileNotFoundError:
+        if folder.is_symlink() and not folder.exists():
+            return f"it is a link to {os.readlink(folder)}, where nothing is"
         return f"no {MANIFEST}: it was never finished, or is no checkpoint of this trainer"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is not readable ({type(error).__name__})"
@@ -283,9 +285,13 @@ class ShardIndex:
 
 # -- the checkpoints of a run ------------------------------------------------------------------
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Return [(step, folder), ...] of a run's checkpoints, the newest first."""
-    folders = {p.name.removeprefix(_PREFIX): p for p in directory.glob(f"{_PREFIX}*") if p.is_dir()}
-    return sorted(((int(n), p) for n, p in folders.items() if n.isdecimal()), reverse=True)
+    """Return [(step, folder), ...] of a run's checkpoints, the newest first.
+
+    A link whose target is gone is one too: it is named when it is passed over.
+    """
+    folders = {p.name.removeprefix(_PREFIX): p for p in directory.glob(f"{_PREFIX}*")}
+    found = {n: p for n, p in folders.items() if p.is_dir() or p.is_symlink()}
+    return sorted(((int(n), p) for n, p in found.items() if n.isdecimal()), reverse=True)
 
 
 def rotate(directory: Path, limit: int, latest: Path, identity: RunIdentity) -> None:

@@ -61,11 +61,12 @@ class Difference(NamedTuple):
     used: Any
 
 
-def check_request(settings: Settings) -> None:
+def check_request(settings: Settings, ranks: int | None = None) -> None:
     """Check --resume_from_checkpoint and make it "auto", a path or None.
 
     Raises RunError for a resumption that names no run, and for a run directory that is not new.
-    A path also decides the run directory, where no flag does.
+    A path also decides the run directory, where no flag does. ranks: that this process, which is
+    their supervisor, will start.
     """
     requested = str(settings.resume_from_checkpoint)
     requested = {"true": "auto", "false": None, "none": None, "": None}.get(
@@ -78,7 +79,12 @@ def check_request(settings: Settings) -> None:
             raise RunError(
                 f"the run directory {run} holds a run already",
                 found=", ".join(traces[:5]),
-                fix="another --run_name (RUN= with make); or to go on with it: " + command(run),
+                fix="another --run_name (RUN= with make)"
+                + (
+                    f"; or to go on with it: {command(run, ranks)}"
+                    if run.resolved_config.is_file()
+                    else ""
+                ),
             )
     elif requested == "auto":
         if run is None:
@@ -227,7 +233,7 @@ def trim_metrics(path: Path, step: int) -> None:
 
 def newest(directory: Path) -> int | None:
     """Return the step of a run's newest checkpoint, or None."""
-    return next((step for step, _ in checkpoints(directory)), None)
+    return next((step for step, folder in checkpoints(directory) if folder.is_dir()), None)
 
 
 def command(directory: RunDirectory, ranks: int | None = None) -> str:
@@ -262,4 +268,7 @@ def from_here(words: list[str]) -> str:
 
     Files in flags and settings may be relative to it.
     """
-    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"
+    try:
+        return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
+    except FileNotFoundError:  # it has been removed
+        return shlex.join(words)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.config.flags import Key, all_keys, convert, find_key
-from trainer.console import guard_output, report, to_stderr, use_utf8
+from trainer.console import answered, guard_output, report, to_stderr, use_utf8
 from trainer.errors import STOPPED, RunError, script_line
 from trainer.system import user
 
@@ -46,6 +46,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the command after --help, with FAILED where that could not be printed."""
+        raise SystemExit(answered(status))
 
     def error(self, message: str) -> NoReturn:
         """Raise RunError with the message of argparse."""

@@ -111,9 +111,9 @@ class PreemptionCallback(TrainerCallback):
         """Return what some rank was asked for: [number of the reason, a save, no time for one]."""
         main = is_main_process()
         reason = self.signal_name
-        if main and not reason and os.path.lexists(self.run.path / STOP):
+        if main and not reason and self.run.is_asked(STOP):
             reason = "the file STOP"
-        save = main and os.path.lexists(self.run.path / SAVE)
+        save = main and self.run.is_asked(SAVE)
         # A scheduler sends these two, and SIGKILL after the grace period.
         killed_in = self.signal_time + self.grace_period - time.monotonic()
         too_slow = reason in ("SIGTERM", "SIGUSR1") and not self.save_fits(killed_in)

@@ -268,7 +268,7 @@ class Telemetry:
 
     def write(self, record: dict) -> None:
         """Append a record to metrics.jsonl, on rank 0. A full disk is a warning, not an error."""
-        if not is_main_process():
+        if not is_main_process() or not self.run.is_ours():
             return
         try:
             append_line(self.run.metrics, json.dumps({k: finite(v) for k, v in record.items()}))

@@ -1,5 +1,6 @@
 """A plan as text, JSON and a picture. `predictions`: the best first. Does not import torch."""
 
+import errno
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from data.files import new_file
 from trainer.console import table
-from trainer.errors import DOES_NOT_FIT, RunError
+from trainer.errors import BAD_INPUT, DOES_NOT_FIT, FAILED, RunError
 from trainer.plan.estimate import GIB, MODES, Prediction, config_of
 from trainer.plan.remedy import remedy, why_not
 
@@ -222,4 +223,6 @@ def draw(predictions: list[Prediction], path: str) -> None:
         with new_file(Path(path)) as partial:
             figure.savefig(partial, dpi=110, bbox_inches="tight")
     except OSError as error:
-        raise RunError("the plan could not be written", found=error) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        code = FAILED if full else BAD_INPUT
+        raise RunError("the plan could not be written", found=error, code=code) from None

@@ -27,7 +27,10 @@ def prepare() -> None:
     A container may run as any user id: without an entry in the password file, and with HOME=/.
     Then caches go to $XDG_CACHE_HOME, or to a private directory in the temporary directory, which
     is said. What is readable of an old cache of models stays in use.
+    Raises RunError where the working directory is gone, which names of files start from.
     """
+    if not os.path.exists("."):
+        raise RunError("the working directory has been removed", fix="cd to one that exists")
     if not _has_name() and not any(os.environ.get(n) for n in ("LOGNAME", "USER", "LNAME")):
         os.environ["USER"] = f"uid-{os.getuid()}"  # getpass.getuser(), torch's compiler
     home = Path(os.path.expanduser("~"))
