@@ -31,9 +31,12 @@ DEBIAN_AIO := $(if $(wildcard /usr/include/libaio.h),,libaio-dev)
 comma := ,
 # Not the deepspeed launcher: it signals the ranks one by one, and leaves them alive when it is killed.
 LAUNCH = $(BIN)/python launch/supervise.py $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(GPUS),--num_gpus $(GPUS)) $(if $(DETACH),--detach)
-RUN_DIRECTORY = $(if $(RUN),runs/$(RUN:runs/%=%),$(error RUN=NAME is needed))
+# One word of the shell, also with blanks in it: patsubst would cut it into words.
+quote = '$(subst ','\'',$(1))'
+RUN_NAME = $(subst <>,,$(subst <>runs/,,<>$(RUN)))
+RUN_DIRECTORY = $(if $(RUN),$(call quote,runs/$(RUN_NAME)),$(error RUN=NAME is needed))
 TRAIN_FLAGS = $(if $(RECIPE),--config $(RECIPE)) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(DATA),--dataset $(DATA)) \
-	$(if $(METHOD),--method $(METHOD)) $(if $(RUN),--run_name $(RUN:runs/%=%)) $(ARGS)
+	$(if $(METHOD),--method $(METHOD)) $(if $(RUN),--run_name $(call quote,$(RUN_NAME))) $(ARGS)
 
 ##@ Set up
 help: ## this list

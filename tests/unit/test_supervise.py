@@ -14,7 +14,7 @@ import pytest
 from data.files import lock_or_refuse
 from trainer import supervise
 from trainer.errors import RunError
-from trainer.run_dir import RunDirectory
+from trainer.run_dir import RunDirectory, RunIdentity
 from trainer.system import swap_dir
 
 
@@ -329,6 +329,55 @@ def test_bad_input_starts_nothing(capsys):
             supervise.main(["--stop", name]) == 2
             and "no run runs/absent" in capsys.readouterr().err
         )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--stop", "runs/x", "y"], ["--status", "--num_gpus", "2"], ["--status", "--stop", "x"]],
+)
+def test_nothing_beside_stop_and_status(argv, capsys):
+    assert supervise.main(argv) == 2
+    assert "unexpected beside" in capsys.readouterr().err
+
+
+def test_a_run_without_a_heartbeat_is_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory("runs/young")
+    run.lock(run.supervisor_lock)
+    assert supervise.main(["--status"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["young", "starts"]
+
+
+def test_a_heartbeat_of_another_shape_is_none(tmp_path):
+    run = RunDirectory(tmp_path)
+    for beat in ({"time": "x"}, {"step": 1, "phase": "odd", "time": 1}):
+        run.heartbeat.write_text(json.dumps(beat))
+        assert run.read_heartbeat() == {}
+
+
+def test_a_request_that_cannot_be_removed_is_refused(tmp_path):
+    (tmp_path / "STOP" / "full").mkdir(parents=True)
+    os.utime(tmp_path / "STOP", (1, 1))
+    with pytest.raises(RunError, match=f"{tmp_path}/STOP"):
+        RunDirectory(tmp_path).withdraw_old_requests()
+
+
+def test_another_run_in_the_directory_is_noticed(tmp_path):
+    run, mine = RunDirectory(tmp_path / "run"), RunIdentity.new()
+    run.lock(run.rank_lock)
+    run.write_identity(mine)
+    run.check_ours(mine)
+    with pytest.raises(RunError, match="no longer this run's") as error:
+        run.check_ours(RunIdentity.new())
+    assert error.value.code == 1
+    again = RunDirectory(tmp_path / "again")
+    again.lock(again.rank_lock)
+    again.path.rename(tmp_path / "old")
+    again.path.mkdir()
+    again.beat(1, "train")
+    with pytest.raises(RunError, match="another one"):
+        again.check_ours()
+    assert not list(again.path.iterdir())
 
 
 def test_status(tmp_path, monkeypatch, capsys):
