@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         if "--help" in argv:
             print(help_text())
-        return DONE if argv else BAD_INPUT
+        return answered(DONE) if argv else BAD_INPUT
     return check(argv)
 
 

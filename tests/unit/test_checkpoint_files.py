@@ -297,6 +297,7 @@ def test_a_directory_with_anything_of_a_run_is_not_new(tmp_path, trace):
     settings = resolve(["--output_dir", str(tmp_path)])
     resume.check_request(settings)
     (tmp_path / trace).mkdir()
+    (tmp_path / "resolved_config.yaml").touch()  # what the line to go on names
     with pytest.raises(RunError, match="holds a run already") as error:
         resume.check_request(settings)
     assert trace in str(error.value) and "--resume_from_checkpoint auto" in str(error.value)

