@@ -23,6 +23,14 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "zero-offload-trainer")
 
 
+def facts_cache() -> Path:
+    """Return where what was measured or found out once is kept: $ZERO_OFFLOAD_CACHE, or the user's.
+
+    Raises RuntimeError for a user without a home.
+    """
+    return Path(os.environ.get("ZERO_OFFLOAD_CACHE") or user_cache()).expanduser()
+
+
 @contextmanager
 def new_file(target: Path, durable: bool = True) -> Iterator[Path]:
     """Give a name to write to. At the end of the block it becomes the target.

@@ -5,17 +5,14 @@ from typing import Any
 
 import torch
 
+from tests import tiny
+
 SHAPE = {
+    **tiny.SHAPE,
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 SIX = {"num_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}
 LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}

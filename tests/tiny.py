@@ -1,5 +1,19 @@
 """What tests and benchmarks share: a tokenizer for models with random weights, and flags."""
 
+# The configuration of a tiny model, of whatever family.
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def flags(**values):
     """["--name", value, …] of the keyword arguments."""

@@ -10,22 +10,11 @@ import transformers
 from conftest import inputs, make_tokenizer, samples, train
 
 from data.dataset import collate
+from tests.tiny import SHAPE
 from trainer.errors import RunError
 from trainer.modeling import loss as losses
 from trainer.modeling.proof import TOKENS, proof_rows, prove
 
-SHAPE = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 FALCON_H1 = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 

@@ -8,20 +8,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests import tiny
 from trainer.errors import RunError
 from trainer.modeling import weights
 
 SHAPE = {
+    **tiny.SHAPE,
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
 

@@ -14,21 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
+from tests import tiny
 from trainer.errors import BAD_INPUT, RunError
 from trainer.export import merge as merging
 from trainer.export import writer
 
 COMMON = {
+    **tiny.SHAPE,
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 HEAD = {"head_dim": 8}
 WINDOW = {**HEAD, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}

@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from trainer.console import say
 from trainer.errors import RunError, one_line
+from trainer.modeling.experts import shape
 
 Tensors = dict[str, torch.Tensor]
 # Of a model that reads images or sound too: without them it does not start elsewhere.
@@ -70,8 +71,7 @@ def layout(model: Any, limit: int) -> Layout:
 
 def _shape_of(tensor: Any) -> torch.Tensor:
     """Return a tensor without memory, of the shape that a partitioned one has as a whole."""
-    shape = getattr(tensor, "ds_shape", tensor.shape)
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    return torch.empty(shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def _revert(model: PreTrainedModel, tensors: Tensors) -> Tensors:

@@ -116,13 +116,7 @@ def build(
             model, info = loaded
             weights.check_loaded(name, info)
     except weights.LOAD_ERRORS as error:
-        raise RunError(
-            f"the model {name} cannot be loaded",
-            found=one_line(error),
-            fix="--random_weights true trains a random model of its shape"
-            if "no file named" in str(error)
-            else None,
-        ) from None
+        raise weights.not_loaded(name, error) from None
     model.config.use_cache = False
     if settings.method == "lora":
         model = add_adapters(model, settings)

@@ -44,6 +44,17 @@ def check(name: str, config: PreTrainedConfig, revision: str, trust_remote_code:
     return _check_unexpected(name, model, info["unexpected_keys"], revision)
 
 
+def not_loaded(name: str, error: Exception) -> RunError:
+    """Return what is said where transformers' loader gives up on a model."""
+    return RunError(
+        f"the model {name} cannot be loaded",
+        found=one_line(error),
+        fix="--random_weights true trains a random model of its shape"
+        if "no file named" in str(error)
+        else None,
+    )
+
+
 def check_loaded(name: str, info: dict[str, Any]) -> None:
     """Raise RunError for what `output_loading_info` says of weights that were not loaded."""
     if shapes := info["mismatched_keys"]:
@@ -82,13 +93,7 @@ def _on_meta(
             **options,
         )
     except (RuntimeError, *LOAD_ERRORS) as error:
-        raise RunError(
-            f"the model {name} cannot be loaded",
-            found=one_line(error),
-            fix="--random_weights true trains a random model of its shape"
-            if "no file named" in str(error)
-            else None,
-        ) from None
+        raise not_loaded(name, error) from None
     finally:
         logging.set_verbosity(level)
     return loaded

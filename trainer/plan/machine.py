@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data.files import user_cache, write_atomically
+from data.files import facts_cache, write_atomically
 from trainer.errors import RunError, make_line
 from trainer.system import hardware, swap_dir
 
@@ -84,7 +84,7 @@ class Machine:
 
 def measured_path() -> Path:
     """Return the file with what was measured on this machine."""
-    return Path(os.environ.get("ZERO_OFFLOAD_CACHE") or user_cache()).expanduser() / "box.json"
+    return facts_cache() / "box.json"
 
 
 def measured() -> dict[str, Any]:

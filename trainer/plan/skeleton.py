@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.files import locked, read_json, user_cache, write_atomically
+from data.files import facts_cache, locked, read_json, write_atomically
 from trainer import ROOT
 from trainer.errors import RunError, one_line
 
@@ -93,7 +93,7 @@ def _kept(source: Source, config: dict[str, Any]) -> Path | None:
     ]
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
     try:
-        folder = Path(os.environ.get("ZERO_OFFLOAD_CACHE") or user_cache()).expanduser()
+        folder = facts_cache()
     except RuntimeError:  # a user without a home
         return None
     return folder / "skeletons" / f"{key}.json"
