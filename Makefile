@@ -158,12 +158,13 @@ docker-lint: $(VENV)/.ready ## Dockerfile, scripts, compose file and workflows
 	$(BIN)/zizmor --offline --no-progress .github/workflows
 
 ##@ Check
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 test: setup-aio ## unit and cpu tests, and the quick part of the faults
 	@$(MAKE) test-unit
-	$(BIN)/python -m pytest -q --durations 20 tests/cpu tests/faults -m "not long and (quick or not fault)"
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 20 tests/cpu tests/faults -m "not long and (quick or not fault)"
 
 test-unit: $(VENV)/.ready ## unit tests: a minute, nothing is built
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/unit
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) tests/unit
 
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
 	$(BIN)/python -m pytest -q tests/faults tests/cpu/test_resume.py

@@ -150,15 +150,18 @@ def train(
     directory,
     *flags,
     ranks=1,
-    launcher=True,
+    launcher=None,
     env=None,
     timeout=600,
     script="launch/train.py",
     **popen,
 ):
-    """Run `deepspeed launch/train.py …` in the repository root. `directory`: the run's."""
+    """Run `deepspeed launch/train.py …` in the repository root. `directory`: the run's.
+
+    launcher: whether DeepSpeed's starts it. One rank does without, as that imports torch twice.
+    """
     binary = [sys.executable]
-    if launcher:
+    if ranks > 1 if launcher is None else launcher:
         # On a machine without a virtual environment it is elsewhere on the PATH.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         port = 29600 + os.getpid() % 300
@@ -224,7 +227,6 @@ def trains(tiny_model, rows_file, tmp_path):
 
 
 # -- faults ------------------------------------------------------------------------------------
-RESULTS = []
 FLAGS = (
     "--precision fp32 --max_length 96 --learning_rate 1e-3 "
     "--per_device_train_batch_size 2 --eval_strategy no --eval_on_start false "
@@ -305,10 +307,10 @@ def calm(tiny_model, rows_file, tmp_path_factory):
     def go(*flags, ranks=1):
         folder = tmp_path_factory.mktemp("calm")
         own = [*inputs(tiny_model, rows_file, folder), *FLAGS, *flags]
-        # Not by deepspeed's launcher, which imports torch once more, for seconds.
+        # Ours imports no torch.
         script = "launch/supervise.py" if ranks > 1 else "launch/train.py"
         own += ["--num_gpus", ranks] if ranks > 1 else []
-        run = train(folder / "run", *own, launcher=False, script=script)
+        run = train(folder / "run", *own, script=script)
         assert run.code == 0, run.output[-3000:]
         return run
 
@@ -387,16 +389,20 @@ def row(request):
     """
 
     def add(fault, happens, seconds=None):
-        RESULTS.append(
-            (fault, happens, request.node.name, f"{seconds:.0f} s" if seconds is not None else "-")
+        recovery = f"{seconds:.0f} s" if seconds is not None else "-"
+        # A property of the test, as it may run in a process of xdist's.
+        request.node.user_properties.append(
+            ("fault", (fault, happens, request.node.name, recovery))
         )
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter):
-    if RESULTS:
-        lines = [("fault", "what happens", "test", "recovery"), *RESULTS]
+    passed = terminalreporter.stats.get("passed", ())
+    found = [tuple(row) for test in passed for name, row in test.user_properties if name == "fault"]
+    if found:
+        lines = [("fault", "what happens", "test", "recovery"), *sorted(found)]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         terminalreporter.write_line("")
         for line in lines:

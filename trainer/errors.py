@@ -42,4 +42,4 @@ def make_line(target: str) -> str:
 
 
 def _in_root() -> bool:
-    return os.path.exists(".") and os.getcwd() == str(ROOT)  # it may have been removed
+    return os.path.samefile(".", ROOT)  # os.getcwd() fails where it has been removed

@@ -209,6 +209,16 @@ class RunDirectory:
             else "--output_dir",
         )
 
+    def forget_refused_start(self) -> None:
+        """Remove the supervisor's files where no run came of it: the directory is not one of a run.
+
+        A start is refused in any directory that a mistyped --output_dir names.
+        """
+        if self.is_ours() and not os.path.lexists(self.heartbeat) and not self.traces():
+            for path in (self.silence_limit_file, self.supervisor_lock):
+                with suppress(OSError):
+                    path.unlink()
+
     def beat(self, step: int, phase: str) -> None:
         """Write heartbeat.json: step, phase, time.
 

@@ -395,6 +395,7 @@ class Supervisor:
         finally:
             for number in SIGNALS:  # one that comes now must not change the exit code
                 signal.signal(number, signal.SIG_IGN)
+            self.directory.forget_refused_start()
 
     def _run(self) -> int:
         shown = " ".join(map(storage.shown, self.flags))

@@ -54,7 +54,6 @@ def test_nvme_is_counted(trains):
         "ds_z3_nvme_optimizer.json",
         "--per_device_train_batch_size",
         2,
-        launcher=False,
     )
     plan = json.loads((run.directory / "plan.json").read_text())
     assert plan["predicted"]["nvme_bytes"] > 0 and abs(plan["error"]["nvme_bytes"]) < 0.1
@@ -89,7 +88,6 @@ def test_nothing_fits(trains, tmp_path):
         tmp_path / "405b",
         "--random_weights",
         code=3,
-        launcher=False,
     )
     assert (
         "no configuration fits this machine" in run.output

@@ -117,13 +117,13 @@ def test_help_is_quick():
 def test_every_label_masked(tiny_model, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "word " * 200, "output": "b"}] * 3)
     flags = ["--model_name_or_path", tiny_model, "--dataset", path, "--max_length", 64]
-    run = train(tmp_path / "run", *flags, launcher=False)
+    run = train(tmp_path / "run", *flags)
     assert run.code == 2 and "0 trainable tokens in 3 rows" in run.output, run.output
 
 
 def test_unknown_target_module(tiny_model, tmp_path):
     lora = ["--method", "lora", "--lora_target_modules", "q_prj"]
-    run = train(tmp_path / "run", "--model_name_or_path", tiny_model, *lora, launcher=False)
+    run = train(tmp_path / "run", "--model_name_or_path", tiny_model, *lora)
     assert run.code == 2 and "did you mean q_proj" in run.output, run.output
 
 
@@ -140,7 +140,7 @@ def test_locked_memory(tiny_model, tmp_path):
 
     nvme = ["--deepspeed", "ds_z3_nvme.json", "--nvme_path", tmp_path / "swap"]
     flags = ["--model_name_or_path", tiny_model, *nvme]
-    run = train(tmp_path / "run", *flags, launcher=False, preexec_fn=little)
+    run = train(tmp_path / "run", *flags, preexec_fn=little)
     assert run.code == 3, run.output
     assert "locked memory is too small" in run.output and "ulimit -l" in run.output, run.output
     assert not list((tmp_path / "swap").iterdir())

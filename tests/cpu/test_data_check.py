@@ -189,8 +189,7 @@ def test_a_tokenizer_of_another_model(tiny_model, tmp_path):
     for run in (
         lambda: check(model, DATA / "formats" / "text.jsonl")[::2],
         lambda: (
-            (r := train(tmp_path / "run", "--model_name_or_path", model, launcher=False))
-            and (r.code, r.output)
+            (r := train(tmp_path / "run", "--model_name_or_path", model)) and (r.code, r.output)
         ),
     ):
         code, output = run()

@@ -35,9 +35,7 @@ def test_a_run_goes_on(trains, tmp_path):
         built = Path(_get_build_directory(name, verbose=False))
         shutil.copytree(built, tmp_path / name)
     (tmp_path / "cpu_adam" / "lock").touch()
-    run = trains(
-        "run", *FLAGS, launcher=False, timeout=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    )
+    run = trains("run", *FLAGS, timeout=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
     assert "cpu_adam: ready after" in run.output and len(run.losses) == 1
     assert not (tmp_path / "cpu_adam" / "lock").exists()
 
@@ -71,7 +69,7 @@ def test_bench_io(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "io.json").read_text())
     assert (
-        found["aio"].keys() <= ds_schema.CONFIG["aio"].keys()
+        found["aio"].keys() <= ds_schema.config().keys["aio"].kind.keys.keys()
         and found["aio"]["intra_op_parallelism"] >= 1
     )
     best = json.loads((cache / "box.json").read_text())

@@ -43,6 +43,7 @@ def test_full_run(trains, rows_file, tiny_model):
         "full",
         *QUICK,
         *"--per_device_eval_batch_size 3 --max_shard_size 3MB".split(),
+        launcher=True,
         env={"WANDB_MODE": "offline"},
     )
     first, *_, last = run.evaluations

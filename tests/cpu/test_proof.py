@@ -280,7 +280,6 @@ def run_of(model, rows_file, folder, *flags):
         *"--precision fp32 --max_length 96 --max_steps 1 --export false".split(),
         *"--save_strategy no --deepspeed ds_z3_nvme.json".split(),
         *flags,
-        launcher=False,
     )
     return done, samples(tokenizer, rows_file[1])[0]
 

@@ -175,4 +175,4 @@ def test_the_printed_command_resumes(trains, tmp_path):
     ],
 )
 def test_refused(trains, flags, words):
-    assert words in trains("run", *FLAGS, *flags, code=2, launcher=False).output
+    assert words in trains("run", *FLAGS, *flags, code=2).output

@@ -19,7 +19,7 @@ OURS = only("fused_loss", "fused_linear", "fused_step", "leaf_modules")  # besid
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_each_alone(trains, method):
     flags = [*FLAGS, *(LORA if method == "lora" else [])]
-    stock = trains("stock", *flags, *STOCK, launcher=False)
+    stock = trains("stock", *flags, *STOCK)
     norms = [s["grad_norm"] for s in stock.steps]
     cases = {
         "step": only("fused_step"),
@@ -29,7 +29,7 @@ def test_each_alone(trains, method):
         "all": [*OURS, "--kept_layers", "1"],
     }
     for name, own in cases.items():
-        run = trains(name, *flags, *STOCK, *own, launcher=False)
+        run = trains(name, *flags, *STOCK, *own)
         close(run.losses, stock.losses, 2e-5)
         assert [s["grad_norm"] for s in run.steps] == pytest.approx(norms, rel=1e-4), name
 
@@ -38,8 +38,8 @@ def test_where_the_step_is_not_ours(trains):
     """An optimizer on the GPU keeps its own step. The other features are on."""
     own = [*OURS, "--kept_layers", "1", "--deepspeed", "ds_z3.json"]
     close(
-        trains("own", *FLAGS, *own, launcher=False).losses,
-        trains("stock", *FLAGS, *STOCK, launcher=False).losses,
+        trains("own", *FLAGS, *own).losses,
+        trains("stock", *FLAGS, *STOCK).losses,
         2e-5,
     )
 
@@ -85,7 +85,7 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
     """
     script = tmp_path / "print_moments.py"
     script.write_text(PRINT_MOMENTS)
-    expected = trains("stock", *FLAGS, *STOCK, launcher=False)
+    expected = trains("stock", *FLAGS, *STOCK)
     written = {}
     for fused in ("true", "false"):
         run = trains(
@@ -95,7 +95,6 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
             f"{config}.json",
             "--disable_optimizations",
             "auto" if fused == "true" else "fused_step",
-            launcher=False,
             script=script,
         )
         close(run.losses, expected.losses, 2e-5)
@@ -135,7 +134,6 @@ def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
             path,
             "--disable_optimizations",
             "auto" if fused == "true" else "fused_step",
-            launcher=False,
         )
         for fused in ("true", "false")
     ]
@@ -221,7 +219,7 @@ def test_two_ranks(trains, method):
     stock = [*STOCK, "--per_device_train_batch_size", 4]
     two = trains("two", *flags, *ours, ranks=2)
     assert "each rank has cores of its own" in two.output
-    one = trains("stock", *flags, *stock, launcher=False)
+    one = trains("stock", *flags, *stock)
     close(two.losses, one.losses, 1e-4)
 
 
@@ -234,4 +232,4 @@ def test_two_ranks(trains, method):
     ],
 )
 def test_refused(trains, flags, words):
-    assert words in trains("run", *FLAGS, *flags, code=2, launcher=False).output
+    assert words in trains("run", *FLAGS, *flags, code=2).output

@@ -153,6 +153,6 @@ def test_a_run_from_a_checkpoint_with_a_hole(trains, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "hole")
     held = without("layers.2.mlp")(load_file(folder / "model.safetensors"))
     save_file(held, folder / "model.safetensors", {"format": "pt"})
-    run = trains("run", "--model_name_or_path", folder, "--max_steps", 1, launcher=False, code=2)
+    run = trains("run", "--model_name_or_path", folder, "--max_steps", 1, code=2)
     assert "would stay random" in run.output and "model.layers.2.mlp" in run.output
     assert "Traceback" not in run.output

@@ -159,7 +159,6 @@ class Family:
             *swap_flags(self.folder),
             *FLAGS,
             *flags,
-            launcher=False,
             env=env,
             timeout=TIMEOUT,
         )

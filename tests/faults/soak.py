@@ -492,7 +492,8 @@ def go_back(run):
 @kind({WENT_ON: ""})
 def stale_leftover(run):
     """A killed save has left a temporary checkpoint: the next save removes it."""
-    stale = run.directory / ".tmp-checkpoint-3-0a1b2c3d"
+    identity = json.loads((run.directory / "run.json").read_text())
+    stale = run.directory / f".tmp-checkpoint-{identity['id']}-3-0a1b2c3d"
     stale.mkdir()
     (stale / "rank-00000-group-00000.safetensors").write_bytes(bytes(2**16))
     run.until(lambda: not stale.exists(), "the end of a leftover")

@@ -26,7 +26,7 @@ def trains(tiny_model, rows_file, tmp_path):
         inputs = ["--model_name_or_path", tiny_model, "--dataset", rows_file[0]]
         swap = ["--nvme_path", tmp_path / "swap", *swap_flags(tmp_path)]
         own = [*inputs, *swap, *FLAGS, *flags]
-        run = train(tmp_path / name, *own, launcher=False, env={"DS_ACCELERATOR": "cuda"})
+        run = train(tmp_path / name, *own, env={"DS_ACCELERATOR": "cuda"})
         assert run.code == 0, run.output[-6000:]
         return run
 

@@ -52,7 +52,6 @@ def test_losses_with_and_without_liger(rows_file, tmp_path, family, flags):
         run = train(
             tmp_path / name,
             *[*inputs, *FLAGS, *flags.split(), *more],
-            launcher=False,
             env={"DS_ACCELERATOR": "cuda"},
             timeout=200,
         )

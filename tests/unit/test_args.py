@@ -292,6 +292,9 @@ def test_optimizations(value, on_cpu, on_gpu, step):
 def test_a_run_lies_on_a_disk():
     with pytest.raises(RunError, match="directory of this machine"):
         run_directory(resolve(["--output_dir", "s3://bucket/run?secret=1"]))
+    for name in (".", "..", "a/../../b", "/tmp/run"):
+        with pytest.raises(RunError, match="is a name under runs/"):
+            run_directory(resolve(["--run_name", name]))
 
 
 @pytest.mark.parametrize(

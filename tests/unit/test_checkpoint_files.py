@@ -36,7 +36,7 @@ RUN = RunIdentity.new()
 
 def save(directory, step, eval_loss=None, run=RUN, **content):
     """Write a small checkpoint as a run does."""
-    work = files.temporary(directory, step)
+    work = files.temporary(directory, run, step)
     work.mkdir()
     names = {"rng-00000.json": b"{}", files.TRAINER_STATE: b'{"global_step": 1}'}
     entries = {name: files.write_file(work / name, [data]) for name, data in names.items()}
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path):
     (folder / files.TRAINER_STATE).unlink()
     assert save(tmp_path, 3) == folder
     assert files.read_whole(folder)
-    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path, RUN)
     kept, damaged = names(tmp_path)
     assert kept == "checkpoint-3" and damaged.startswith("damaged-checkpoint-3-")
     assert files.checkpoints(tmp_path) == [(3, folder)]
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path):
 def test_a_whole_checkpoint_in_the_way_is_not_deleted(tmp_path):
     save(tmp_path, 3, 0.5)
     save(tmp_path, 3, 0.7)
-    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path, RUN)
     _, aside = names(tmp_path)
     assert aside.startswith("superseded-") and files.read_whole(tmp_path / aside)
 
@@ -411,7 +411,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, losses, kept):
         latest = save(tmp_path, step, loss)
     files.rotate(tmp_path, 2, latest, RUN)
     assert sorted(step for step, _ in files.checkpoints(tmp_path)) == kept
-    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path, RUN)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
 
 
@@ -441,10 +441,12 @@ def test_a_checkpoint_that_is_a_link_is_rotated_without_what_it_names(tmp_path):
     (tmp_path / "run").mkdir()
     save(tmp_path, 1)
     (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "checkpoint-1")
-    (tmp_path / "run" / "checkpoint-3").symlink_to(tmp_path / "nowhere")
+    gone = tmp_path / "run" / "checkpoint-3"
+    gone.symlink_to(tmp_path / "nowhere")
+    assert read_checkpoint(gone) == f"it is a link to {tmp_path / 'nowhere'}, where nothing is"
     latest = [save(tmp_path / "run", step) for step in (2, 3)][-1]
     files.rotate(tmp_path / "run", 1, latest, RUN)
-    files.remove_leftovers(tmp_path / "run")
+    files.remove_leftovers(tmp_path / "run", RUN)
     kept, aside = names(tmp_path / "run")
     assert kept == "checkpoint-3" and aside.startswith("damaged-checkpoint-3-")
     assert files.read_whole(tmp_path / "checkpoint-1")
@@ -465,13 +467,15 @@ def test_later_checkpoints_are_superseded(tmp_path):
 
 def test_what_a_killed_save_left_is_invisible_and_removed(tmp_path):
     save(tmp_path, 2)
-    work = files.temporary(tmp_path, 3)
+    work = files.temporary(tmp_path, RUN, 3)
     work.mkdir()
     (work / "half").write_bytes(b"x")
-    (tmp_path / "tmp-checkpoint-of-the-user").mkdir()
+    (tmp_path / ".tmp-checkpoint-of-the-user").mkdir()
+    other = files.temporary(tmp_path, RunIdentity.new(), 3)
+    other.mkdir()
     assert resume.newest(tmp_path) == 2
-    files.remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["checkpoint-2", "tmp-checkpoint-of-the-user"]
+    files.remove_leftovers(tmp_path, RUN)
+    assert names(tmp_path) == sorted([other.name, ".tmp-checkpoint-of-the-user", "checkpoint-2"])
 
 
 @pytest.mark.parametrize(
@@ -481,15 +485,17 @@ def test_what_a_killed_save_left_is_invisible_and_removed(tmp_path):
 def test_a_kill_leaves_a_whole_checkpoint_or_none(tmp_path, point, visible):
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = sys.argv[1:3]\n"
-        "import test_checkpoint_files as t; t.save(Path(sys.argv[3]), 5)"
+        "import test_checkpoint_files as t\n"
+        "t.save(Path(sys.argv[3]), 5, run=t.RunIdentity(sys.argv[4], ''))"
     )
+    here = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(Path(__file__).parent), str(tmp_path)],
+        [sys.executable, "-c", code, str(ROOT), here, str(tmp_path), RUN.id],
         env={**os.environ, "ZERO_OFFLOAD_KILL_AT": f"{point}:1", "RANK": "1"},
     )
     assert done.returncode == -signal.SIGKILL
     assert bool(files.read_whole(tmp_path / "checkpoint-5")) == visible
-    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path, RUN)
     assert names(tmp_path) == (["checkpoint-5"] if visible else [])
 
 

@@ -186,6 +186,17 @@ def test_a_printed_line_works_in_the_folder_where_it_is_printed(tmp_path):
         ).returncode
 
 
+@pytest.mark.parametrize("name", ["train", "supervise", "plan", "data", "doctor", "export"])
+def test_a_folder_that_has_been_removed(tmp_path, name):
+    done = subprocess.run(
+        f"rmdir {tmp_path} && exec {sys.executable} {ROOT}/launch/{name}.py --lerning_rate 1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 2 and b"directory has been removed" in done.stderr, done.stderr
+
+
 def test_supervise_from_any_folder(tmp_path):
     """The ranks are started from there too; here they refuse the flag."""
     flags = ["--num_gpus", "1", "--lerning_rate", "1"]

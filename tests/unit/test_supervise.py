@@ -211,9 +211,10 @@ def test_the_same_step_again_is_progress(supervised):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 75])
-def test_what_a_restart_would_not_change(supervised, number):
+def test_what_a_restart_would_not_change(supervised, tmp_path, number):
     code, output = supervised(f"leave({number})")
     assert code == number and "restart 1" not in output, output
+    assert not list(tmp_path.glob(".*")), "of a start that was refused"
 
 
 def test_a_signal_reaches_all_ranks(supervised):
@@ -236,7 +237,7 @@ def test_a_stop_after_a_failure(supervised, tmp_path):
     """It comes while the ranks of a crash are ended: 75, and nothing is started again."""
     code, output = supervised(
         "if rank == '0': time.sleep(0.8); leave(70)\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(30)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(6)",
         sent=signal.SIGTERM,
     )
     assert code == 75 and "start 2" not in output, output

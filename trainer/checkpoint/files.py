@@ -18,6 +18,7 @@ import struct
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from data.files import hash_file, in_place, read_json
+from data.files import hash_file, in_place, is_own, read_json
 from trainer.errors import FAILED, RunError
 from trainer.run_dir import RunIdentity
 
@@ -309,7 +310,7 @@ def rotate(directory: Path, limit: int, latest: Path, identity: RunIdentity) -> 
     best = min(losses, key=losses.__getitem__, default=latest)
     for folder in losses.keys() - {latest, best, *list(losses)[:limit]}:
         # Renamed at once: nobody ever sees half of a checkpoint.
-        os.rename(folder, temporary(directory, "old"))
+        os.rename(folder, temporary(directory, identity, "old"))
         kill_point("during-rotation")
 
 
@@ -338,15 +339,21 @@ def commits(directory: Path) -> dict[str, int]:
     return found
 
 
-def temporary(directory: Path, purpose: object) -> Path:
+def temporary(directory: Path, identity: RunIdentity, purpose: object) -> Path:
     """Return a new name in the run directory that remove_leftovers finds."""
-    return directory / f"{_TEMPORARY}{purpose}-{uuid.uuid4().hex[:8]}"
+    return directory / f"{_TEMPORARY}{identity.id}-{purpose}-{uuid.uuid4().hex[:8]}"
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Delete the temporary folders: of killed saves, and of checkpoints that were rotated away."""
-    for folder in directory.glob(f"{_TEMPORARY}*"):
-        if folder.is_symlink():  # a checkpoint that somebody has put elsewhere: it stays there
-            folder.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+def remove_leftovers(directory: Path, identity: RunIdentity) -> None:
+    """Delete the run's temporary folders: of killed saves, and of rotated checkpoints.
+
+    identity: of the run. Those of others, and of other users, stay.
+    """
+    for folder in directory.glob(f"{_TEMPORARY}{identity.id}-*"):
+        with suppress(OSError):
+            if not is_own(folder, folder.lstat()):
+                continue
+            if folder.is_symlink():  # a checkpoint that somebody has put elsewhere: it stays there
+                folder.unlink()
+            else:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -51,7 +51,7 @@ class Checkpointer:
         target = self.directory / f"checkpoint-{step}"
         if broadcast_object(is_main_process() and self._is_saved(target)):
             return target  # a resumed run comes to this step again
-        work = broadcast_object(files.temporary(self.directory, step))
+        work = broadcast_object(files.temporary(self.directory, self.identity, step))
         state = OptimizerState(engine)
         try:
             self._on_all_ranks(lambda: is_main_process() and self._make_folder(work))
@@ -104,7 +104,7 @@ class Checkpointer:
         work.mkdir()
 
     def _delete_leftovers(self) -> Future:
-        return self.deletions.submit(files.remove_leftovers, self.directory)
+        return self.deletions.submit(files.remove_leftovers, self.directory, self.identity)
 
     def finish(self) -> None:
         """Wait until the rotated checkpoints are deleted. No save comes after it."""

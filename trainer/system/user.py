@@ -29,8 +29,11 @@ def prepare() -> None:
     is said. What is readable of an old cache of models stays in use.
     Raises RunError where the working directory is gone, which names of files start from.
     """
-    if not os.path.exists("."):
-        raise RunError("the working directory has been removed", fix="cd to one that exists")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        what = "the working directory has been removed"
+        raise RunError(what, fix="cd to one that exists") from None
     if not _has_name() and not any(os.environ.get(n) for n in ("LOGNAME", "USER", "LNAME")):
         os.environ["USER"] = f"uid-{os.getuid()}"  # getpass.getuser(), torch's compiler
     home = Path(os.path.expanduser("~"))
