@@ -31,7 +31,8 @@ from trainer.run_dir import RunDirectory, RunIdentity, versions
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-RUN = RunIdentity.new()
+# Fixed: test ids hold it, and are the same in each of xdist's processes.
+RUN = RunIdentity("4f" * 16, "2026-11-30T14:00:00+0000")
 
 
 def save(directory, step, eval_loss=None, run=RUN, **content):

@@ -1,6 +1,7 @@
 """W&B: whether it knows the user, what it is sent, and that it never stops a run."""
 
 import math
+import os
 import sys
 import threading
 
@@ -163,3 +164,14 @@ def test_disabled(start, capsys):
     tracker.log({"step": 1})
     tracker.finish()
     assert not wandb.modes and capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a link to another user")
+def test_another_users_link_is_not_followed(start, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "wandb").symlink_to(tmp_path / "elsewhere")
+    tracker, wandb = start("offline")
+    assert wandb.modes == ["offline"], "one's own leads where it is meant to"
+    os.lchown(tmp_path / "wandb", 4711, 4711)
+    _, wandb = start("offline")
+    assert not wandb.modes and "another user's link: remove it" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.files import is_own
 from trainer.console import say
 from trainer.doctor.network import logged_in
 from trainer.errors import one_line
@@ -72,9 +73,15 @@ def _try_for(seconds: float, function: Callable, *arguments: Any) -> Any:
 
 
 def _init(run: RunDirectory, name: str, config: dict, mode: Any) -> Any:
-    """Start a W&B run. mode: online, offline or another of WANDB_MODE."""
+    """Start a W&B run. mode: online, offline or another of WANDB_MODE.
+
+    Raises PermissionError where its files would go where another user's link leads.
+    """
     import wandb
 
+    place = run.path / "wandb"
+    if place.is_symlink() and not is_own(place, place.lstat()):
+        raise PermissionError(f"{place} is another user's link: remove it")
     wandb_run = wandb.init(
         dir=os.environ.get("WANDB_DIR", str(run)),
         name=os.environ.get("WANDB_NAME", name),
