@@ -166,8 +166,11 @@ test: setup-aio ## unit and cpu tests, and the quick part of the faults
 test-unit: $(VENV)/.ready ## unit tests: a minute, nothing is built
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) tests/unit
 
+test-long: setup-aio ## what test leaves out of the cpu tests (a quarter of an hour on two cores)
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m long tests/cpu
+
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)
-	$(BIN)/python -m pytest -q tests/faults tests/cpu/test_resume.py
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 20 tests/faults tests/cpu/test_resume.py
 
 test-soak: setup-aio ## a hundred random faults of all kinds in one run, which must end as if nothing had happened (root)
 	$(BIN)/python tests/faults/soak.py
@@ -207,5 +210,5 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: bench bench-machine bench-checkpoint bench-data bench-io clean data-check docker-build docker-lint docker-run doctor export help lint plan rebuild resume setup setup-aio status stop test \
-	 test-default test-docker test-faults test-gpu test-signals test-soak test-unit train-zero3 train-zero3-gpu train-zero3-nvme \
+	 test-default test-docker test-faults test-families test-gpu test-long test-signals test-soak test-unit train-zero3 train-zero3-gpu train-zero3-nvme \
 	 train-zero3-nvme-optimizer

@@ -25,6 +25,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 # nohup and a shell's & leave these ignored, also in what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Threads of one run that wait for each other would hold the cores that another one needs.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 # Tests neither read nor fill the user's cache.
 os.environ["ZERO_OFFLOAD_CACHE"] = tempfile.mkdtemp(prefix="zero-offload-test-")
 atexit.register(shutil.rmtree, os.environ["ZERO_OFFLOAD_CACHE"], ignore_errors=True)
@@ -420,4 +423,4 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     config.addinivalue_line("markers", "fault: what is under tests/faults")
     config.addinivalue_line("markers", "quick: faults that `make test` injects too")
-    config.addinivalue_line("markers", "long: resumptions that only `make test-faults` tries")
+    config.addinivalue_line("markers", "long: what `make test` leaves to test-long or test-faults")

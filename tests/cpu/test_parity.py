@@ -104,7 +104,12 @@ def test_experts(trains, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method, checkpointing", [("full", "false"), ("full", "true"), ("lora", "true")]
+    "method, checkpointing",
+    [
+        pytest.param("full", "false", marks=pytest.mark.long),
+        pytest.param("full", "true", marks=pytest.mark.long),
+        ("lora", "true"),
+    ],
 )
 def test_nvme_look_ahead(trains, tmp_path, method, checkpointing):
     # Many small layers and a large tied embedding: the look-ahead passes the turn from forward to
@@ -139,7 +144,9 @@ def test_accumulation(trains):
     close([s["grad_norm"] for s in whole.steps], [s["grad_norm"] for s in parts.steps])
 
 
-@pytest.mark.parametrize("config", ["ds_z3_offload", "ds_z3_nvme"])
+@pytest.mark.parametrize(
+    "config", [pytest.param("ds_z3_offload", marks=pytest.mark.long), "ds_z3_nvme"]
+)
 def test_two_ranks(trains, config):
     # 20 steps are more than one epoch of 60 rows, so the end of an epoch is covered too.
     one = trains(

@@ -59,7 +59,7 @@ def test_bit_equal(trains, config, method, ranks):
 @pytest.mark.parametrize(
     "config, before, after",
     [
-        ("ds_z3_nvme", 1, 2),
+        pytest.param("ds_z3_nvme", 1, 2, marks=long),
         ("ds_z3_offload", 2, 1),
         pytest.param("ds_z3_nvme", 2, 1, marks=long),
         pytest.param("ds_z3_offload", 1, 2, marks=long),

@@ -13,9 +13,11 @@ QUIET = "--eval_strategy no --eval_on_start false --export false --save_strategy
 FLAGS = [*STEPS, *BATCH, *QUIET]
 LORA = ["--method", "lora", "--lora_r", 8]
 STOCK = ["--disable_optimizations", "all", "--kept_layers", "0"]
+long = pytest.mark.long
 OURS = only("fused_loss", "fused_linear", "fused_step", "leaf_modules")  # beside the two of a GPU
 
 
+@long
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_each_alone(trains, method):
     flags = [*FLAGS, *(LORA if method == "lora" else [])]
@@ -77,7 +79,9 @@ run.leave(run.main())
 """
 
 
-@pytest.mark.parametrize("config, weights", [("ds_z3_nvme_optimizer", 0), ("ds_z3_nvme", 4)])
+@pytest.mark.parametrize(
+    "config, weights", [pytest.param("ds_z3_nvme_optimizer", 0, marks=long), ("ds_z3_nvme", 4)]
+)
 def test_step_on_nvme(trains, tmp_path, config, weights):
     """The numbers are those of the step in RAM.
 
@@ -113,7 +117,9 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
     assert written["true"] < 0.85 * written["false"]
 
 
-@pytest.mark.parametrize("method, in_ram", [("full", 1_500_000), ("lora", 20_000)])
+@pytest.mark.parametrize(
+    "method, in_ram", [("full", 1_500_000), pytest.param("lora", 20_000, marks=long)]
+)
 def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
     """A configuration of the user's own.
 
