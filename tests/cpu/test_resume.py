@@ -28,8 +28,8 @@ long = pytest.mark.long
     [
         *((c, "full", 1) for c in CONFIGS),
         ("ds_z3_nvme", "lora", 1),
-        ("ds_z3_offload", "full", 2),
         ("ds_z3_nvme", "full", 2),
+        pytest.param("ds_z3_offload", "full", 2, marks=long),
         *(pytest.param(c, "lora", 1, marks=long) for c in CONFIGS[:3]),
         pytest.param("ds_z3", "full", 2, marks=long),
         pytest.param("ds_z3_nvme_optimizer", "full", 2, marks=long),
