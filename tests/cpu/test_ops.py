@@ -31,7 +31,8 @@ def test_a_run_goes_on(trains, tmp_path):
     """torch alone would wait for the lock for ever."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    for name in ("cpu_adam", "pin_memory", "deepspeed_shm_comm"):  # times included, so nothing is compiled again
+    # Times included, so nothing is compiled again.
+    for name in ("cpu_adam", "pin_memory", "deepspeed_shm_comm"):
         built = Path(_get_build_directory(name, verbose=False))
         shutil.copytree(built, tmp_path / name)
     (tmp_path / "cpu_adam" / "lock").touch()
