@@ -56,7 +56,7 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
         largest_batch = settings.per_device_train_batch_size * settings.max_length
         selective = SelectiveCheckpointing(layers, keep, largest_batch, plan.attention == "eager")
     base = base_of(parts)
-    telemetry = _telemetry(parts, model)
+    telemetry = _telemetry(parts)
     resources.callback(telemetry.close)
     tracker = _tracker(parts)
     if tracker:
@@ -137,10 +137,10 @@ def base_of(parts: RunParts) -> str | None:
     return base
 
 
-def _telemetry(parts: RunParts, model: PreTrainedModel) -> Telemetry:
+def _telemetry(parts: RunParts) -> Telemetry:
     summary, text = parts.inputs.data.summary, parts.inputs.model_config.get_text_config()
     flops = flops_per_token(
-        experts.active_parameters(model),
+        parts.plan.active,
         text.num_hidden_layers,
         text.hidden_size,
         summary.tokens / summary.rows,

@@ -162,12 +162,14 @@ def bind_cores(run: Run) -> None:
 class EnginePlan:
     """What follows from the model's shapes. parameters: all of them; attention: the backend.
 
-    model: as the plan sees it. definition: what it computes, for every manifest.
+    active: parameters that compute a token, of the routed experts those it goes to. model: as the
+    plan sees it. definition: what it computes, for every manifest.
     """
 
     config: DeepSpeedConfig
     shapes: ZeroShapes
     parameters: int
+    active: float
     attention: str | None
     model: ModelSpec
     definition: dict[str, Any]
@@ -181,6 +183,8 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     """
     prepared, settings, ranks = run.prepared, run.settings, run.ranks.world
     skeleton: Any = modeling.skeleton(inputs.model_config, settings)
+    model = ModelSpec.from_description(describe(skeleton), run.model)
+    skeleton = modeling.adapted(skeleton, settings)
     shapes = modeling.shapes_of(skeleton, prepared.precision)
     parameters = sum(p.numel() for p in skeleton.parameters())
     if settings.export:
@@ -188,8 +192,10 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         on_all_ranks(lambda: is_main_process() and rehearse(skeleton, inputs.tokenizer, *names))
     if warning := positions.check(skeleton, _positions(settings, inputs.data)):
         say(warning)
+    active = model.active
     if settings.method == "lora":
-        say(skeleton.selection.report(skeleton))
+        say(skeleton.selection.report(settings.lora_r))
+        active += skeleton.selection.active(settings.lora_r)
     backend = attention.choose(skeleton, settings, prepared.gpu, prepared.precision)
     if saved:
         trained = {n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}
@@ -207,8 +213,7 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         f"{'packed ' if settings.packing else ''}rows x {settings.gradient_accumulation_steps} "
         f"micro-batches = {settings.rows_per_step(ranks)} rows"
     )
-    model = ModelSpec.from_description(describe(skeleton), run.model)
-    return EnginePlan(config, shapes, parameters, backend, model, definition)
+    return EnginePlan(config, shapes, parameters, active, backend, model, definition)
 
 
 def define_model(run: Run, saved: SavedCheckpoint | None) -> dict[str, Any]:

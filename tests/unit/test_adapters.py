@@ -98,7 +98,7 @@ def test_adapters_on_tied_embeddings_are_refused(name):
 
 def test_what_is_adapted_is_told():
     model = adapted("qwen2_moe", "all-linear")
-    text = model.selection.report(model)
+    text = model.selection.report(4)
     assert "adapts attention (k_proj, o_proj, q_proj, v_proj): 1,792 parameters" in text
     assert "adapts dense (down_proj, gate_proj, up_proj): 1,728 parameters" in text
     assert "leaves out experts (down_proj, gate_up_proj; 27,648 parameters)" in text

@@ -10,7 +10,9 @@ from trainer.config.settings import Settings
 from trainer.errors import RunError
 from trainer.modeling import load as models
 from trainer.modeling import skeleton as describer
+from trainer.modeling.adapters import select
 from trainer.plan import model_shapes, skeleton
+from trainer.plan.matrices import KEYWORDS
 from trainer.plan.workload import TrainingJob
 
 
@@ -91,8 +93,8 @@ def test_known_families(family):
 
 def trained(family, targets, **changes):
     """Parameters that LoRA trains: as planned, and of the real adapters."""
-    made = models.skeleton(config_of(family, **changes), settings("lora", targets))
-    _, found = described(family, **changes)
+    made, found = described(family, **changes)
+    made = models.adapted(made, settings("lora", targets))
     job = TrainingJob(found, "lora", lora_r=8, lora_target_modules=targets)
     assert job.shapes == models.shapes_of(made, "bf16")
     return job.shapes.trainable
@@ -106,18 +108,50 @@ def trained(family, targets, **changes):
         ("deepseek_v3", "q_b_proj,o_proj"),
         ("qwen3_moe", "q_proj"),
         ("mamba", "in_proj"),
+        *((family, "all-linear") for family in ("qwen2_moe", "falcon_h1", "granitemoehybrid")),
+        *((family, "attention") for family in ("mamba2", "qwen3_next")),
+        *((family, "experts") for family in ("mixtral", "gpt_oss")),
     ],
 )
 def test_adapters(family, targets):
     assert trained(family, targets) > 0
 
 
-def test_an_adapted_skeleton_is_the_same_model():
-    """A run describes the model with its adapters."""
-    _, found = described("gemma2")
-    adapted = models.skeleton(config_of("gemma2"), settings("lora"))
-    text = json.dumps(describer.describe(adapted))
-    assert model_shapes.ModelSpec.from_description(json.loads(text), "gemma2") == found
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plan_and_lora_adapt_the_same(family):
+    """By each keyword; or both refuse it in the same words."""
+    made, found = described(family)
+    layers = [*found.kinds, found.rest]
+
+    def planned(word):
+        return sum(n.count * sum(sizes) for n, sizes in zip(layers, found.adapters(8, word)))
+
+    def real(word):
+        return sum(sum(matrix.adapter(8)) for matrix in select(made, word).chosen)
+
+    for word in KEYWORDS:
+        outcomes = []
+        for choose in (planned, real):
+            try:
+                outcomes.append(choose(word))
+            except RunError as error:
+                outcomes.append(error.what)
+        assert outcomes[0] == outcomes[1], word
+
+
+@pytest.mark.parametrize(
+    "family, targets, words",
+    [
+        ("mamba", "x_proj", "x_proj cannot be adapted"),
+        ("qwen2_moe", "shared_expert_gate", "shared_expert_gate cannot be adapted"),
+        ("llama4_text", "experts", "none that can be adapted"),
+    ],
+)
+def test_the_plan_refuses_what_lora_refuses(family, targets, words):
+    made, found = described(family)
+    for choose in (lambda: found.adapted(targets), lambda: select(made, targets)):
+        with pytest.raises(RunError, match=words):
+            choose()
 
 
 def test_a_mixture_of_experts_by_hand():
@@ -159,6 +193,7 @@ def test_experts_in_a_list():
     _, stacked = described("qwen3_moe")
     assert found.parameters == stacked.parameters and found.active == stacked.active
     assert sum(map(sum, found.adapters(8, "experts"))) == 4 * 3 * 8 * 512
+    assert len(select(made, "experts").chosen) == 2 * 4 * 3
 
 
 def test_dense_layers_before_mixtures():

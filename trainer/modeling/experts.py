@@ -54,11 +54,18 @@ def stacks(module: nn.Module) -> list[str]:
     ]
 
 
-def count(module: nn.Module) -> int:
-    """Return the number of experts in a module; 0 where it has no stack of them."""
+def is_list(module: Any, config: Any) -> bool:
+    """Return whether these modules are experts: the text model's configuration has so many."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) in _counts(config)
+
+
+def count(module: nn.Module, config: Any) -> int:
+    """Return the number of experts in a module, in a stack or a list; 0 where it has none."""
     for child in module.modules():
         for name in stacks(child):
             return shape(child.get_parameter(name))[0]
+        if is_list(child, config):
+            return len(list(child.children()))
     return 0
 
 
@@ -72,12 +79,17 @@ def supported(module: Any) -> bool:
     )
 
 
+def _counts(config: Any) -> set[int]:
+    return {
+        value
+        for name, value in vars(config).items()
+        if "expert" in name and isinstance(value, int) and not _PER_TOKEN.search(name)
+    } - {0, 1}
+
+
 def routes(config: Any) -> bool:
     """Return whether a model of this configuration has several experts."""
-    return any(
-        "expert" in name and isinstance(value, int) and value > 1
-        for name, value in vars(config).items()
-    )
+    return bool(_counts(config))
 
 
 def per_token(config: Any) -> int:
@@ -89,18 +101,6 @@ def per_token(config: Any) -> int:
         if isinstance(value, int) and _PER_TOKEN.search(name):
             return value
     return 0
-
-
-def active_parameters(model: Any) -> int:
-    """Return the parameters that compute a token: of the routed experts, those it goes to."""
-    number = sum(shape(parameter).numel() for parameter in model.parameters())
-    k = per_token(model.config.get_text_config())
-    for name, module in model.named_modules():
-        if k and stacks(module):
-            outer = model.get_submodule(name.split(".base_layer")[0])  # with the adapters
-            size = sum(shape(parameter).numel() for parameter in outer.parameters())
-            number -= size - size * k // count(module)
-    return number
 
 
 # -- grouped products --------------------------------------------------------------------------

@@ -59,12 +59,17 @@ def load_tokenizer(name: str, settings: Settings) -> tuple[PreTrainedTokenizerBa
 
 
 def skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
-    """Return the model on the meta device, without memory, with its adapters: for shapes."""
+    """Return the model on the meta device, without memory or adapters: for shapes."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config, trust_remote_code=settings.trust_remote_code
         )
-        return add_adapters(model, settings) if settings.method == "lora" else model
+
+
+def adapted(skeleton: PreTrainedModel, settings: Settings) -> Any:
+    """Return the skeleton with the adapters of a LoRA run, else as it is."""
+    with torch.device("meta"):
+        return add_adapters(skeleton, settings) if settings.method == "lora" else skeleton
 
 
 def shapes_of(model: nn.Module, precision: str) -> ZeroShapes:

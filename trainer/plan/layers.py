@@ -3,60 +3,15 @@
 Sizes are elements. Does not import torch.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-ALL_LINEAR, ATTENTION, EXPERTS = "all-linear", "attention", "experts"
-# What --lora_target_modules adapts beside names: kinds of maps, in decoder layers.
-ADAPTED = {ALL_LINEAR: ("attention", "mlp"), ATTENTION: ("attention",), EXPERTS: ("expert",)}
+from trainer.plan.matrices import ATTENTION, DENSE, EXPERTS, Matrix
+
 # Tensors that attention without a fused kernel keeps, of the size of its scores: after the softmax
 # in fp32, and in the model's type.
 SCORES = 2
-
-
-@dataclass(frozen=True)
-class LinearMap:
-    """A linear map, or several alike. out, into: widths. name: dotted, within the layer.
-
-    kind: attention | mlp | expert | router | head | embedding. copies: how many there are. used:
-    how many of them a token goes through. stacked: the copies are one tensor.
-    """
-
-    name: str
-    out: int
-    into: int
-    kind: str = "mlp"
-    copies: int = 1
-    used: float = 1
-    stacked: bool = False
-
-    @property
-    def size(self) -> int:
-        """Parameters of all copies."""
-        return self.copies * self.out * self.into
-
-    @property
-    def active(self) -> float:
-        """Parameters that a token is multiplied with."""
-        return self.used * self.out * self.into
-
-    @property
-    def parent(self) -> str:
-        """The name of the module that holds it."""
-        return self.name.rpartition(".")[0]
-
-    def adapter(self, rank: int) -> list[int]:
-        """Return the elements of each tensor of its LoRA adapters."""
-        if self.stacked:
-            return [rank * self.into * self.copies, rank * self.out * self.copies]
-        return [rank * self.into, rank * self.out] * self.copies
-
-    def is_called(self, name: str) -> bool:
-        """Return whether a name of --lora_target_modules means this map, as PEFT has it."""
-        plain = self.name.replace(".*", "")
-        return self.name == name or f".{plain}".endswith(f".{name}")
 
 
 @dataclass
@@ -72,7 +27,7 @@ class Layer:
 
     hidden: int
     tensors: list[int]
-    maps: list[LinearMap]
+    maps: list[Matrix]
     norms: int = 0
     modules: int = 0
     query: int = 0
@@ -101,7 +56,7 @@ class Layer:
         """The maps by the module that holds them, without routers."""
         groups: dict[str, _Group] = {}
         for map_ in self.maps:
-            if map_.kind in ("attention", "mlp", "expert"):
+            if map_.kind in (ATTENTION, DENSE, EXPERTS):
                 groups.setdefault(map_.parent, _Group(self.hidden)).maps.append(map_)
         return list(groups.values())
 
@@ -130,9 +85,9 @@ class Layer:
         """
         backs = [group.back for group in self._groups]
         streams = {
-            map_.kind == "attention"
+            map_.kind == ATTENTION
             for map_ in self.maps
-            if map_.into == self.hidden and map_.kind != "expert" and map_ not in backs
+            if map_.into == self.hidden and map_.kind != EXPERTS and map_ not in backs
         }
         elements = self.norms + len(streams) * self.hidden
         for group in self._groups:
@@ -143,26 +98,20 @@ class Layer:
             elements += self.norms
         return elements + SCORES * self.scores * length + self.beside * self.intermediate
 
-    def matching(self, targets: str) -> list[LinearMap]:
-        """Return the maps that one word of --lora_target_modules means."""
-        if targets in ADAPTED:
-            return [map_ for map_ in self.maps if map_.kind in ADAPTED[targets]]
-        return [map_ for map_ in self.maps if map_.is_called(targets)]
-
 
 @dataclass
 class _Group:
     """The maps of one module, in their order. hidden: width of the residual stream."""
 
     hidden: int
-    maps: list[LinearMap] = field(default_factory=list)
+    maps: list[Matrix] = field(default_factory=list)
 
     @property
     def attention(self) -> bool:
-        return self.maps[0].kind == "attention"
+        return self.maps[0].kind == ATTENTION
 
     @cached_property
-    def back(self) -> LinearMap:
+    def back(self) -> Matrix:
         """The map whose output is added to the residual stream."""
         onto = [map_ for map_ in self.maps if map_.out == self.hidden]
         return (onto or self.maps)[-1]
@@ -180,7 +129,7 @@ class _Group:
         widths = {
             (map_.into, map_ is self.back): map_.into * map_.used
             for map_ in self.maps
-            if map_.into != self.hidden or map_.kind == "expert" or map_ is self.back
+            if map_.into != self.hidden or map_.kind == EXPERTS or map_ is self.back
         }
         return sum(widths.values())
 
@@ -190,7 +139,7 @@ class _Group:
         return sum(
             map_.out * map_.used
             for map_ in self.maps
-            if map_ is not self.back or map_.kind == "expert"
+            if map_ is not self.back or map_.kind == EXPERTS
         )
 
     @property
@@ -201,11 +150,6 @@ class _Group:
         width = self.back.into * self.back.used
         given = sum(map_.out * map_.used for map_ in self.maps if map_ is not self.back)
         return width if given >= 2 * width else 0
-
-
-def targets_of(text: str) -> list[str]:
-    """Return the words of --lora_target_modules."""
-    return [word for word in re.split(r"[,\s]+", text) if word]
 
 
 def total(layers: Iterable[Layer], value: Callable[[Layer], float]) -> float:

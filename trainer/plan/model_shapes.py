@@ -16,8 +16,9 @@ from typing import Any
 from trainer.config.ds_config import ZeroShapes
 from trainer.config.settings import check_model
 from trainer.errors import RunError, did_you_mean, one_line
-from trainer.plan import skeleton
-from trainer.plan.layers import ADAPTED, Layer, LinearMap, targets_of, total
+from trainer.plan import matrices, skeleton
+from trainer.plan.layers import Layer, total
+from trainer.plan.matrices import ATTENTION, DENSE, EMBEDDING, HEAD, Matrix
 
 # Keys of a config.json that every model of a known family has.
 SIZES = (
@@ -92,7 +93,9 @@ NEEDED = "a model directory, a config.json, or one of " + ", ".join(BUILT_IN)
 MODULES = 13
 
 
-def flops_per_token(parameters: int, layers: int, hidden: int, length: float, method: str) -> float:
+def flops_per_token(
+    parameters: float, layers: int, hidden: int, length: float, method: str
+) -> float:
     """Return the operations of training one token, without what is recomputed.
 
     A product of a weight and a token is two operations. Attention's two products see half of the
@@ -129,7 +132,7 @@ class ModelSpec:
         """Return the model of what modeling/skeleton.py says about it."""
 
         def layer(values: dict[str, Any]) -> Layer:
-            return Layer(**{**values, "maps": [LinearMap(**map_) for map_ in values["maps"]]})
+            return Layer(**{**values, "maps": [Matrix(**map_) for map_ in values["maps"]]})
 
         description = dict(description, name=name, rest=layer(description["rest"]))
         return cls(**{**description, "kinds": list(map(layer, description["kinds"]))})
@@ -142,7 +145,7 @@ class ModelSpec:
     @property
     def active(self) -> int:
         """Parameters without those of experts that a token does not go through."""
-        return int(self.parameters - total(self.kinds, lambda layer: layer.unused))
+        return round(self.parameters - total(self.kinds, lambda layer: layer.unused))
 
     def activations(
         self, tokens: int, itemsize: int, liger: bool = True, full: bool = True, length: int = 0
@@ -169,32 +172,15 @@ class ModelSpec:
         rows = tokens / math.ceil(self.vocabulary / self.hidden)
         return 2 ** math.ceil(math.log2(max(1, rows)))
 
-    def adapted(self, targets: str) -> list[list[LinearMap]]:
+    def adapted(self, targets: str) -> list[list[Matrix]]:
         """Return the maps that LoRA adapts: of each of `kinds`, and of `rest`.
 
         targets: as --lora_target_modules. Raises RunError for what the model lacks.
         """
         everything = [*self.kinds, self.rest]
-        found: list[dict[str, LinearMap]] = [{} for _ in everything]
-        names = {map_.name.split(".")[-1] for layer in everything for map_ in layer.maps}
-        needed = ", ".join([*ADAPTED, "or some of " + ", ".join(sorted(names))])
-        if not targets_of(targets):
-            raise RunError("lora_target_modules is empty", needed=needed)
-        for word in targets_of(targets):
-            of_kind = word in ADAPTED
-            maps = [
-                [] if of_kind and layer is self.rest else layer.matching(word)
-                for layer in everything
-            ]
-            if not any(maps):
-                raise RunError(
-                    f"lora_target_modules {targets} is not in the model"
-                    f"{did_you_mean(word, [*ADAPTED, *names])}",
-                    needed=needed,
-                )
-            for known, more in zip(found, maps):
-                known.update((map_.name, map_) for map_ in more)
-        return [list(maps.values()) for maps in found]
+        maps = [matrix for layer in everything for matrix in layer.maps]
+        chosen = set(matrices.adapted(maps, targets, self.tied))
+        return [[matrix for matrix in layer.maps if matrix in chosen] for layer in everything]
 
     def adapters(self, rank: int, targets: str) -> list[list[int]]:
         """Return the elements of each tensor of the adapters, for each of `adapted`."""
@@ -354,10 +340,7 @@ def _llama_like(config: dict[str, Any], name: str, path: str | Path) -> ModelSpe
     layer = Layer(
         hidden,
         [rows * columns for rows, columns in maps.values()] + small,
-        [
-            LinearMap(key, *shape, "attention" if "attn" in key else "mlp")
-            for key, shape in maps.items()
-        ],
+        [Matrix(key, *shape, ATTENTION if "attn" in key else DENSE) for key, shape in maps.items()],
         norms,
         modules,
         query,
@@ -369,8 +352,8 @@ def _llama_like(config: dict[str, Any], name: str, path: str | Path) -> ModelSpe
         hidden,
         [embedding] * (2 - tied) + [hidden],
         [
-            LinearMap("embed_tokens", vocabulary, hidden, "embedding"),
-            LinearMap("lm_head", vocabulary, hidden, "head"),
+            Matrix("embed_tokens", vocabulary, hidden, EMBEDDING),
+            Matrix("lm_head", vocabulary, hidden, HEAD),
         ],
     )
     return ModelSpec(name, family, hidden, vocabulary, embedding, tied, [layer], rest)

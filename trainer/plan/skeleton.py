@@ -85,11 +85,11 @@ def _kept(source: Source, config: dict[str, Any]) -> Path | None:
     """Return the cache's file for a configuration. None: code that we do not know decides, too."""
     if source.trust_remote_code and config.get("auto_map"):
         return None
-    describer = Path(ROOT, *MODULE.split(".")).with_suffix(".py")
+    describers = sorted(Path(ROOT, *MODULE.split(".")).parent.glob("*.py"))
     facts = [
         json.dumps(config, sort_keys=True),
         metadata.version("transformers"),
-        describer.read_text(encoding="utf-8"),
+        *(path.read_text(encoding="utf-8") for path in describers),
     ]
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
     try:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
 from trainer.config.settings import Settings
-from trainer.plan.layers import LinearMap
 from trainer.plan.machine import Machine
+from trainer.plan.matrices import Matrix
 from trainer.plan.model_shapes import ModelSpec
 
 # DeepSpeed's own values, for a JSON that leaves the key out.
@@ -79,7 +79,7 @@ class TrainingJob:
         return [] if self.full else self.model.adapters(self.lora_r, self.lora_target_modules)
 
     @functools.cached_property
-    def adapted(self) -> list[list[LinearMap]]:
+    def adapted(self) -> list[list[Matrix]]:
         """The maps with adapters, as ModelSpec.adapted returns them; [] in a full fine-tune."""
         return [] if self.full else self.model.adapted(self.lora_target_modules)
 
