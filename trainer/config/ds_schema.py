@@ -45,28 +45,24 @@ class Block:
 
 
 # The classes of DeepSpeed that read a block: the file below deepspeed/, the class.
+_OFFLOAD, _PRECISION = "runtime/zero/offload_config.py", "runtime/precision_config.py"
+_MONITOR = "monitor/config.py"
 _CLASSES = {
     "zero_optimization": ("runtime/zero/config.py", "DeepSpeedZeroConfig"),
-    "DeepSpeedZeroOffloadParamConfig": (
-        "runtime/zero/offload_config.py",
-        "DeepSpeedZeroOffloadParamConfig",
-    ),
-    "DeepSpeedZeroOffloadOptimizerConfig": (
-        "runtime/zero/offload_config.py",
-        "DeepSpeedZeroOffloadOptimizerConfig",
-    ),
-    "DeepSpeedZeroLeafModuleConfig": (
-        "runtime/zero/leaf_module_config.py",
-        "DeepSpeedZeroLeafModuleConfig",
-    ),
-    "bf16": ("runtime/precision_config.py", "DeepSpeedBF16Config"),
-    "fp16": ("runtime/precision_config.py", "DeepSpeedFP16Config"),
-    "tensorboard": ("monitor/config.py", "TensorBoardConfig"),
-    "wandb": ("monitor/config.py", "WandbConfig"),
-    "csv_monitor": ("monitor/config.py", "CSVConfig"),
-    "comet": ("monitor/config.py", "CometConfig"),
+    "bf16": (_PRECISION, "DeepSpeedBF16Config"),
+    "fp16": (_PRECISION, "DeepSpeedFP16Config"),
+    "tensorboard": (_MONITOR, "TensorBoardConfig"),
+    "wandb": (_MONITOR, "WandbConfig"),
+    "csv_monitor": (_MONITOR, "CSVConfig"),
+    "comet": (_MONITOR, "CometConfig"),
     "comms_logger": ("comm/config.py", "CommsLoggerConfig"),
     "compile": ("compile/config.py", "CompileConfig"),
+}
+# Those of blocks inside of these, by the name that stands in an annotation: the file.
+_INNER = {
+    "DeepSpeedZeroOffloadParamConfig": _OFFLOAD,
+    "DeepSpeedZeroOffloadOptimizerConfig": _OFFLOAD,
+    "DeepSpeedZeroLeafModuleConfig": "runtime/zero/leaf_module_config.py",
 }
 _KINDS = {
     "bool": bool,
@@ -93,8 +89,18 @@ def _plain(names: str, kind: "type | Block", **limits: Any) -> dict[str, Key]:
     return {name: Key(name, kind, **limits) for name in names.split()}
 
 
+def _block(keys: dict[str, Any]) -> Block:
+    """Return the block of these keys. A mapping among them is a block inside."""
+    return Block(
+        {
+            name: key if isinstance(key, Key) else Key(name, _block(key))
+            for name, key in keys.items()
+        }
+    )
+
+
 _DTYPES = ("fp32", "fp16", "bf16")
-_OTHERS = {
+_OTHERS: dict[str, Any] = {
     **_plain(
         "wall_clock_breakdown memory_breakdown dump_state prescale_gradients disable_allgather "
         "disable_python_gc zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
@@ -116,83 +122,48 @@ _OTHERS = {
     **_plain(
         "data_efficiency hybrid_engine autotuning tensor_parallel expert_parallel pipeline", dict
     ),
-    "aio": Key(
-        "aio",
-        Block(
-            {
-                **_plain("block_size queue_depth intra_op_parallelism", int, low=1),
-                **_plain("single_submit overlap_events use_gds", bool),
-                # Its name before DeepSpeed 0.15.
-                "thread_count": Key("intra_op_parallelism", int, low=1),
-            }
+    # Blocks of their own.
+    "aio": {
+        **_plain("block_size queue_depth intra_op_parallelism", int, low=1),
+        **_plain("single_submit overlap_events use_gds", bool),
+        # Its name before DeepSpeed 0.15.
+        "thread_count": Key("intra_op_parallelism", int, low=1),
+    },
+    "optimizer": _plain("type", str) | _plain("params", dict) | _plain("legacy_fusion", bool),
+    "scheduler": _plain("type", str) | _plain("params", dict),
+    "data_types": {
+        **_plain(
+            "grad_accum_dtype param_dtype buffer_dtype",
+            str,
+            choices=(*_DTYPES, "float32", "float16", "bfloat16"),
         ),
-    ),
-    "optimizer": Key(
-        "optimizer",
-        Block({**_plain("type", str), **_plain("params", dict), **_plain("legacy_fusion", bool)}),
-    ),
-    "scheduler": Key("scheduler", Block({**_plain("type", str), **_plain("params", dict)})),
-    "data_types": Key(
-        "data_types",
-        Block(
-            {
-                **_plain(
-                    "grad_accum_dtype param_dtype buffer_dtype",
-                    str,
-                    choices=(*_DTYPES, "float32", "float16", "bfloat16"),
-                ),
-                **_plain("keep_in_fp32_modules", list),
-            }
+        **_plain("keep_in_fp32_modules", list),
+    },
+    "torch_autocast": {
+        **_plain("enabled", bool),
+        **_plain("dtype", str),
+        **_plain("lower_precision_safe_modules", list),
+    },
+    "checkpoint": {
+        **_plain("tag_validation", str, choices=("warn", "ignore", "fail")),
+        **_plain("load_universal use_node_local_storage checkpoint_serialization", bool),
+        **_plain("parallel_write writer", dict),
+    },
+    "activation_checkpointing": {
+        **_plain(
+            "partition_activations contiguous_memory_optimization cpu_checkpointing "
+            "synchronize_checkpoint_boundary profile",
+            bool,
         ),
-    ),
-    "torch_autocast": Key(
-        "torch_autocast",
-        Block(
-            {
-                **_plain("enabled", bool),
-                **_plain("dtype", str),
-                **_plain("lower_precision_safe_modules", list),
-            }
-        ),
-    ),
-    "checkpoint": Key(
-        "checkpoint",
-        Block(
-            {
-                **_plain("tag_validation", str, choices=("warn", "ignore", "fail")),
-                **_plain("load_universal use_node_local_storage checkpoint_serialization", bool),
-                **_plain("parallel_write writer", dict),
-            }
-        ),
-    ),
-    "activation_checkpointing": Key(
-        "activation_checkpointing",
-        Block(
-            {
-                **_plain(
-                    "partition_activations contiguous_memory_optimization cpu_checkpointing "
-                    "synchronize_checkpoint_boundary profile",
-                    bool,
-                ),
-                **_plain("number_checkpoints", int, low=0),
-            }
-        ),
-    ),
-    "flops_profiler": Key(
-        "flops_profiler",
-        Block(
-            {
-                **_plain("enabled detailed", bool),
-                **_plain("profile_step module_depth top_modules", int),
-                **_plain("recompute_fwd_factor", float),
-                **_plain("output_file", str),
-            }
-        ),
-    ),
-    "timers": Key(
-        "timers",
-        Block({"throughput": Key("throughput", Block(_plain("enabled synchronized", bool)))}),
-    ),
+        **_plain("number_checkpoints", int, low=0),
+    },
+    "flops_profiler": {
+        **_plain("enabled detailed", bool),
+        **_plain("profile_step module_depth top_modules", int),
+        **_plain("recompute_fwd_factor", float),
+        **_plain("output_file", str),
+    },
+    "timers": {"throughput": _plain("enabled synchronized", bool)},
 }
 
 # What DeepSpeed can do and this trainer does not: the value that says so, and why.
@@ -290,15 +261,14 @@ AUTO = {
 @functools.cache
 def config() -> Block:
     """Return the whole configuration."""
-    typed = {name: Key(name, _read(name)) for name in _CLASSES if not name.startswith("DeepSpeed")}
+    typed = {name: Key(name, _read(*class_)) for name, class_ in _CLASSES.items()}
     # bfloat16: the name before bf16.
-    return Block({**_OTHERS, **typed, "bfloat16": typed["bf16"]})
+    return _block({**_OTHERS, **typed, "bfloat16": typed["bf16"]})
 
 
 @functools.cache
-def _read(name: str) -> Block:
+def _read(file: str, class_name: str) -> Block:
     """Return the block that a class of DeepSpeed's reads."""
-    file, class_name = _CLASSES[name]
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or spec.origin is None:
         raise RunError("DeepSpeed is not installed", fix=make_line("setup"))
@@ -321,7 +291,7 @@ def _key(name: str, node: ast.AnnAssign) -> Key:
     text = ast.unparse(node.annotation).removeprefix("Optional[")
     text = text.partition("[")[0].rstrip("]").lower() if text.startswith("List[") else text
     text = text.rstrip("]")
-    kind = _read(text) if text in _CLASSES else _KINDS.get(text, dict)
+    kind = _read(_INNER[text], text) if text in _INNER else _KINDS.get(text, dict)
     options: dict[str, Any] = dict(_CHECKED.get(name, {}))
     for keyword in node.value.keywords if isinstance(node.value, ast.Call) else ():
         if keyword.arg == "alias":
