@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trainer.errors import RunError, one_line
+from trainer.plan.model_shapes import stored_tensors
 
 SHOWN = 5  # names of a message
 LOAD_ERRORS = (OSError, ValueError, ImportError, pickle.UnpicklingError, SafetensorError)
@@ -130,15 +131,16 @@ def _check_unexpected(name: str, model: Any, keys: Iterable[str], revision: str)
     prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
     own = {key.partition(".")[0] for key in model.state_dict()}
     own |= {key.partition(".")[0] for key in model.base_model.state_dict()}
-    shapes = _headers(name, revision)
+    stored = stored_tensors(_folder(name, revision))
     lost, other = [], {}
     for key in sorted(keys):
         part = key.partition(".")[0]
+        plain = key.removeprefix(f"{model.base_model_prefix}.")
         if any(word.startswith(prefixes) for word in key.split(".")):
             lost.append(key)
         elif part not in own:
             other.setdefault(part, []).append(key)
-        elif not _is_mask(*shapes.get(key, shapes.get(_without_base(key, model), ("F32", [2])))):
+        elif not _is_mask(*stored.get(key, stored.get(plain, ("F32", [2])))):
             lost.append(key)
     if lost:
         raise RunError(
@@ -150,32 +152,19 @@ def _check_unexpected(name: str, model: Any, keys: Iterable[str], revision: str)
     return [f"weights: {part} of {name} is left out ({len(k)})" for part, k in other.items()]
 
 
-def _without_base(key: str, model: Any) -> str:
-    return key.removeprefix(f"{model.base_model_prefix}.")
-
-
 def _is_mask(dtype: str, shape: list[int]) -> bool:
     """Return whether a tensor is a constant that old versions saved: a mask, or its value."""
     square = len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]
     return not dtype.startswith(("F", "BF")) or not shape or square
 
 
-def _headers(name: str, revision: str) -> dict[str, tuple[str, list[int]]]:
-    """Return {key of the checkpoint: (type, shape)} of its safetensors files."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+def _folder(name: str, revision: str) -> Path:
+    """Return the directory of a model, on the disk or in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-        folder = Path(str(found)).parent
-    headers = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            for key in names:
-                tensor = file.get_slice(key)
-                headers[key] = tensor.get_dtype(), tensor.get_shape()
-    return headers
+    return Path(str(try_to_load_from_cache(name, "config.json", revision=revision))).parent
 
 
 def _named(names: Iterable[str]) -> str:

@@ -415,7 +415,7 @@ def _check_weights(model: ModelSpec, folder: Path) -> ModelSpec:
 
     Checkpoints of some families hold layers beside these, which transformers leaves out.
     """
-    stored = stored_shapes(folder)
+    stored = {name: shape for name, (_, shape) in stored_tensors(folder).items()}
     count = sum(map(math.prod, stored.values()))
     if model.tied:
         count -= math.prod(stored.get("lm_head.weight", [0]))
@@ -435,15 +435,15 @@ def _check_weights(model: ModelSpec, folder: Path) -> ModelSpec:
     return model
 
 
-def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return {name: shape} of the weights in a directory, from the headers of its safetensors.
+def stored_tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return {name: (type, shape)} of the weights in a directory, from their safetensors' headers.
 
     {} where there are none. Raises RunError for a file that is not readable.
     """
     from safetensors import SafetensorError, safe_open
 
     path = folder / "model.safetensors.index.json"
-    shapes, names = {}, ["model.safetensors"]
+    tensors, names = {}, ["model.safetensors"]
     try:
         if path.is_file():
             names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -451,7 +451,8 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
             if path.is_file():
                 with safe_open(path, framework="np") as file:
                     for name in file.keys():  # noqa: SIM118
-                        shapes[name] = file.get_slice(name).get_shape()
+                        tensor = file.get_slice(name)
+                        tensors[name] = tensor.get_dtype(), tensor.get_shape()
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         with open(path, "rb") as file:
             pointer = file.read(40).startswith(b"version https://git-lfs")
@@ -461,4 +462,4 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
             needed="the weights as safetensors",
             fix="git lfs pull, or download it again",
         ) from None
-    return shapes
+    return tensors
