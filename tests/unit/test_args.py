@@ -372,7 +372,7 @@ def test_every_optimizer_and_tracker_of_transformers_is_known():
 
     assert {*packages.TRACKERS, "wandb"} >= {*integration_utils.INTEGRATION_TO_CALLBACK}
     torch_only = {"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"}
-    patterns = [packages.OF_MATRICES, *(pattern for pattern, *_ in packages.OPTIMIZERS)]
+    patterns = [packages.OF_MATRICES, *packages.OPTIMIZERS]
     for name in all_keys()["optim"].choices:
         known = any(re.fullmatch(pattern, name) for pattern in patterns)
         assert known != (name in torch_only), name
