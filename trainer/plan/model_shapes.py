@@ -4,6 +4,7 @@ The configurations of a few families say all that is needed. Of the others trans
 skeleton, in a process of its own (plan/skeleton.py). Sizes are elements. Does not import torch.
 """
 
+import functools
 import json
 import math
 import os
@@ -287,11 +288,8 @@ def from_dict(
     if source is None:
         raise RunError(f"{path} has no skeleton", found=config["model_type"], needed=KNOWN)
     _check_layers(config, path)
-
-    def model(description: dict[str, Any]) -> ModelSpec:
-        return ModelSpec.from_description(description, name)
-
-    return skeleton.describe(source, config, path, model)
+    read = functools.partial(ModelSpec.from_description, name=name)
+    return skeleton.describe(source, config, path, read)
 
 
 def _is_known(config: dict[str, Any]) -> bool:

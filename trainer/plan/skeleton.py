@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,32 +52,18 @@ def describe(
     kept = _kept(source, config)
     if kept is None:
         return read(_build(source, path))
-
-    def known() -> Model:
-        return read(read_json(kept))
-
     broken = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
     with suppress(*broken):
-        return known()
-    # One process of those that start together builds it; where no lock can be had, each does.
-    try:
-        with locked(kept.with_suffix(".lock")):
-            with suppress(*broken):
-                return known()
-            return _built(source, path, read, kept)
-    except OSError:
-        return _built(source, path, read, kept)
-
-
-def _built(
-    source: Source,
-    path: str | Path,
-    read: Callable[[dict[str, Any]], Model],
-    kept: Path,
-) -> Model:
-    description = _build(source, path)
-    with suppress(OSError):  # a full disk, or no right to write
-        write_atomically(kept, json.dumps(description), durable=False)
+        return read(read_json(kept))
+    with ExitStack() as stack:
+        # One process of those that start together builds it; where no lock can be had, each does.
+        with suppress(OSError):
+            stack.enter_context(locked(kept.with_suffix(".lock")))
+        with suppress(*broken):
+            return read(read_json(kept))
+        description = _build(source, path)
+        with suppress(OSError):  # a full disk, or no right to write
+            write_atomically(kept, json.dumps(description), durable=False)
     return read(description)
 
 
