@@ -199,10 +199,10 @@ def _ram() -> float:
 
     def step() -> None:
         update = cpu_step.update_of(weight, grad, state, group, 1.0, param_lp)
-        cpu_step.run(adam, (cpu_step.Update * 1)(update), 16, torch.get_num_threads())
+        cpu_step.run(adam, (cpu_step.Update * 1)(update), torch.get_num_threads())
 
     seconds = statistics.median(_repeated(step, 1) for _ in range(3))
-    return STEP_BYTES[grad.itemsize] * count / seconds / 1e9
+    return (STEP_BYTES + 2 * grad.itemsize) * count / seconds / 1e9
 
 
 def _links() -> dict[str, float]:

@@ -64,6 +64,7 @@ def prepare(settings: Settings, world: int | None = None) -> Prepared:
     config.agree_with(settings, world or world_size())
     gpu = device.uses_gpu(settings)
     precision, reason = device.choose_precision(settings, config, gpu)
+    _choose_grad_accum_dtype(settings, precision)
     _check_optimizer(settings, config)
     packages.check(settings, config)
     parse_size(settings.max_shard_size, "max_shard_size")
@@ -79,6 +80,15 @@ def prepare(settings: Settings, world: int | None = None) -> Prepared:
     doctor.quick(gpu, config.uses_nvme())
     data = data_setup.plan_data(settings, data_setup.progress("looking at rows"))
     return Prepared(settings, config, data, gpu, precision, reason)
+
+
+def _choose_grad_accum_dtype(settings: Settings, precision: str) -> None:
+    """Let --grad_accum_dtype say fp32 where that is chosen; None is the precision from then on."""
+    asked, method = settings.grad_accum_dtype, settings.method
+    accumulation = settings.gradient_accumulation_steps
+    chosen = device.choose_grad_accum_dtype(asked, precision, method, accumulation)
+    if asked is None and chosen != precision:
+        settings.set("grad_accum_dtype", chosen, f"{method}, {accumulation} micro-batches")
 
 
 def _check_optimizer(settings: Settings, config: DeepSpeedConfig) -> None:

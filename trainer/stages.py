@@ -201,6 +201,9 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         trained = {n: list(p.shape) for n, p in skeleton.named_parameters() if p.requires_grad}
         load.check_fits(trained, saved)
     definition = define_model(run, saved)
+    # 16 bits are those of the run's precision: the checkpoint may be of another one's.
+    added = "fp32" if settings.grad_accum_dtype == "fp32" else prepared.precision
+    prepared.config.set_grad_accum_dtype(added)
     config = prepared.config.resolved(shapes, ranks, run.swap, prepared.fused_step)
     config.check_buffers(shapes, ranks, prepared.fused_step)
     hardware.check_locked_memory(*config.locked_bytes(shapes, ranks), run.ranks.here)
@@ -211,7 +214,7 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     say(
         f"one optimizer step: {ranks} rank(s) x {settings.per_device_train_batch_size} "
         f"{'packed ' if settings.packing else ''}rows x {settings.gradient_accumulation_steps} "
-        f"micro-batches = {settings.rows_per_step(ranks)} rows"
+        f"micro-batches = {settings.rows_per_step(ranks)} rows; gradients are added in {added}"
     )
     return EnginePlan(config, shapes, parameters, active, backend, model, definition)
 

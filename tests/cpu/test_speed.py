@@ -168,12 +168,12 @@ def join(*args):
         print("gathered", len(params))
         return plain_handle(params, work)
 
-    def slow_run(adam, updates, bits, threads):
+    def slow_run(adam, updates, threads):
         for i in range(len(updates)):
             time.sleep(0.05)
             offset = i * ctypes.sizeof(cpu_step.Update)
             one = (cpu_step.Update * 1).from_buffer(updates, offset)
-            plain_run(adam, one, bits, threads)
+            plain_run(adam, one, threads)
 
     Init._convert_to_deepspeed_param = all_gather.convert_to_deepspeed_param
     all_gather.AllGatherHandle, cpu_step.run = handle, slow_run

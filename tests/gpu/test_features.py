@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import OPTIMIZATIONS, only, train
 
+from tests.cpu.test_accumulation import EXACT, sums
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 FLAGS = (
     "--max_steps 20 --per_device_train_batch_size 4 --max_length 96 "
@@ -84,3 +86,9 @@ def test_losses(tiny_model, rows_file, tmp_path, capsys, ranks, method, names):
         stock,
         rows,
     )
+
+
+def test_the_sum_of_many_micro_batches(tmp_path):
+    cases = ("ds_z3_offload:fp32:ours", "ds_z3_offload:fp32:stock", "ds_z3:fp32:stock")
+    for errors in sums(tmp_path, *cases, accelerator="cuda"):
+        assert max(errors.values()) < EXACT, errors

@@ -23,10 +23,10 @@ PIECE = 2**16  # elements, of adam.c
 STEPS = 4
 
 
-def trained(sizes, dtype, threads=2, scale=0.5, low=True):
+def trained(sizes, dtype, threads=2, scale=0.5, low=True, grad_dtype=None):
     """Make STEPS steps. Return the tensors after them, and the gradients of each step.
 
-    Of each tensor (weight, exp_avg, exp_avg_sq, copy in dtype or None).
+    Of each tensor (weight, exp_avg, exp_avg_sq, copy in dtype or None). grad_dtype: dtype if None.
     """
     adam, generator = ops.adam(), torch.Generator().manual_seed(0)
     states = [{"step": 0, "exp_avg": torch.zeros(n), "exp_avg_sq": torch.zeros(n)} for n in sizes]
@@ -34,13 +34,13 @@ def trained(sizes, dtype, threads=2, scale=0.5, low=True):
     copies = [torch.full((n,), 9.0, dtype=dtype) if low else None for n in sizes]
     grads = []
     for _ in range(STEPS):
-        grads.append([torch.randn(n, generator=generator).to(dtype) for n in sizes])
+        grads.append([torch.randn(n, generator=generator).to(grad_dtype or dtype) for n in sizes])
         updates = []
         for weight, grad, state, copy in zip(weights, grads[-1], states, copies, strict=True):
             state["step"] += 1
             updates.append(cpu_step.update_of(weight, grad, state, GROUP, scale, copy))
         updates = (cpu_step.Update * len(sizes))(*updates)
-        cpu_step.run(adam, updates, cpu_step.BITS[dtype], threads)
+        cpu_step.run(adam, updates, threads)
         for update in updates:
             assert update.left == 0
             adam.adam_wait(ctypes.byref(update))
@@ -50,12 +50,14 @@ def trained(sizes, dtype, threads=2, scale=0.5, low=True):
     ], grads
 
 
+@pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize("dtype", cpu_step.BITS)
-def test_against_torch(dtype):
+def test_against_torch(dtype, summed):
+    """summed: the gradients are fp32, sums of several micro-batches."""
     if dtype == torch.float16 and not ops.adam().adam_knows_fp16():
         pytest.skip("this compiler knows no fp16")
     sizes = [1, 7, 1000, PIECE, 3 * PIECE + 5]
-    results, grads = trained(sizes, dtype)
+    results, grads = trained(sizes, dtype, grad_dtype=torch.float32 if summed else None)
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(n, generator=generator).double().requires_grad_() for n in sizes]
     optimizer = torch.optim.AdamW(
@@ -95,7 +97,7 @@ def test_threads_and_neighbours_change_nothing():
         {"step": 3, "exp_avg": state["exp_avg"].clone(), "exp_avg_sq": state["exp_avg_sq"].clone()},
     )
     cpu_step.run(
-        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, GROUP, 1.0)), 32, 1
+        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, GROUP, 1.0)), 1
     )
     parts = [
         cpu_step.update_of(
@@ -107,7 +109,7 @@ def test_threads_and_neighbours_change_nothing():
         )
         for i in range(1000)
     ]
-    cpu_step.run(adam, (cpu_step.Update * 1000)(*parts), 32, 2)
+    cpu_step.run(adam, (cpu_step.Update * 1000)(*parts), 2)
     assert torch.equal(weight, alone[0]) and torch.equal(state["exp_avg"], alone[1]["exp_avg"])
 
 
@@ -126,7 +128,7 @@ def test_the_copy():
     group = {**GROUP, "weight_decay": 0.0}
     before = weight.clone()
     cpu_step.run(
-        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, group, 1.0, low)), 16, 2
+        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, group, 1.0, low)), 2
     )
     assert torch.equal(weight.nan_to_num(7), before.nan_to_num(7))
     assert (

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from trainer.config.device import choose_precision
+from trainer.config.device import choose_grad_accum_dtype, choose_precision
 from trainer.config.ds_config import CONFIGS, DeepSpeedConfig, ZeroShapes, read
 from trainer.config.settings import resolve
 from trainer.errors import RunError
@@ -271,3 +271,25 @@ def test_precision_refused(monkeypatch, flags, gpu):
             DeepSpeedConfig.load("ds_z3_nvme.json"),
             gpu,
         )
+
+
+@pytest.mark.parametrize(
+    "asked, precision, method, accumulation, expected",
+    [
+        (None, "bf16", "full", 15, "bf16"),
+        (None, "bf16", "full", 16, "fp32"),
+        (None, "fp16", "lora", 1, "fp16"),
+        (None, "fp16", "lora", 2, "fp32"),
+        ("bf16", "bf16", "lora", 64, "bf16"),
+        ("fp32", "bf16", "full", 1, "fp32"),
+        (None, "fp32", "full", 1, "fp32"),
+    ],
+)
+def test_grad_accum_dtype(asked, precision, method, accumulation, expected):
+    assert choose_grad_accum_dtype(asked, precision, method, accumulation) == expected
+
+
+@pytest.mark.parametrize("asked, precision", [("bf16", "fp16"), ("bf16", "fp32")])
+def test_grad_accum_dtype_refused(asked, precision):
+    with pytest.raises(RunError, match="neither fp32 nor the run's precision"):
+        choose_grad_accum_dtype(asked, precision, "full", 1)

@@ -158,6 +158,7 @@ def test_a_key_means_what_it_means_to_deepspeed(keys):
         ({"zero_optimization": True}, ["an object"]),
         ({"steps_per_print": 0}, ["steps_per_print", "at least 1"]),
         ({"communication_data_type": "fp64"}, ["communication_data_type", "bf16"]),
+        ({"data_types": {"grad_accum_dtype": "int8"}}, ["grad_accum_dtype", "fp32"]),
         ({"optimizer": {"type": "Lion"}}, ["AdamW", "Lion"]),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["adam_w_mode"]),
         ({"optimizer": {"params": {"max_grad_norm": 1}}}, ["max_grad_norm"]),
@@ -204,6 +205,7 @@ def test_a_schedule_is_taken_where_no_recipe_names_one():
     [
         ({"train_micro_batch_size_per_gpu": 4}, ["--per_device_train_batch_size", "2"]),
         ({"gradient_clipping": 0.5}, ["--max_grad_norm", "1"]),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, ["--grad_accum_dtype", "bf16"]),
         ({"optimizer": {"params": {"lr": 1e-3}}}, ["--learning_rate", "1e-4"]),
         ({"scheduler": {"params": {"total_num_steps": 7}}}, ["--max_steps", "8"]),
         ({"train_batch_size": 7}, ["--per_device_train_batch_size", "2"]),
@@ -259,6 +261,14 @@ def test_precision_of_the_json(monkeypatch, bf16, fp16, expected):
     monkeypatch.setattr("trainer.system.hardware.gpu_has_bf16", lambda: True)
     config, settings = taken({**with_zero(), "bf16": bf16, "fp16": fp16})
     assert choose_precision(settings, config, True)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "said, expected", [("fp32", "fp32"), ("Float32", "fp32"), ("bfloat16", "bf16"), ("auto", None)]
+)
+def test_grad_accum_dtype_of_the_json(said, expected):
+    config, settings = taken({**with_zero(), "data_types": {"grad_accum_dtype": said}})
+    assert settings.grad_accum_dtype == expected and config.values["data_types"] == {}
 
 
 def test_a_precision_that_the_json_switches_off():

@@ -1,5 +1,6 @@
 """The plan's formulas against hand calculations, real models and measured runs; the command."""
 
+import copy
 import io
 import json
 import os
@@ -219,6 +220,43 @@ def test_nvme_by_hand():
     assert stock.tiers["nvme"] == {"optimizer": 16 * 3_212_749_824} and stock.time[
         "io"
     ] == pytest.approx(found.time["io"] * 16 / 12)
+
+
+@pytest.mark.parametrize("accumulation, itemsize", [(15, 2), (16, 4)])
+def test_sums_of_gradients_by_hand(accumulation, itemsize):
+    """From 16 micro-batches on gradients are added in fp32: in RAM, on a GPU, and on their way."""
+    job, n = TrainingJob(model_shapes.built_in("llama-3.2-1b"), overlap_step=False), 1_235_814_400
+
+    def predict_with(mode, **changes):
+        config = estimate.config_of(mode)
+        return estimate.Prediction(replace(job, **changes), H100, config, 1, accumulation)
+
+    offload = predict_with("ds_z3_offload")
+    assert offload.tiers["host"]["gradients"] == itemsize * n
+    assert predict_with("ds_z3").tiers["gpu"]["gradients"] == itemsize * n
+    # Without fused_step they are in RAM once more, in fp32.
+    stock = predict_with("ds_z3_offload", fused_step=False)
+    assert stock.tiers["host"]["gradients"] == (itemsize + 4) * n
+    # Weight and moments, read and written; the gradient and the bf16 weight.
+    traffic = (24 + itemsize + 2) * n
+    host = offload.time["optimizer"] - predict_with("ds_z3").time["optimizer"]
+    assert host == pytest.approx(traffic / H100.ram_rate - 62 * n / 2.5e12)
+    plain = predict_with("ds_z3_offload", grad_accum_dtype="bf16")
+    assert plain.tiers["host"]["gradients"] == 2 * n
+    config = copy.deepcopy(estimate.config_of("ds_z3_offload"))
+    config.set_grad_accum_dtype("bf16")  # as in a run, where a checkpoint may have decided
+    of_run = estimate.Prediction(job, H100, config, 1, accumulation)
+    assert of_run.tiers["host"]["gradients"] == 2 * n
+
+
+def test_a_sum_in_16_bits_may_fit():
+    """8B in full with 145 GB of RAM: 16 bytes a parameter fit, 18 do not."""
+    spec = machine("--gpus 1 --gpu_memory 24GB --ram 145GB --nvme 0")
+    model = model_shapes.built_in("llama-3-8b")
+    job = TrainingJob(model, max_length=32768, tokens_per_step=16 * 32768)
+    assert not micro_batch.compare(job, spec)[0].fits
+    assert remedy(job, spec).startswith("--grad_accum_dtype bf16; or ")
+    assert micro_batch.compare(replace(job, grad_accum_dtype="bf16"), spec)[0].fits
 
 
 def test_more_gpus_share():

@@ -19,8 +19,8 @@ from trainer.errors import RunError
 from trainer.run_dir import RunDirectory, RunIdentity, run_directory, versions
 from trainer.system import hardware
 
-# They decide which rows an optimizer step has, and what adapters do: with other values it would be
-# another run.
+# They decide which rows an optimizer step has, how their gradients are added, and what adapters do:
+# with other values it would be another run.
 KEPT = (
     "seed",
     "data_seed",
@@ -33,6 +33,7 @@ KEPT = (
     "train_on_prompt",
     "last_turn_only",
     "lora_alpha",
+    "grad_accum_dtype",
 )
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # They name the run or its place, and change nothing in it.

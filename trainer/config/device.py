@@ -11,6 +11,7 @@ PASS_GPUS = (
     "docker run --gpus all (podman: --device nvidia.com/gpu=all), or the image of "
     "make docker-build TARGET=cpu"
 )
+MANY = 16  # micro-batches, from which a sum in 16 bits is not good enough
 NO_FP8 = "bf16, fp16 or fp32: ZeRO-3 offload keeps its parameters in one of these"
 
 
@@ -91,6 +92,26 @@ def choose_precision(settings: Settings, config: DeepSpeedConfig, gpu: bool) -> 
         )
     config.set_precision(precision)
     return precision, reason
+
+
+def choose_grad_accum_dtype(
+    asked: str | None, precision: str, method: str, accumulation: int
+) -> str:
+    """Return the type in which gradients are added over micro-batches: fp32, or the precision.
+
+    asked: --grad_accum_dtype; None: fp32 where it costs next to nothing (adapters), or where there
+    are many micro-batches. Raises RunError for a type that is neither of the two.
+    """
+    if asked not in (None, "fp32", precision):
+        raise RunError(
+            "--grad_accum_dtype is neither fp32 nor the run's precision",
+            found=f"{asked}, in a run in {precision}",
+            needed=f"fp32 or {precision}",
+            fix="leave it out, of the JSON's data_types too",
+        )
+    if asked is None and accumulation >= (2 if method == "lora" else MANY):
+        return "fp32"
+    return asked or precision
 
 
 def _best_precision(gpu: bool) -> tuple[str, str]:

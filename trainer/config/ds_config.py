@@ -105,6 +105,10 @@ class DeepSpeedConfig:
         for name in ("bf16", "fp16"):
             self.values[name] = {**(self.values.get(name) or {}), "enabled": precision == name}
 
+    def set_grad_accum_dtype(self, dtype: str) -> None:
+        """Write the type in which gradients are added over micro-batches."""
+        self.values["data_types"] = {**self.values.get("data_types", {}), "grad_accum_dtype": dtype}
+
     def resolved(
         self, shapes: ZeroShapes, ranks: int, swap_directory: str | Path, fused_step: bool = True
     ) -> "DeepSpeedConfig":

@@ -20,10 +20,12 @@ FLAGS = {
     "optimizer.params.lr": "learning_rate",
     "optimizer.params.eps": "adam_epsilon",
     "optimizer.params.weight_decay": "weight_decay",
+    "data_types.grad_accum_dtype": "grad_accum_dtype",
     "scheduler.params.warmup_max_lr": "learning_rate",
     "scheduler.params.warmup_num_steps": "warmup_steps",
     "scheduler.params.total_num_steps": "max_steps",
 }
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 BETAS = "optimizer.params.betas"
 # What else may stand there: the value that changes nothing.
 NEUTRAL = {
@@ -74,6 +76,7 @@ def take_over(values: dict[str, Any], settings: Settings, where: str | Path, wor
         _take_total(total, values, settings, where, world)
     for name in ("optimizer", "scheduler"):
         values.pop(name, None)
+    values.get("data_types", {}).pop("grad_accum_dtype", None)
     for name in ("train_batch_size", *FLAGS):
         if "." not in name:
             values[name] = "auto"
@@ -85,6 +88,8 @@ def _said(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     for block in ("optimizer", "scheduler"):
         for name, value in (values.get(block, {}).get("params") or {}).items():
             said[f"{block}.params.{name}"] = value
+    if dtype := values.get("data_types", {}).get("grad_accum_dtype"):
+        said["data_types.grad_accum_dtype"] = DTYPES.get(dtype.lower(), dtype.lower())
     kind = values.get("optimizer", {}).get("type", "AdamW")
     if kind.lower() not in ("adam", "adamw"):
         raise RunError(

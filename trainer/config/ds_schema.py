@@ -252,7 +252,7 @@ AUTO = {
         "gradient_accumulation_steps",
         "gradient_clipping",
     },
-    "data_types": {"keep_in_fp32_modules"},
+    "data_types": {"keep_in_fp32_modules", "grad_accum_dtype"},
     "bf16": {"enabled"},
     "fp16": {"enabled"},
 }

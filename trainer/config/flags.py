@@ -107,6 +107,12 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
         "auto, bf16, fp16 or fp32; auto: bf16 where the hardware has it, fp16 on other GPUs, "
         "else fp32",
     ),
+    "grad_accum_dtype": (
+        None,
+        "the sum of the micro-batches' gradients: fp32, or the run's precision; none: fp32 with "
+        "LoRA and from 16 micro-batches on",
+        "str",
+    ),
     "disable_optimizations": (
         "auto",
         "speed optimizations to leave out, for comparisons and reports of errors: some of "
@@ -154,6 +160,7 @@ CHOICES = {
     "too_long": ("truncate", "split", "drop"),
     "on_bad_row": ("stop", "skip"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
+    "grad_accum_dtype": ("fp32", "bf16", "fp16"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
     "log_level": _LEVELS,

@@ -1,7 +1,8 @@
 /* AdamW over arrays in RAM in one pass: 28 bytes a parameter of bf16, each of them once.
 
    update: what one array needs. scale multiplies the gradient. correction1 = 1 - beta1^t,
-   correction2 = 1 / sqrt(1 - beta2^t).
+   correction2 = 1 / sqrt(1 - beta2^t). grad_bits, lp_bits: the types of gradient and copy, 32 for
+   float, 16 for bf16, -16 for fp16.
    A thread takes the next piece when it is done with one, so a core that the machine's host lends
    to somebody else for a moment delays nobody. All arrays are one parallel loop: waking a thread
    costs as much as a piece.
@@ -17,9 +18,10 @@ enum { PIECE = 1 << 16 }; /* elements: 1.8 MB, what a core's cache holds */
 typedef struct {
     float *weight, *exp_avg, *exp_avg_sq;
     const void *grad;
-    void *param_lp; /* the low-precision copy, of the gradient's type, or NULL */
+    void *param_lp; /* the low-precision copy, or NULL; of grad's type where that has 16 bits */
     int64_t size, left; /* elements; those not updated yet */
     float scale, lr, beta1, beta2, eps, decay, correction1, correction2;
+    int grad_bits, lp_bits;
 } update;
 
 static inline float load_float(float x) { return x; }
@@ -46,13 +48,13 @@ static inline uint16_t store_bf16(float x) /* to the nearest, ties to even, as t
 #define VERSIONS
 #endif
 
-#define KERNEL(name, type, load, store)                                                             \
+#define KERNEL(name, type, load, lp_type, store)                                                    \
     VERSIONS static void name(const update *u, int64_t from, int64_t to)                            \
     {                                                                                               \
         float *restrict weight = u->weight;                                                         \
         float *restrict exp_avg = u->exp_avg, *restrict exp_avg_sq = u->exp_avg_sq;                 \
         const type *restrict grad = u->grad;                                                        \
-        type *restrict param_lp = u->param_lp;                                                      \
+        lp_type *restrict param_lp = u->param_lp;                                                   \
         const float scale = u->scale, beta1 = u->beta1, beta2 = u->beta2, eps = u->eps;             \
         const float step = u->lr / u->correction1, correction2 = u->correction2;                    \
         const float kept = 1 - u->lr * u->decay;                                                    \
@@ -68,20 +70,31 @@ static inline uint16_t store_bf16(float x) /* to the nearest, ties to even, as t
         }                                                                                           \
     }
 
-KERNEL(run_float, float, load_float, store_float)
-KERNEL(run_bf16, uint16_t, load_bf16, store_bf16)
+KERNEL(run_float, float, load_float, float, store_float)
+KERNEL(run_float_bf16, float, load_float, uint16_t, store_bf16)
+KERNEL(run_bf16, uint16_t, load_bf16, uint16_t, store_bf16)
 #ifdef __FLT16_MAX__
 #define load_fp16(x) ((float)(x))
 #define store_fp16(x) ((_Float16)(x))
-KERNEL(run_fp16, _Float16, load_fp16, store_fp16)
+KERNEL(run_float_fp16, float, load_float, _Float16, store_fp16)
+KERNEL(run_fp16, _Float16, load_fp16, _Float16, store_fp16)
 int adam_knows_fp16(void) { return 1; }
 #else
+#define run_float_fp16 run_float_bf16
 #define run_fp16 run_bf16
 int adam_knows_fp16(void) { return 0; }
 #endif
 
-/* bits: 32 for float, 16 for bf16, -16 for fp16 */
-void adam_step(update *updates, int64_t count, int bits, int threads)
+static void run(const update *u, int64_t from, int64_t to)
+{
+    if (u->grad_bits == 16) run_bf16(u, from, to);
+    else if (u->grad_bits == -16) run_fp16(u, from, to);
+    else if (u->lp_bits == 16) run_float_bf16(u, from, to);
+    else if (u->lp_bits == -16) run_float_fp16(u, from, to);
+    else run_float(u, from, to);
+}
+
+void adam_step(update *updates, int64_t count, int threads)
 {
     int64_t pieces = 0;
     for (int64_t i = 0; i < count; i++) pieces += (updates[i].size + PIECE - 1) / PIECE;
@@ -91,7 +104,7 @@ void adam_step(update *updates, int64_t count, int bits, int threads)
         int64_t at = k;
         for (; at >= (u->size + PIECE - 1) / PIECE; u++) at -= (u->size + PIECE - 1) / PIECE;
         const int64_t from = at * PIECE, to = from + PIECE < u->size ? from + PIECE : u->size;
-        (bits == 32 ? run_float : bits == 16 ? run_bf16 : run_fp16)(u, from, to);
+        run(u, from, to);
         __atomic_fetch_sub(&u->left, to - from, __ATOMIC_RELEASE);
     }
 }

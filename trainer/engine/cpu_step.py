@@ -2,10 +2,11 @@
 
 The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there
 and copies it once more: 8 bytes a parameter over PCIe, 4 of host memory. Then it makes three passes
-over all of it: scale, Adam, cast. Here a gradient is copied once, as it is; its norm is taken where
-it was made; and one pass (adam.c) scales, steps and casts. With the optimizer on NVMe the stock
-engine also writes the fp32 copy and reads it back: 16 bytes a parameter each way, where weight and
-moments are 12 (runtime/zero/stage3.py: partition_grads, _optimizer_step, unscale_and_clip_grads).
+over all of it: scale, Adam, cast. Here a gradient is copied once, in the type in which
+micro-batches are added; its norm is taken where it was made; and one pass (adam.c) scales, steps
+and casts. With the optimizer on NVMe the stock engine also writes the fp32 copy and reads it back:
+16 bytes a parameter each way, where weight and moments are 12 (runtime/zero/stage3.py:
+partition_grads, _optimizer_step, unscale_and_clip_grads).
 """
 
 import ctypes
@@ -42,6 +43,7 @@ class Update(ctypes.Structure):
             (ctypes.c_int64, ("size", "left")),
             (ctypes.c_float, ("scale", "lr", "beta1", "beta2", "eps", "decay")),
             (ctypes.c_float, ("correction1", "correction2")),
+            (ctypes.c_int, ("grad_bits", "lp_bits")),
         )
         for name in names
     ]
@@ -58,8 +60,8 @@ def update_of(
     """Return Adam's update of one flat tensor.
 
     weight: fp32. grad: a type of BITS; param_lp: the low-precision copy of the weight, of the same
-    type. state: exp_avg, exp_avg_sq, and step, counted from 1. group: the optimizer's settings.
-    scale multiplies the gradient.
+    type or, beside an fp32 gradient, of any. state: exp_avg, exp_avg_sq, and step, counted from 1.
+    group: the optimizer's settings. scale multiplies the gradient.
     """
     (beta1, beta2), step = group["betas"], state["step"]
     return Update(
@@ -78,12 +80,14 @@ def update_of(
         group["weight_decay"],
         1 - beta1**step,
         1 / math.sqrt(1 - beta2**step),
+        BITS[grad.dtype],
+        BITS[(grad if param_lp is None else param_lp).dtype],
     )
 
 
-def run(adam: ctypes.CDLL, updates: Any, bits: int, threads: int) -> None:
+def run(adam: ctypes.CDLL, updates: Any, threads: int) -> None:
     """Make an array of updates, begun in their order. Other Python threads go on meanwhile."""
-    adam.adam_step(updates, len(updates), bits, threads)
+    adam.adam_step(updates, len(updates), threads)
 
 
 def install(zero: Any, overlap: bool) -> None:
@@ -218,7 +222,9 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 step.host_gradients[param.ds_id].zero_()  # an older step's gradient lies there
         buffer = self.grad_partitions_flat_buffer
         casts = (
-            flat_lp is not None and flat_lp.device.type == "cpu" and flat_lp.dtype == buffer.dtype
+            flat_lp is not None
+            and flat_lp.device.type == "cpu"
+            and buffer.dtype in (torch.float32, flat_lp.dtype)
         )
         if casts:
             step.written.add(i)
@@ -302,7 +308,9 @@ class CpuStep:
 
     def __init__(self, zero: Any, adam: ctypes.CDLL, overlap: bool) -> None:
         self.adam = adam
-        self.bits = BITS[zero.grad_partitions_flat_buffer.dtype]
+        # partition_grads adds to the buffer in the buffer's type. DeepSpeed would first make a copy
+        # of each shard in that type on the GPU.
+        zero.gradient_accumulation_dtype = zero.communication_data_type
         self.host_gradients = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         params = [(i, param) for i, group in enumerate(zero.fp16_groups) for param in group]
         # Of the smallest parameters some ranks hold padding alone.
@@ -335,7 +343,7 @@ class CpuStep:
         if not groups:
             return
         updates = (Update * len(groups))(*(self.queue.pop(i) for i in groups))
-        make = functools.partial(run, self.adam, updates, self.bits, self.threads)
+        make = functools.partial(run, self.adam, updates, self.threads)
         if worker:
             self.pending.update(zip(groups, updates, strict=True))
             self.made = worker.submit(make)

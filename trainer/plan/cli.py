@@ -80,7 +80,15 @@ TOKENS = {
     "dataset_tokens": (number(1), "then the hours of one epoch are shown"),
 }
 # Flags of launch/train.py, with the same defaults.
-TRAINING = ("method", "lora_r", "lora_target_modules", "max_length", "precision", "nvme_path")
+TRAINING = (
+    "method",
+    "lora_r",
+    "lora_target_modules",
+    "max_length",
+    "precision",
+    "grad_accum_dtype",
+    "nvme_path",
+)
 
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:

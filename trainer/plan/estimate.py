@@ -122,7 +122,7 @@ def rank_bytes(work: Workload) -> Bytes:
             "parameters": work.params_on == "none"
             and (model.parameters + adapters) * itemsize / ranks,
             "optimizer": in_place and 12 * work.trainable,
-            "gradients": in_place and work.trainable * itemsize,
+            "gradients": in_place and work.trainable * work.grad_itemsize,
             "gathered layers": gathers and gathered,
             "gradients of a layer": bucket + (2 * layer if job.full else persistent),
             "inputs of layers": inputs * work.input_bytes,
@@ -151,7 +151,7 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
             "parameters": work.params_on == "cpu" and parameters * itemsize * share,
             "pinned rounding": pinned_rounding(work) * ranks_here,
             "optimizer": work.optimizer_on == "cpu" and 12 * trainable * share,
-            "gradients": offloaded and trainable * (itemsize + 4 * stock) * share,
+            "gradients": offloaded and trainable * (work.grad_itemsize + 4 * stock) * share,
             "NVMe buffers": sum(work.buffers) * ranks_here,
             # Of a sub-group, before they first go into its buffers.
             "first moments": 2 * work.buffers[1] / buffer_count * ranks_here,
@@ -207,8 +207,8 @@ def pinned_rounding(work: Workload) -> float:
         return 2 ** math.ceil(math.log2(size)) - size
 
     if work.job.full:
-        buffers = 2 if work.optimizer_on == "cpu" else 1
-        return lost(work.trainable * work.itemsize) * buffers
+        gradients = work.optimizer_on == "cpu" and lost(work.trainable * work.grad_itemsize)
+        return lost(work.trainable * work.itemsize) + gradients
     return total(
         [*work.model.kinds, work.model.rest],
         lambda layer: sum(lost(-(-size // work.ranks) * work.itemsize) for size in layer.tensors),

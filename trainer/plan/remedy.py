@@ -46,6 +46,8 @@ def why_not(other: Prediction, best: Prediction) -> str:
 def _changes(job: TrainingJob, machine: Machine) -> Iterator[str]:
     if _fits(replace(job, activation_offload=True), machine):
         yield "--activation_offload true"
+    if _fits(replace(job, grad_accum_dtype=job.precision), machine):
+        yield f"--grad_accum_dtype {job.precision}"
     if size := _smallest(job, machine, "nvme"):
         yield f"{size} GB free on a local NVMe (--nvme)"
     else:

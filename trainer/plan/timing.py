@@ -22,8 +22,9 @@ FP32 = 1 / 15
 # A GPU computes longer, and its layers are fetched as wholes.
 HOOKS = 0.37e-3
 ADAPTER_MODULES = 4  # that PEFT adds to a map
-# RAM traffic of a parameter in the CPU's step (engine/adam.c), by itemsize.
-STEP_BYTES = {2: 28, 4: 32}
+# RAM traffic of a parameter in the CPU's step (engine/adam.c), beside its gradient and its value:
+# fp32 weight and two moments, read and written.
+STEP_BYTES = 24
 # GPU memory traffic of a parameter in DeepSpeed's own step (stage3.py): norm of the gradient 10,
 # its flat copy 4 and fp32 copy 6, clipping 8, Adam 28, the new weight 6.
 GPU_STEP_BYTES = 62
@@ -47,7 +48,7 @@ def step_seconds(work: Workload, kept: int) -> tuple[dict[str, float], float]:
     layers, embeddings = _fetch(work)
     gradients = read = host = 0.0
     if work.job.full and work.on_gpu and work.optimizer_on != "none":
-        gradients = work.shapes.trainable * itemsize / work.ranks / machine.pcie
+        gradients = work.shapes.trainable * work.grad_itemsize / work.ranks / machine.pcie
     if work.params_on == "nvme":
         read = work.model.parameters * itemsize * work.machine_share / machine.nvme_read
     if work.on_gpu:
@@ -135,7 +136,8 @@ def _fetch(work: Workload) -> tuple[float, float]:
 def _optimizer(work: Workload) -> tuple[float, float]:
     """Return the time of the optimizer's arithmetic, and of its reads and writes on NVMe."""
     machine, io = work.machine, 0.0
-    step = work.trainable * STEP_BYTES[work.itemsize] * machine.ranks_here / machine.ram_rate
+    traffic = STEP_BYTES + work.grad_itemsize + work.itemsize
+    step = work.trainable * traffic * machine.ranks_here / machine.ram_rate
     if work.on_gpu and work.optimizer_on == "none":
         step = work.trainable * GPU_STEP_BYTES / HBM
     if work.optimizer_on == "nvme":

@@ -6,6 +6,7 @@ Does not import torch.
 import functools
 from dataclasses import dataclass
 
+from trainer.config.device import choose_grad_accum_dtype
 from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
 from trainer.config.settings import Settings
 from trainer.plan.machine import Machine
@@ -19,7 +20,14 @@ DEFAULTS = {
     "stage3_max_live_parameters": 10**9,
     "stage3_param_persistence_threshold": 10**5,
 }
-JOB_FLAGS = ("method", "lora_r", "lora_target_modules", "max_length", "activation_offload")
+JOB_FLAGS = (
+    "method",
+    "lora_r",
+    "lora_target_modules",
+    "max_length",
+    "activation_offload",
+    "grad_accum_dtype",
+)
 
 
 @dataclass
@@ -40,6 +48,7 @@ class TrainingJob:
     max_length: int = 2048
     precision: str = "bf16"
     activation_offload: bool = False
+    grad_accum_dtype: str | None = None
     tokens_per_step: int | None = None
     dataset_tokens: int | None = None
     overlap_step: bool = True
@@ -94,12 +103,13 @@ class Workload:
     """A job on a machine with a configuration. micro_batch: rows of one rank.
 
     config: its "auto" values are resolved here. params_on, optimizer_on: "none" (the GPU), "cpu"
-    or "nvme". buffers: bytes of one rank, for parameters and optimizer on NVMe. trainable:
-    parameters that one rank's optimizer has. machine_share: of all ranks, those of one machine.
-    tokens: of the largest micro-batch that comes. layer_bytes, mean_bytes, input_bytes: activations
-    of the largest decoder layer, of an average one, and of an input alone. swap_bytes: on NVMe, of
-    a trained parameter whose optimizer state is there. written_bytes: to NVMe, of a trained
-    parameter in an optimizer step.
+    or "nvme". grad_itemsize: bytes of a gradient in the buffer where micro-batches are added, as
+    config says, or else job. buffers: bytes of one rank, for parameters and optimizer on NVMe.
+    trainable: parameters that one rank's optimizer has. machine_share: of all ranks, those of one
+    machine. tokens: of the largest micro-batch that comes. layer_bytes, mean_bytes, input_bytes:
+    activations of the largest decoder layer, of an average one, and of an input alone. swap_bytes:
+    on NVMe, of a trained parameter whose optimizer state is there. written_bytes: to NVMe, of a
+    trained parameter in an optimizer step.
     """
 
     job: TrainingJob
@@ -111,6 +121,11 @@ class Workload:
     def __post_init__(self) -> None:
         job, machine = self.job, self.machine
         self.model, self.shapes, self.itemsize = job.model, job.shapes, job.shapes.itemsize
+        said = self.config.values.get("data_types", {}).get("grad_accum_dtype")
+        added = choose_grad_accum_dtype(
+            said or job.grad_accum_dtype, job.precision, job.method, self.accumulation
+        )
+        self.grad_itemsize = 4 if added == "fp32" else 2
         self.on_gpu, self.ranks = machine.gpus > 0, machine.ranks
         self.config = self.config.resolved(self.shapes, self.ranks, "swap", job.fused_step)
         self.zero = {**DEFAULTS, **self.config.zero}

@@ -327,7 +327,7 @@ def adam() -> ctypes.CDLL:
         raise CannotBuild(
             "our AdamW cannot be loaded", found=error, fix=f"rm {library_path}, and start again"
         ) from None
-    library.adam_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    library.adam_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.adam_wait.argtypes = [ctypes.c_void_p]
     return library
 
