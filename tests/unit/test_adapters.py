@@ -101,7 +101,7 @@ def test_what_is_adapted_is_told():
     text = model.selection.report(4)
     assert "adapts attention (k_proj, o_proj, q_proj, v_proj): 1,792 parameters" in text
     assert "adapts dense (down_proj, gate_proj, up_proj): 1,728 parameters" in text
-    assert "leaves out experts (down_proj, gate_up_proj; 27,648 parameters)" in text
+    assert "leaves out experts (down_proj, gate_up_proj; 18,432 parameters)" in text
     assert "--lora_target_modules all-linear,experts" in text
     assert "leaves out router (gate, shared_expert_gate" in text
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
