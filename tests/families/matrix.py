@@ -36,8 +36,9 @@ is transformers' `model_type`. Another one is trained too: the checks of a run's
 - *nvme*: as *full*, with parameters and optimizer on NVMe.
 - *packing*: as *full*, with packed rows. The loop has the same samples one by one.
 - *export*: names, types and shapes of the tensors are those that transformers saves. It loads the
-  exported model and the merged one, with nothing missing or left over. Their logits are the loop's
-  (relative to the largest).
+  exported model and the merged one, with nothing missing or left over. The merged one's logits are
+  the loop's, the exported one's those of the loop's model with its weights (relative to the
+  largest).
 - *liger*: losses on a GPU with Liger's kernels beside those without, full and LoRA, fp32.
 
 """
