@@ -11,6 +11,7 @@ from trainer.errors import RunError
 from trainer.modeling import load as models
 from trainer.modeling import skeleton as describer
 from trainer.modeling.adapters import select
+from trainer.modeling.survey import survey
 from trainer.plan import model_shapes, skeleton
 from trainer.plan.matrices import KEYWORDS
 from trainer.plan.workload import TrainingJob
@@ -189,11 +190,22 @@ def test_experts_in_a_list():
             nn.ModuleDict({k: nn.Linear(*v, bias=False, device="meta") for k, v in maps.items()})
             for _ in range(4)
         )
+        layer.mlp.gate = nn.Linear(256, 4, bias=False, device="meta")
     found = model_shapes.ModelSpec.from_description(describer.describe(made), "x")
     _, stacked = described("qwen3_moe")
     assert found.parameters == stacked.parameters and found.active == stacked.active
     assert sum(map(sum, found.adapters(8, "experts"))) == 4 * 3 * 8 * 512
     assert len(select(made, "experts").chosen) == 2 * 4 * 3
+    assert not [m.name for m in select(made, "all-linear").chosen if ".mlp." in m.name]
+
+
+def test_a_list_that_is_not_of_experts():
+    """LongCat's layer has two attentions and two dense MLPs, in lists, beside its experts."""
+    from transformers import CONFIG_MAPPING
+
+    made = models.skeleton(CONFIG_MAPPING["longcat_flash"](num_layers=2), settings())
+    kinds = {m.name.split(".")[3]: m.kind for m in survey(made) if ".layers.0." in m.name}
+    assert kinds["self_attn"] == "attention" and kinds["mlps"] == "dense"
 
 
 def test_dense_layers_before_mixtures():
