@@ -94,15 +94,25 @@ def _groups(
             return {}
         return found if found.keys() <= reverted.keys() else {}
 
-    parts: dict[str, tuple[list[str], Tensors]] = {}  # by what they are a part of
-    for name in shapes:  # in one order on all ranks
+    def is_whole(found: Tensors) -> bool:
+        return bool(found) and all(found[name].shape == reverted[name].shape for name in found)
+
+    source = {id(tensor): name for name, tensor in shapes.items()}
+    groups = [([source[id(t)]], {name}) for name, t in reverted.items() if id(t) in source]
+    parts: dict[str, list[str]] = {}  # a name of which the others are missing: names in the model
+    rest = []
+    converted = shapes.keys() - {names[0] for names, _ in groups}
+    for name in (name for name in shapes if name in converted):  # in one order on all ranks
         found = alone([name])
-        parts.setdefault(next(iter(found), ""), ([], found))[0].append(name)
-    groups, (rest, _) = [], parts.pop("", ([], {}))
-    for names, found in parts.values():
-        if len(names) > 1:
-            found = alone(names)
-        if found and all(found[name].shape == reverted[name].shape for name in found):
+        if is_whole(found):
+            groups.append(([name], set(found)))
+        elif found:
+            parts.setdefault(next(iter(found)), []).append(name)
+        else:
+            rest.append(name)
+    for names in parts.values():
+        found = alone(names)
+        if is_whole(found):
             groups.append((names, set(found)))
         else:
             rest += names
