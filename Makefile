@@ -163,10 +163,10 @@ test: setup-aio ## unit and cpu tests, and the quick part of the faults
 	@$(MAKE) test-unit
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 20 tests/cpu tests/faults -m "not long and (quick or not fault)"
 
-test-unit: $(VENV)/.ready ## unit tests: a minute, nothing is built
+test-unit: $(VENV)/.ready ## unit tests: two to three minutes on two cores, nothing is built
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) tests/unit
 
-test-long: setup-aio ## what test leaves out of the cpu tests (a quarter of an hour on two cores)
+test-long: setup-aio ## the cpu tests that test leaves out, as they take minutes each
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m long tests/cpu
 
 test-faults: setup-aio ## every fault, injected for real, and its matrix (needs root for the disks)

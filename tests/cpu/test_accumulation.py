@@ -46,7 +46,7 @@ def test_the_choice_is_made_and_kept(trains):
     flags = "--precision bf16 --max_steps 1 --eval_strategy no --eval_on_start false".split()
     flags += ["--disable_optimizations", "none,fetch_ahead", "--export", "false"]
     many = "--per_device_train_batch_size 1 --gradient_accumulation_steps 16".split()
-    run = trains("run", *flags, *many, launcher=False)
+    run = trains("run", *flags, *many)
     assert "= 16 rows; gradients are added in fp32" in run.output
     assert "in one pass, beside the next forward pass" in run.output
     values = json.loads((run.directory / "resolved_ds_config.json").read_text())
@@ -55,7 +55,7 @@ def test_the_choice_is_made_and_kept(trains):
     assert plan["host"]["gradients"] == 2 * plan["host"]["parameters"]
     few = "--per_device_train_batch_size 2 --gradient_accumulation_steps 8".split()
     again = [*few, "--resume_from_checkpoint", "auto", "--max_steps", 2]
-    run = trains("run", *flags, *again, launcher=False)
+    run = trains("run", *flags, *again)
     row = next(line for line in run.output.splitlines() if line.startswith("grad_accum_dtype "))
     assert [cell.strip() for cell in row.split(" | ")[1:]] == ["fp32", "None", "fp32"]
     assert "gradients are added in fp32" in run.output and len(run.losses) == 2
