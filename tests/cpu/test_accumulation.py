@@ -17,7 +17,11 @@ def sums(folder, *cases, accelerator="cpu"):
     done = subprocess.run(
         [sys.executable, "tests/cpu/grad_sums.py", folder, *cases],
         cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": accelerator, "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": accelerator,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        },
         capture_output=True,
         text=True,
     )
