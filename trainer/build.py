@@ -14,6 +14,7 @@ from trainer.checkpoint.files import SavedCheckpoint
 from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
 from trainer.distributed import is_main_process, on_all_ranks
+from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import RunError
 from trainer.modeling import experts, linear
 from trainer.modeling import load as modeling
@@ -51,10 +52,22 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
     keep: Any = settings.kept_layers
     if keep != AUTO or not prepared.gpu:
         keep = int(keep.replace(AUTO, "0"))
+    weights: Any = settings.kept_weights
+    if weights != AUTO or not prepared.keeps_weights:
+        weights = int(weights.replace(AUTO, "0"))
+    kept_weights = None
+    if weights:
+        kept_weights = KeptWeights(layers, model.get_output_embeddings(), weights)
     selective = None
     if keep and settings.gradient_checkpointing:
         largest_batch = settings.per_device_train_batch_size * settings.max_length
-        selective = SelectiveCheckpointing(layers, keep, largest_batch, plan.attention == "eager")
+        selective = SelectiveCheckpointing(
+            layers,
+            keep,
+            largest_batch,
+            plan.attention == "eager",
+            kept_weights if weights == AUTO else None,
+        )
     base = base_of(parts)
     telemetry = _telemetry(parts)
     resources.callback(telemetry.close)
@@ -78,6 +91,7 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
             saved=parts.saved,
             space=parts.space,
             selective=selective,
+            kept_weights=kept_weights,
             pack_length=settings.max_length if settings.packing else None,
             varlen=plan.attention == "varlen",
             fused_loss=settings.optimizes("fused_loss"),

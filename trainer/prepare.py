@@ -46,6 +46,16 @@ class Prepared:
         )
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether weights may stay on the GPU as long as memory is left: the JSON says "auto"."""
+        return (
+            self.gpu
+            and self.leaf_modules
+            and self.config.device("param") != "nvme"
+            and self.config.zero.get("stage3_max_reuse_distance") == "auto"
+        )
+
+    @property
     def fused_step(self) -> bool:
         """Whether gradients and the CPU's optimizer step go our way."""
         return self.settings.optimizes("fused_step")
@@ -79,7 +89,9 @@ def prepare(settings: Settings, world: int | None = None) -> Prepared:
         swap_dir.check_directory(settings.nvme_path, settings.allow_any_swap_filesystem)
     doctor.quick(gpu, config.uses_nvme())
     data = data_setup.plan_data(settings, data_setup.progress("looking at rows"))
-    return Prepared(settings, config, data, gpu, precision, reason)
+    prepared = Prepared(settings, config, data, gpu, precision, reason)
+    _check_kept_weights(prepared)
+    return prepared
 
 
 def _choose_grad_accum_dtype(settings: Settings, precision: str) -> None:
@@ -89,6 +101,23 @@ def _choose_grad_accum_dtype(settings: Settings, precision: str) -> None:
     chosen = device.choose_grad_accum_dtype(asked, precision, method, accumulation)
     if asked is None and chosen != precision:
         settings.set("grad_accum_dtype", chosen, f"{method}, {accumulation} micro-batches")
+
+
+def _check_kept_weights(prepared: Prepared) -> None:
+    wanted = prepared.settings.kept_weights
+    if wanted in ("auto", "0"):
+        return
+    for wrong, needed in (
+        (prepared.config.device("param") == "nvme", "parameters in RAM or on the GPU"),
+        (not prepared.leaf_modules, "leaf_modules, which --disable_optimizations leaves out"),
+    ):
+        if wrong:
+            raise RunError(
+                "weights cannot stay on the GPU in this run",
+                found=f"--kept_weights {wanted}",
+                needed=needed,
+                fix="leave --kept_weights out",
+            )
 
 
 def _check_optimizer(settings: Settings, config: DeepSpeedConfig) -> None:

@@ -24,6 +24,7 @@ from trainer.data_setup import TrainingData
 from trainer.distributed import on_all_ranks
 from trainer.engine import cpu_step, finite, patches
 from trainer.engine.activation_offload import offload_inputs
+from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import FAILED, RunError
 from trainer.export.evaluation import evaluate
 from trainer.modeling.kept_layers import SelectiveCheckpointing
@@ -60,6 +61,7 @@ class TrainerParts:
     saved: SavedCheckpoint | None = None
     space: SwapSpace | None = None
     selective: SelectiveCheckpointing | None = None
+    kept_weights: KeptWeights | None = None
     pack_length: int | None = None
     varlen: bool = False
     fused_loss: bool = True
@@ -245,6 +247,8 @@ class OffloadTrainer(Trainer):
         parts, engine = self.parts, self.model_wrapped
         if parts.fused_step:
             cpu_step.install(engine.optimizer, parts.overlap_step)
+        if parts.kept_weights:
+            parts.kept_weights.attach(engine)
         if parts.offloaded_layers:
             offload_inputs(parts.offloaded_layers)
         # trainer_state.json brings the saved run's intervals; this run's flags decide.

@@ -4,7 +4,7 @@ import json
 
 import hjson
 import pytest
-from conftest import ROOT, only
+from conftest import ROOT, make_model, make_tokenizer, only
 from test_parity import close
 
 STEPS = "--max_steps 12 --max_grad_norm 0.5".split()
@@ -201,20 +201,65 @@ def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
     runs = [
         trains("false", *flags, *OURS, **options),
         trains("true", *flags, *beside, **options, script=script),
+        trains("kept", *flags, *beside, "--kept_weights", 3, **options, script=script),
     ]
     assert "in one pass, beside the next forward pass" in runs[1].output
     assert "in one pass, beside" not in runs[0].output
-    assert ("gathered 9" in runs[1].output) == (ranks > 1)  # a decoder layer
-    assert runs[0].losses == runs[1].losses and len(runs[0].losses) == 12
-    assert [e["eval_loss"] for e in runs[0].evaluations] == [
-        e["eval_loss"] for e in runs[1].evaluations
-    ]
+    for run in runs[1:]:
+        assert ("gathered 9" in run.output) == (ranks > 1)  # a decoder layer
+    assert runs[0].losses == runs[1].losses == runs[2].losses and len(runs[0].losses) == 12
+    first, *others = ([e["eval_loss"] for e in run.evaluations] for run in runs)
+    assert others == [first, first]
     for step in (6, 12):
         saved = [sorted((r.directory / f"checkpoint-{step}").glob("rank-*")) for r in runs]
-        for left, right in zip(*saved, strict=True):
-            assert left.read_bytes() == right.read_bytes(), left
+        for one, *others in zip(*saved, strict=True):
+            assert all(other.read_bytes() == one.read_bytes() for other in others), one
     exports = [load_file(r.directory / "export" / "model.safetensors") for r in runs]
-    assert all((exports[0][name] == exports[1][name]).all() for name in exports[0])
+    for name, tensor in exports[0].items():
+        assert all((export[name] == tensor).all() for export in exports[1:])
+
+
+# launch/train.py, which says after each forward pass which layers ZeRO-3 has not released.
+STAYING = """
+import os, sys
+sys.path[0] = os.getcwd()
+from trainer import run
+plain_join = run.join
+
+def join(*args):
+    ranks = plain_join(*args)
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    plain = PartitionedParameterCoordinator.release_sub_module
+
+    def release(self, module, forward=False):
+        plain(self, module, forward)
+        released = {"NOT_AVAILABLE"} & {p.ds_status.name for p in module.parameters()}
+        if type(module).__name__ == "LlamaDecoderLayer" and forward:
+            print("released" if released else "stays", flush=True)
+
+    PartitionedParameterCoordinator.release_sub_module = release
+    return ranks
+
+run.join = join
+run.leave(run.main())
+"""
+
+
+@pytest.mark.parametrize("kept, staying", [(0, 3), (5, 6)])
+def test_releases_follow_the_order_of_modules(trains, tmp_path, kept, staying):
+    """Two layers stay, or as many as kept_weights says, though the first pass has no backward.
+
+    One more does: the look-ahead has passed over it by then.
+    """
+    script, model = tmp_path / "staying.py", tmp_path / "model"
+    script.write_text(STAYING)
+    make_model(model, num_hidden_layers=8)
+    make_tokenizer(model)
+    own = f"--max_steps 4 --per_device_train_batch_size 2 --kept_layers 8 --kept_weights {kept}"
+    flags = ["--model_name_or_path", model, *own.split(), *QUIET, *only("leaf_modules")]
+    run = trains("run", *flags, script=script)
+    said = [line for line in run.output.splitlines() if line in ("released", "stays")]
+    assert said[-8:] == ["released"] * (8 - staying) + ["stays"] * staying
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -234,6 +279,9 @@ def test_two_ranks(trains, method):
     [
         (["--kept_layers", "some"], "kept_layers is not a number"),
         (["--kept_layers", "9"], "more than there are"),
+        (["--kept_weights", "two"], "kept_weights is not a number"),
+        (["--kept_weights", "2"], "weights cannot stay"),
+        (["--kept_weights", "9", *only("leaf_modules")], "more than there are layers"),
         (["--use_liger_kernel", "true"], "Liger's kernels cannot run here"),
     ],
 )

@@ -20,7 +20,7 @@ FLAGS = (
     "--learning_rate 1e-3 --eval_strategy no --eval_on_start false --export false "
     "--save_strategy no --validation_split 0"
 ).split()
-OFF = ["--kept_layers", "0", "--use_liger_kernel", "false", "--activation_offload", "false"]
+OFF = "--kept_layers 0 --kept_weights 0 --use_liger_kernel false --activation_offload false".split()
 
 
 STOCK = [*OFF, *only()]
@@ -28,6 +28,7 @@ CASES = {
     "leaf": only("leaf_modules"),
     "linear": only("leaf_modules", "fused_linear"),
     "kept": ["--kept_layers", "2"],
+    "weights": [*only("leaf_modules"), "--kept_weights", "3"],
     "step": only("fused_step"),
     "overlap": only("fused_step", "overlap_step"),
     "ahead": only("leaf_modules", "fetch_ahead"),
@@ -35,7 +36,8 @@ CASES = {
     "liger": ["--use_liger_kernel", "true", *only("fused_loss")],
     "all": [
         *only(*OPTIMIZATIONS),
-        *"--kept_layers 1 --activation_offload true --use_liger_kernel true".split(),
+        *"--kept_layers 1 --kept_weights 3".split(),
+        *"--activation_offload true --use_liger_kernel true".split(),
     ],
 }
 
@@ -45,7 +47,7 @@ CASES = {
     [
         (1, "full", list(CASES)),
         (1, "lora", ["linear", "step", "all"]),
-        (2, "full", ["ahead", "overlap", "all"]),
+        (2, "full", ["ahead", "overlap", "weights", "all"]),
         (2, "lora", ["all"]),
     ],
 )

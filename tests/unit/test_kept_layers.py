@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trainer.engine.activation_offload import offload_inputs
+from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import RunError
 from trainer.modeling import kept_layers
 from trainer.modeling.kept_layers import AUTO, SelectiveCheckpointing
@@ -65,10 +66,11 @@ def test_inputs_come_back(monkeypatch, capsys):
     assert capsys.readouterr().out.count("wait in RAM") == 1
 
 
-def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(monkeypatch, capsys):
-    """Of a GPU's 100 bytes 40 are in use, and 60 were at the peak.
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of 100 bytes, of which 40 are in use; 60 were at the peak. A layer keeps 4.
 
-    A layer keeps 4: (95 - 60) / 4 = 8 more than the one.
+    So (95 - 60) / 4 = 8 layers more than the one fit.
     """
     stats = {"active_bytes.all.current": 40, "active_bytes.all.peak": 60, "num_alloc_retries": 5}
     for name, value in {
@@ -80,15 +82,19 @@ def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(monkeypatch, ca
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(kept_layers, "all_gather_object", lambda value: [value])
+    return stats
+
+
+def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(gpu, capsys):
     layers = [Layer() for _ in range(20)]
     selective = SelectiveCheckpointing(layers, AUTO, 10, False)
     counts = []
     for step, retries in enumerate([0, 0, 0, 0, 3, 2, 1, 1, 0, 0, 5, 5], 1):
-        stats["num_alloc_retries"] += 7  # an evaluation's, which do not count
+        gpu["num_alloc_retries"] += 7  # an evaluation's, which do not count
         selective.before_step()
         if step == kept_layers.MEASURE:
             layers[-1](torch.ones(1, 16))
-        stats["num_alloc_retries"] += retries
+        gpu["num_alloc_retries"] += retries
         selective.after_step(10)
         counts.append(len(kept_by(layers)))
     # Not in the step after a change; an eighth, rounded up, each time; and no longer than WATCHED
@@ -98,6 +104,39 @@ def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(monkeypatch, ca
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 4 and "9 of 20" in said[0] and "ran short 2 times, so 7" in said[1]
     layers[-1](torch.ones(1, 16))  # after the measurement nothing looks at the memory any more
+
+
+def test_weights_stay_where_all_layers_fit(gpu, capsys):
+    """Six layers leave 95 - 60 - 5 * 4 = 15 bytes, and the weights of one have 4."""
+    layers, said = [Layer() for _ in range(6)], []
+    weights = KeptWeights(layers, None, AUTO)
+    assert weights.layer_bytes == 4 * (16 * 16 + 16)
+    weights.layer_bytes = 4
+    weights.keep_last = lambda count: said.append(count) or setattr(weights, "kept", count)
+    selective = SelectiveCheckpointing(layers, AUTO, 10, False, weights)
+    for step, retries in enumerate([0, 0, 0, 0, 0, 2, 0, 1, 0, 0], 1):
+        selective.before_step()
+        if step == kept_layers.MEASURE:
+            layers[-1](torch.ones(1, 16))
+        gpu["num_alloc_retries"] += retries
+        selective.after_step(10)
+    # They are the first to go.
+    assert said == [3, 0] and len(kept_by(layers)) == 5
+    assert "weights: 3 of 6 decoder layers" in capsys.readouterr().out
+    with pytest.raises(RunError, match="more than there are"):
+        KeptWeights(layers, None, 7)
+
+
+def test_no_weights_stay_where_layers_are_recomputed(gpu):
+    weights = KeptWeights([Layer()], None, AUTO)
+    weights.layer_bytes = 4
+    selective = SelectiveCheckpointing([Layer() for _ in range(20)], AUTO, 10, False, weights)
+    for step in range(1, 8):
+        selective.before_step()
+        if step == kept_layers.MEASURE:
+            selective.layers[-1](torch.ones(1, 16))
+        selective.after_step(10)
+    assert selective.kept == 9 and weights.kept == 0
 
 
 def test_a_number_stays():

@@ -124,6 +124,11 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
         "decoder layers that keep their activations on the GPU and do not recompute them: "
         "a number, or auto, as many as fit (0 on a CPU)",
     ),
+    "kept_weights": (
+        "0",
+        "decoder layers whose weights stay on the GPU from the forward to the backward pass: a "
+        "number, or auto, as many as fit beside the activations of all layers",
+    ),
     "activation_offload": (
         False,
         "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU",

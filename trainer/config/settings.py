@@ -148,12 +148,12 @@ def _check(settings: Settings) -> None:
             found=settings.chat_template_kwargs[:200],
             needed="a JSON object, as '{\"enable_thinking\": false}', or a mapping in the recipe",
         )
-    if settings.kept_layers != "auto" and not settings.kept_layers.isdigit():
-        raise RunError(
-            "kept_layers is not a number of layers",
-            found=settings.kept_layers,
-            needed="0 or more, or auto",
-        )
+    for name in ("kept_layers", "kept_weights"):
+        value = settings.values[name]
+        if value != "auto" and not value.isdigit():
+            raise RunError(
+                f"{name} is not a number of layers", found=value, needed="0 or more, or auto"
+            )
     for name in settings.disable_optimizations.split(","):
         if name not in ("auto", "none", "all", *OPTIMIZATIONS):
             raise RunError(

@@ -3,6 +3,7 @@
 Each patch keeps the stock function under `_stock_...` and says what is wrong there.
 """
 
+import inspect
 import weakref
 from collections import deque
 from typing import Any
@@ -24,8 +25,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import z3_leaf_module
 
 from trainer.engine import all_gather
-
-LAYERS_AHEAD = 2  # that the host may launch before the GPU has computed them
+from trainer.plan.estimate import LAYERS_AHEAD
 
 _stock_swap_in = AsyncPartitionedParameterSwapper.swap_in
 _stock_ensure_availability = Init._ensure_availability_of_partitioned_params
@@ -34,6 +34,7 @@ _stock_no_gather_coalesced_init = NoGatherCoalescedHandle.__init__
 _stock_swap_out = PipelinedOptimizerSwapper.swap_out_optimizer_state
 _stock_setup_for_real_optimizer = DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer
 _stock_fetch_sub_module = PartitionedParameterCoordinator.fetch_sub_module
+_stock_invalidate_trace = PartitionedParameterCoordinator._invalidate_trace
 
 
 def apply(fetch_ahead: bool) -> None:
@@ -48,6 +49,7 @@ def apply(fetch_ahead: bool) -> None:
     NoGatherCoalescedHandle.__init__ = no_gather_coalesced_init
     PipelinedOptimizerSwapper.swap_out_optimizer_state = swap_out_optimizer_state
     DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer = setup_for_real_optimizer
+    PartitionedParameterCoordinator._invalidate_trace = invalidate_trace
     if fetch_ahead:
         NoGatherHandle.wait = no_gather_wait
         NoGatherCoalescedHandle.wait = no_gather_coalesced_wait
@@ -172,6 +174,25 @@ def setup_for_real_optimizer(self: Any) -> None:
         torch.zeros(1, device="cuda")
     except RuntimeError:
         pass
+
+
+def forget_releases() -> None:
+    """Let the engine decide anew which parameters it releases after which module."""
+    # It has two decorators, of which only the inner one can forget.
+    coordinator: Any = PartitionedParameterCoordinator
+    outer = coordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(outer).nonlocals["func"].cache_clear()
+
+
+def invalidate_trace(self: Any) -> None:
+    """Forget the order of modules, and with it what was to be released after each.
+
+    The stock engine remembers the latter for good (functools.lru_cache of __params_to_release). The
+    first pass is one without a backward pass: the proof's, or an evaluation. So the layers that the
+    backward pass begins with were released before it and fetched again, in every step.
+    """
+    _stock_invalidate_trace(self)
+    forget_releases()
 
 
 # On one GPU the stock engine stops the host until a layer's copy has arrived, and only then orders

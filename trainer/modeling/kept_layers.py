@@ -13,6 +13,7 @@ from torch import nn
 
 from trainer.console import say
 from trainer.distributed import all_gather_object
+from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import RunError
 from trainer.plan.estimate import SPARE_GPU
 
@@ -42,6 +43,9 @@ class SelectiveCheckpointing:
     - 2 to WATCHED steps after each change: watch the allocator. Where it ran short, keep an eighth
       fewer, which is a change again.
     - done: in all other steps nothing happens.
+
+    weights: where all layers fit and memory is left, their weights stay as well. Where the
+    allocator ran short, they are the first to go.
     """
 
     def __init__(
@@ -50,11 +54,13 @@ class SelectiveCheckpointing:
         keep: int | str,
         largest_batch_tokens: int,
         quadratic: bool,
+        weights: KeptWeights | None = None,
     ) -> None:
         self.layers: list[Any] = [m for m in layers if hasattr(m, "gradient_checkpointing")]
         # A model without such layers has nothing to measure.
         self.keep = keep if self.layers or keep != AUTO else 0
         self.largest_batch_tokens, self.quadratic = largest_batch_tokens, quadratic
+        self.weights = weights
         self.step = self.kept = self.layer_bytes = self.retries = 0
         self.watched_steps = range(0)
         if isinstance(self.keep, int) and self.keep > len(self.layers):
@@ -126,16 +132,31 @@ class SelectiveCheckpointing:
         limit = free + torch.cuda.memory_reserved() - SPARE_GPU * total
         # One layer is kept already, and part of the peak.
         fitting = max(1 + int((limit - peak) / max(layer_bytes, 1)), 0)
+        left = limit - peak - (len(self.layers) - 1) * layer_bytes
+        weights = int(left / self.weights.layer_bytes) if self.weights else 0
         # ZeRO-3 needs the same order of modules on all ranks.
-        self._keep_last(min(*all_gather_object(fitting), len(self.layers)))
+        fits = [min(those) for those in zip(*all_gather_object((fitting, weights)))]
+        self._keep_last(min(fits[0], len(self.layers)))
         say(
             f"activations: {self.kept} of {len(self.layers)} decoder layers keep theirs on the GPU "
             f"({layer_bytes / 2**30:.2f} GiB each), the others are recomputed"
         )
+        if self.weights and fits[1] > 0:
+            self.weights.keep_last(min(fits[1], len(self.layers)))
+            say(
+                f"weights: {self.weights.kept} of {len(self.layers)} decoder layers keep theirs on "
+                "the GPU from the forward to the backward pass"
+            )
 
     def _keep_fewer_if_short(self) -> None:
         retries = max(all_gather_object(_allocator_retries() - self.retries))
-        if retries and self.kept:
+        if not retries:
+            return
+        if self.weights and self.weights.kept:
+            self.weights.keep_last(0)
+            self._keep_last(self.kept)  # and is watched again
+            say(f"weights: the allocator ran short {retries} times, so they do not stay on the GPU")
+        elif self.kept:
             self._keep_last(self.kept * 7 // 8)
             say(
                 f"activations: the allocator ran short {retries} times, "

@@ -33,6 +33,7 @@ LOGIT_CHANGES = (
 # What an activation keeps beside its input: GELU as a polynomial in tanh, operation by operation,
 # three tensors more; ReLU its output alone.
 BESIDE = {"NewGELUActivation": 3, "FastGELUActivation": 3, "ReLU": -1}
+ROTARY = "Rotary"
 # What attention over all tokens calls. Linear attention and state spaces do not.
 SOFTMAX = re.compile("softmax|scaled_dot_product|attention_interface", re.IGNORECASE)
 
@@ -91,25 +92,30 @@ def _layer(layer: nn.Module, model: PreTrainedModel, index: int, seen: set[int])
         copies, used = same.copies + matrix.copies, same.used + matrix.used
         found[key] = replace(matrix, name=key[0], copies=copies, used=used)
     maps = list(found.values())
+    norms = list(_norms(modules, maps))
     softmax = [
         (name, module)
         for name, module in mixers(layer, config).items()
         if any(SOFTMAX.search(source(inner)) for inner in module.modules())
     ]
-    query = 0
+    query = rotated = 0
     if softmax:
-        inside = tuple(f"{name}." for name, _ in softmax)
-        back = [m.into for m in maps if m.name.startswith(inside) and m.out == hidden]
-        query = (back or [hidden])[-1]
+        inside = [m for m in maps if m.name.startswith(tuple(f"{name}." for name, _ in softmax))]
+        query = ([m.into for m in inside if m.out == hidden] or [hidden])[-1]
+        fused = [m.out for m in inside if m.out > query]
+        if len(inside) == 2 and fused and any(ROTARY in type(m).__name__ for m in model.modules()):
+            rotated = (fused[0] + query) // 2
     scores = query and not model._supports_sdpa and getattr(config, "num_attention_heads", 0)
     return {
         "hidden": hidden,
         "tensors": _tensors(layer, seen),
         "maps": list(map(asdict, maps)),
-        "norms": sum(_norms(modules, maps)),
+        "norms": sum(width for _, width in norms),
+        "fused_norms": sum(width for norm, width in norms if isinstance(norm, nn.LayerNorm)),
         "beside": sum({BESIDE.get(type(module).__name__, 0) for module in modules.values()}),
         "modules": len(modules),
         "query": query,
+        "rotated": rotated,
         "window": _window(softmax[0][1], config, index) if softmax else None,
         "scores": int(scores),
     }
@@ -128,8 +134,8 @@ def _window(attention: nn.Module, config: Any, index: int) -> int | None:
     return window if isinstance(window, int) else None
 
 
-def _norms(modules: dict[str, nn.Module], maps: list[Matrix]) -> Iterator[int]:
-    """Yield the elements of a token that go into each norm.
+def _norms(modules: dict[str, nn.Module], maps: list[Matrix]) -> Iterator[tuple[nn.Module, int]]:
+    """Yield each norm and the elements of a token that go into it.
 
     A norm of one head's width takes all heads of the map before it, such as q_norm after q_proj.
     """
@@ -144,7 +150,7 @@ def _norms(modules: dict[str, nn.Module], maps: list[Matrix]) -> Iterator[int]:
             for key, out in outputs.items()
             if leaf and key.startswith(f"{parent}.{leaf[0]}") and width and out % width == 0
         ]
-        yield before[0] if before and parent else width
+        yield module, before[0] if before and parent else width
 
 
 def main(arguments: str) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from trainer.plan.workload import Workload
 
 GIB = 2**30
 MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
+# The layers that the host is before the GPU where it does not wait (engine/patches.py): their
+# weights are in memory by then.
+LAYERS_AHEAD = 2
 # The share of a GPU that stays free: for gaps in the allocator's blocks, and for what libraries
 # allocate by themselves. The run keeps to it too (modeling/kept_layers.py).
 SPARE_GPU = 0.05
@@ -35,7 +38,7 @@ BASE_RAM_CPU = 0.42 * GIB
 # small results lie in between. From the runs of docs/planning.md.
 HEAP = {"full": 0.3, "lora": 1.0}
 START = "while it starts: what is trained"
-WHOLE_LOGITS = 4
+WHOLE_LOGITS = 5
 CPU_LOGITS = 2**28  # bytes of fp32 logits at a time (modeling/loss.py)
 
 Bytes = dict[str, float]  # by what they are for
@@ -59,6 +62,10 @@ class Prediction(Workload):
         kept = self.kept_layers = _kept_layers(self, sum(rank.values()))
         if kept:
             rank["kept activations"] = kept * (self.mean_bytes - self.input_bytes)
+        weights = self.kept_weights = _kept_weights(self, kept, sum(rank.values()))
+        if weights:
+            # Three of them are among the gathered ones.
+            rank["kept weights"] = max(0, weights - 3) * self.shapes.layer * self.itemsize
         machine, host = self.machine, ram_bytes(self, kept)
         if not self.on_gpu:  # what would be on a GPU is in RAM
             rank["heap"] = HEAP[self.job.method] * self.model.layers * self.mean_bytes
@@ -66,7 +73,7 @@ class Prediction(Workload):
             rank = {}
         self.tiers = {"gpu": rank, "host": host, "nvme": nvme_bytes(self)}
         self.totals = {tier: sum(sizes.values()) for tier, sizes in self.tiers.items()}
-        self.time, self.step_s = step_seconds(self, kept)
+        self.time, self.step_s = step_seconds(self, kept, weights)
         missing = {
             "GPU": self.totals["gpu"] - machine.gpu_memory * (1 - SPARE_GPU),
             "RAM": self.totals["host"] - machine.ram * (1 - SPARE_RAM),
@@ -108,14 +115,14 @@ def rank_bytes(work: Workload) -> Bytes:
     if zero["stage3_param_persistence_threshold"] > shapes.largest_trainable:
         persistent = adapters * itemsize
     bucket = min(zero["reduce_bucket_size"], shapes.largest_trainable) * itemsize
-    # Where one GPU holds all, or one CPU process has them in RAM, nothing is copied.
-    gathers = ranks > 1 or work.params_on == "nvme" or (work.params_on == "cpu" and on_gpu)
-    at_work = work.layer_bytes + 3 * work.tokens * model.intermediate * itemsize
+    at_work = work.layer_bytes + 3 * work.tokens * model.at_work * itemsize
     inputs = 2 if job.activation_offload and on_gpu else model.layers
     in_place = work.optimizer_on == "none"
     gathered = persistent + min(
         zero["stage3_max_live_parameters"] * itemsize, 3 * layer + model.embedding * itemsize
     )
+    if on_gpu and work.params_on == "cpu":
+        gathered += LAYERS_AHEAD * layer
     return _counted(
         {
             "context": on_gpu and CONTEXT + CONTEXT_MORE * (ranks > 1),
@@ -123,7 +130,7 @@ def rank_bytes(work: Workload) -> Bytes:
             and (model.parameters + adapters) * itemsize / ranks,
             "optimizer": in_place and 12 * work.trainable,
             "gradients": in_place and work.trainable * work.grad_itemsize,
-            "gathered layers": gathers and gathered,
+            "gathered layers": work.gathers and gathered,
             "gradients of a layer": bucket + (2 * layer if job.full else persistent),
             "inputs of layers": inputs * work.input_bytes,
             # The loss is taken before any layer is computed again.
@@ -194,6 +201,22 @@ def _kept_layers(work: Workload, used: float) -> int:
     return min(layers, int(kept or 0))
 
 
+def _kept_weights(work: Workload, kept: int, used: float) -> int:
+    """Return the layers whose weights stay for the backward pass.
+
+    Activations of all layers come first (engine/kept_weights.py). kept: layers that keep theirs.
+    used: bytes of the GPU without those weights.
+    """
+    wanted, layers = work.job.kept_weights, work.model.layers
+    if not (work.gathers and work.on_gpu) or work.params_on == "nvme":
+        return 0
+    if wanted is None:
+        room = work.machine.gpu_memory * (1 - SPARE_GPU) - used
+        all_kept = work.job.gradient_checkpointing and kept == layers
+        wanted = int(max(0, room) // (work.shapes.layer * work.itemsize)) if all_kept else 0
+    return min(layers, wanted)
+
+
 def pinned_rounding(work: Workload) -> float:
     """Return the bytes of one rank that are lost where torch rounds pinned memory up.
 
@@ -220,12 +243,12 @@ def loss_bytes(work: Workload) -> float:
 
     GPU: a chunk's logits in the model's type and in fp32. CPU: CPU_LOGITS, three times. Both: the
     gradient of the head's input, and of the head in fp32 where it is trained. Whole logits are of
-    all tokens: in the model's type the head's output, what is made of it, and its gradient, twice;
-    in fp32 the log-probabilities.
+    all tokens, in the model's type: two that the change of the head's output keeps, and the
+    gradient of each row, of all rows, and of those with a label.
     """
     model, tokens = work.model, work.tokens * work.job.labelled
     if model.whole_logits:
-        return work.tokens * model.vocabulary * (WHOLE_LOGITS * work.itemsize + 4)
+        return work.tokens * model.vocabulary * WHOLE_LOGITS * work.itemsize
     if work.on_gpu:
         logits = model.loss_chunk(tokens) * model.vocabulary * (4 + work.itemsize)
     else:

@@ -19,10 +19,13 @@ class Layer:
     """Decoder layers that are alike, or what is outside of them.
 
     count: of such layers. hidden: width of the residual stream. tensors: elements of each
-    parameter. norms: elements of a token that go into norms. modules: of the layer, itself too.
+    parameter. norms: elements of a token that go into norms; fused_norms: into torch's LayerNorm,
+    which is one operation. modules: of the layer, itself too.
     query: width of softmax attention, 0 without. window: tokens that it looks back, None for all.
-    scores: heads whose scores are kept, as no fused kernel computes them. beside: tensors of the
-    MLP's width that its activation keeps beside its input; -1: it keeps its output alone.
+    rotated: width of queries and keys that are rotated into new tensors, while the output of the
+    one map that they came from stays. scores: heads whose scores are kept, as no fused kernel
+    computes them. beside: tensors of the MLP's width that its activation keeps beside its input;
+    -1: it keeps its output alone.
     """
 
     hidden: int
@@ -32,6 +35,8 @@ class Layer:
     modules: int = 0
     query: int = 0
     window: int | None = None
+    fused_norms: int = 0
+    rotated: int = 0
     scores: int = 0
     beside: int = 0
     count: int = 1
@@ -70,6 +75,12 @@ class Layer:
         return sum(mlp) or max((map_.into for map_ in self.maps), default=self.hidden)
 
     @cached_property
+    def at_work(self) -> float:
+        """Width of what a layer at work has beside what it keeps; experts have copies."""
+        copies = [group.back.out * group.back.used for group in self._groups if group.routes]
+        return max(self.intermediate, sum(copies))
+
+    @cached_property
     def last(self) -> float:
         """Active parameters of the maps that end the layer."""
         mlp = [group.back.active for group in self._groups if group.is_mlp]
@@ -92,11 +103,13 @@ class Layer:
         elements = self.norms + len(streams) * self.hidden
         for group in self._groups:
             elements += group.inputs + group.outputs
-            if not liger:
+            # Experts are not computed by Liger's kernels (modeling/experts.py).
+            if not liger or group.routes:
                 elements += group.gated
         if not liger and full:
-            elements += self.norms
-        return elements + SCORES * self.scores * length + self.beside * self.intermediate
+            elements += self.norms - self.fused_norms
+        elements += self.rotated + SCORES * self.scores * length
+        return elements + self.beside * self.intermediate
 
 
 @dataclass
@@ -119,6 +132,10 @@ class _Group:
     @property
     def is_mlp(self) -> bool:
         return not self.attention and self.back.out == self.hidden
+
+    @property
+    def routes(self) -> bool:
+        return self.back.kind == EXPERTS
 
     @property
     def inputs(self) -> float:

@@ -164,9 +164,9 @@ class ModelSpec:
         return max(kept) * size, mean * size, self.hidden * size
 
     @property
-    def intermediate(self) -> float:
-        """The width inside of the widest layer's MLP, as a token sees it."""
-        return max(kind.intermediate for kind in self.kinds)
+    def at_work(self) -> float:
+        """The largest Layer.at_work."""
+        return max(kind.at_work for kind in self.kinds)
 
     def loss_chunk(self, tokens: float) -> int:
         """Return the rows of a chunk of Liger's loss (fused_linear_cross_entropy.py)."""

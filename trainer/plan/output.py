@@ -29,6 +29,7 @@ def recommended(best: Prediction) -> dict[str, Any]:
         **_batch(best),
         "max_length": best.job.max_length,
         "kept_layers": best.kept_layers,
+        "kept_weights": best.kept_weights,
     }
     for key, value in config_of(best.name).zero.items():
         if value == "auto":
@@ -76,6 +77,7 @@ def _mode(prediction: Prediction) -> dict[str, Any]:
         "tokens_per_step": prediction.step_tokens,
         "nvme_written_bytes_per_step": round(prediction.written),
         "kept_layers": prediction.kept_layers,
+        "kept_weights": prediction.kept_weights,
         **prediction.tiers,
         "time_s": prediction.time,
         "hours": prediction.hours or None,

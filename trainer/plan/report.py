@@ -117,6 +117,7 @@ class PlanReport:
             **prediction.tiers,
             "time_s": prediction.time,
             "kept_layers": prediction.kept_layers,
+            "kept_weights": prediction.kept_weights,
         }
         self._write({})
 

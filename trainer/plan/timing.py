@@ -34,10 +34,10 @@ HEAD_BYTES = 16
 HBM = 2.5e12  # of a GPU's memory, by plain kernels, H100
 
 
-def step_seconds(work: Workload, kept: int) -> tuple[dict[str, float], float]:
+def step_seconds(work: Workload, kept: int, weights: int) -> tuple[dict[str, float], float]:
     """Return the times of an optimizer step's parts if each were alone, and the step's own time.
 
-    kept: layers that keep their activations.
+    kept, weights: layers that keep their activations, and their weights for the backward pass.
 
     A pass over the layers takes as long as computing or as moving them, whichever is longer, and
     the first one of a step not less than the CPU's optimizer step beside it. Embedding and head,
@@ -55,7 +55,7 @@ def step_seconds(work: Workload, kept: int) -> tuple[dict[str, float], float]:
         kinds = work.model.kinds
         trained = work.job.adapters or [kind.tensors for kind in kinds]
         host = TENSOR * sum(kind.count * len(sizes) for kind, sizes in zip(kinds, trained))
-    back = max(layers, gradients)
+    back = max(layers * (1 - weights / work.model.layers), gradients)
     first_pass = max(forward, layers, read)
     micro_batch = first_pass + loss + 1.5 * embeddings + max(backward, back, read)
     step, io = _optimizer(work)

@@ -35,7 +35,7 @@ class TrainingJob:
     """A model and how it is trained. The fields are the flags of the same names, and these:
 
     tokens_per_step: of an optimizer step on all ranks; None: one micro-batch on each.
-    dataset_tokens: of one epoch. kept_layers: None: as many as fit a GPU.
+    dataset_tokens: of one epoch. kept_layers, kept_weights: None: as many as fit a GPU.
     longest: tokens of the longest row that comes, if that is less than max_length.
     mean: tokens of an average row, with the padding that it gets in its batch.
     labelled: share of the tokens over which the loss is taken.
@@ -55,6 +55,7 @@ class TrainingJob:
     gradient_checkpointing: bool = True
     fused_step: bool = True
     kept_layers: int | None = None
+    kept_weights: int | None = 0
     longest: int | None = None
     mean: float | None = None
     labelled: float = 1.0
@@ -64,13 +65,16 @@ class TrainingJob:
         cls, settings: Settings, model: ModelSpec, precision: str, gpu: bool
     ) -> "TrainingJob":
         """Return the job of a run's settings."""
-        kept_layers = None if gpu else 0
-        if settings.kept_layers.isdigit():
-            kept_layers = int(settings.kept_layers)
+
+        def kept(asked: str) -> int | None:
+            return int(asked) if asked.isdigit() else None if gpu else 0
+
+        weights = kept(settings.kept_weights)
         return cls(
             model,
             precision=precision,
-            kept_layers=kept_layers,
+            kept_layers=kept(settings.kept_layers),
+            kept_weights=weights if settings.optimizes("leaf_modules", gains=gpu) else 0,
             gradient_checkpointing=settings.gradient_checkpointing,
             fused_step=settings.optimizes("fused_step"),
             overlap_step=settings.optimizes("overlap_step", gains=gpu),
@@ -103,13 +107,13 @@ class Workload:
     """A job on a machine with a configuration. micro_batch: rows of one rank.
 
     config: its "auto" values are resolved here. params_on, optimizer_on: "none" (the GPU), "cpu"
-    or "nvme". grad_itemsize: bytes of a gradient in the buffer where micro-batches are added, as
-    config says, or else job. buffers: bytes of one rank, for parameters and optimizer on NVMe.
-    trainable: parameters that one rank's optimizer has. machine_share: of all ranks, those of one
-    machine. tokens: of the largest micro-batch that comes. layer_bytes, mean_bytes, input_bytes:
-    activations of the largest decoder layer, of an average one, and of an input alone. swap_bytes:
-    on NVMe, of a trained parameter whose optimizer state is there. written_bytes: to NVMe, of a
-    trained parameter in an optimizer step.
+    or "nvme". gathers: whether weights are copied to be used. grad_itemsize: bytes of a gradient in
+    the buffer where micro-batches are added, as config says, or else job. buffers: bytes of one
+    rank, for parameters and optimizer on NVMe. trainable: parameters that one rank's optimizer has.
+    machine_share: of all ranks, those of one machine. tokens: of the largest micro-batch that
+    comes. layer_bytes, mean_bytes, input_bytes: activations of the largest decoder layer, of an
+    average one, and of an input alone. swap_bytes: on NVMe, of a trained parameter whose optimizer
+    state is there. written_bytes: to NVMe, of a trained parameter in an optimizer step.
     """
 
     job: TrainingJob
@@ -131,6 +135,9 @@ class Workload:
         self.zero = {**DEFAULTS, **self.config.zero}
         self.buffers = self.config.locked_bytes(self.shapes, self.ranks)
         self.params_on, self.optimizer_on = map(self.config.device, ("param", "optimizer"))
+        # Where one GPU holds all, or one CPU process has them in RAM, nothing is copied.
+        self.gathers = self.ranks > 1 or self.params_on == "nvme"
+        self.gathers |= self.params_on == "cpu" and self.on_gpu
         self.trainable = self.shapes.trainable / self.ranks
         self.machine_share = machine.ranks_here / self.ranks
         length = min(job.longest or job.max_length, job.max_length)
