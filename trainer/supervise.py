@@ -60,6 +60,7 @@ exit code 75. Twice: at once.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that ask to stop
 FINAL = (FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED)  # exit codes that a restart would not change
 POLL = 0.2  # seconds
+START_SECONDS = 30  # that --detach watches a start
 SUSPENDED_LIMIT = 20  # seconds that a rank may be suspended (SIGSTOP, a debugger)
 KILL_ROUNDS = 5  # of kills, for processes that are started meanwhile
 SLACK = 20  # a step hangs when it takes so many times the longest one before it
@@ -188,7 +189,12 @@ def identify(settings: Settings, ranks: int = 1) -> tuple[RunDirectory, list[str
 
 
 def detach(argv: list[str], directory: RunDirectory) -> int:
-    """Start the same command in a session of its own, and say where its output goes."""
+    """Start the same command in a session of its own, and say where its output goes.
+
+    Then watch it for START_SECONDS, or until it trains: what only the ranks can find out is said
+    here too, and the exit code is theirs.
+    """
+    started, end = time.time(), time.monotonic() + START_SECONDS
     if hardware.in_our_image() and os.getppid() == 1:  # the container ends with its command
         raise RunError(
             "--detach: the container would end at once, and the run with it",
@@ -207,12 +213,19 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
             )
     except OSError as error:
         raise directory.not_writable(error) from None
+
+    def ended_badly() -> int | None:
+        """Return the exit code of a start that has failed, and say what it has said."""
+        if process.poll():
+            said = directory.log.read_bytes()[began:].decode(errors="replace").strip()
+            to_stderr(said[max(0, said.rfind("\nerror: ")) :].strip())
+        return process.returncode
+
     # It takes the run's lock first of all, or says why it cannot.
     while process.poll() is None and directory.last_supervisor() != process.pid:
         time.sleep(POLL)
-    if process.returncode:
-        to_stderr(directory.log.read_bytes()[began:].decode(errors="replace").rstrip())
-        return process.returncode
+    if code := ended_badly():
+        return code
     path = directory.path.absolute()
     stop_line = [sys.executable, f"{ROOT}/launch/supervise.py", "--stop", str(path)]
     say(
@@ -220,7 +233,13 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
         f"log:  {shlex.join(['tail', '-f', str(path / directory.log.name)])}\n"
         f"stop: {shlex.join(stop_line)}"
     )
-    return DONE
+    with suppress(KeyboardInterrupt):  # it stays in the background
+        while process.poll() is None and time.monotonic() < end:
+            beat = directory.read_heartbeat()
+            if beat.get("time", 0) > started and beat["phase"] != Phase.LOAD:
+                break
+            time.sleep(POLL)
+    return ended_badly() or DONE
 
 
 def stop(directory: RunDirectory) -> int:

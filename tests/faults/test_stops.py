@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,4 +157,13 @@ def test_detach_says_what_is_wrong(tiny_model, rows_file, tmp_path, row):
         )
         assert done.returncode == 2 and words in done.stderr, (wrong, done)
         assert "in the background" not in done.stdout and not (tmp_path / "run").exists()
-    row("bad input with DETACH=1", "said at once, exit 2")
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")
+    command = [sys.executable, "launch/supervise.py", "--detach", *flags]
+    command += ["--model_name_or_path", broken]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True
+    )
+    assert done.returncode == 2, done
+    assert done.stderr.startswith(f"error: the tokenizer of {broken} cannot be read"), done.stderr
+    row("bad input with DETACH=1", "said at once, exit 2; also what only the ranks find")

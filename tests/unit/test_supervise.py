@@ -291,8 +291,13 @@ def test_a_stop_before_the_ranks_have_begun(supervised, tmp_path, sent):
 
 def test_detach_says_that_the_run_is_in_use(tmp_path):
     script = tmp_path / "rank.py"
-    script.write_text("import time\ntime.sleep(30)")
     run = tmp_path / "run"
+    script.write_text(
+        "import json, time\n"
+        f"with open('{run}/heartbeat.json', 'w') as file:\n"
+        "    json.dump({'step': 1, 'phase': 'train', 'time': time.time()}, file)\n"
+        "time.sleep(30)"
+    )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     flags = ["--script", script, "--output_dir", run, "--model_name_or_path", tmp_path / "model"]

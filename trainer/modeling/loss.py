@@ -161,8 +161,9 @@ def _check_unchanged(made: Tensor, output: Tensor, model: nn.Module) -> None:
     while node is not made.grad_fn:
         above = node.next_functions if isinstance(node, BackwardCFunction) else ()
         if not above or above[0][0] is None:
+            name = type(getattr(model, "module", model)).__name__  # of DeepSpeed's engine
             raise RunError(
-                f"{type(model).__name__} changes its logits while it trains",
+                f"{name} changes its logits while it trains",
                 found=type(node).__name__,
                 fix="--disable_optimizations fused_loss",
             )
