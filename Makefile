@@ -173,10 +173,10 @@ test-faults: setup-aio ## every fault, injected for real, and its matrix (needs 
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 20 tests/faults tests/cpu/test_resume.py
 
 test-soak: setup-aio ## a hundred random faults of all kinds in one run, which must end as if nothing had happened (root)
-	$(BIN)/python tests/faults/soak.py
+	$(BIN)/python tests/faults/soak.py $(ARGS)
 
 test-signals: setup-aio ## SIGTERM at nine moments of a run, fifty times each
-	$(BIN)/python tests/faults/signal_storm.py
+	$(BIN)/python tests/faults/signal_storm.py $(ARGS)
 
 test-families: setup-aio ## tiny models of 47 families beside plain PyTorch; writes docs/models.md (an hour on two cores; ARGS="--only llama,gemma2")
 	$(BIN)/python tests/families/run.py $(ARGS)

@@ -4,9 +4,10 @@ They are those of a plain PyTorch loop.
 """
 
 import json
+import re
 
 import pytest
-from conftest import make_model, make_tokenizer, samples
+from conftest import ROOT, inputs, make_model, make_tokenizer, samples, train
 from safetensors.torch import load_file
 
 from tests import moe_models
@@ -96,6 +97,11 @@ def test_experts(trains, rows_file, tmp_path):
     off = ["--disable_optimizations", "none,overlap_step,fetch_ahead"]
     whole = trains("whole", *lora, *off, "--gradient_checkpointing", "false")
     close(whole.losses, apart.losses)
+    half = ["--per_device_train_batch_size", 2]
+    two = trains("full on two", *flags, *half, "--deepspeed", "ds_z3_nvme.json", ranks=2)
+    close(two.losses, expected)
+    close([s["grad_norm"] for s in two.steps], norms, 1e-2)
+    close(trains("lora on two", *lora, *half, *off, ranks=2).losses, apart.losses)
     adapter = load_file(apart.directory / "export" / "adapter_model.safetensors")
     experts = {
         name: b for name, b in adapter.items() if ".mlp.experts." in name and "lora_B" in name
@@ -167,3 +173,21 @@ def test_two_ranks(trains, config):
         assert [e[key] for e in two.evaluations] == pytest.approx(
             [e[key] for e in one.evaluations], rel=1e-3
         )
+
+
+@pytest.mark.long
+def test_jsons_of_other_trainers(tiny_model, rows_file, tmp_path):
+    """The configurations of ten other projects train; ours is as they are where the batch is."""
+    flags = [*inputs(tiny_model, rows_file, tmp_path), "--max_length", 96, "--max_steps", 3]
+    paths = sorted((ROOT / "tests" / "data" / "deepspeed").glob("*.json"))
+    runs = [
+        train(tmp_path / f"run-{path.stem}", *flags, "--deepspeed", path)
+        for path in (ROOT / "deepspeed_configs" / "ds_z3_offload.json", *paths)
+    ]
+    for run in runs:
+        assert run.code == 0 and len(run.losses) == 3, run.output[-6000:]
+    rows = [re.search(r"= \d+ rows", run.output)[0] for run in runs]
+    same = [run for run, batch in zip(runs, rows) if batch == rows[0]]
+    assert len(runs) == 11 and len(same) == 9
+    for run in same:
+        assert run.losses[0] == pytest.approx(runs[0].losses[0], abs=1e-2)  # bf16 in some
