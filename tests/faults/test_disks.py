@@ -430,3 +430,19 @@ def test_an_op_that_cannot_be_loaded(tmp_path, row, name, fault, words):
     assert done.returncode == 3 and words in done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     row(f"a compiled op that cannot be loaded: {fault}", "refused with the fix, exit 3")
+
+
+def test_a_compiler_that_is_killed(tmp_path, row):
+    """As by the out-of-memory killer. The next build is not kept waiting."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *" -c "*) kill -9 $$; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
+    build = [sys.executable, "-m", "trainer.system.ops", "pin_memory"]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 200}
+    killed = subprocess.run(build, env={**environment, "CXX": str(compiler)}, **options)
+    assert killed.returncode == 3 and "pin_memory could not be built" in killed.stderr, killed
+    assert "Traceback" not in killed.stderr
+    done = subprocess.run(build, env=environment, **options)
+    assert done.returncode == 0 and "pin_memory: ready" in done.stdout, done
+    row("a compiler is killed", "refused with the fix, exit 3; the next build succeeds")

@@ -13,6 +13,10 @@ STEPS = ["--max_steps", 2, "--save_strategy", "no"]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu"}
 
 
+PLAN = [sys.executable, "launch/plan.py"]
+KEPT = {"filler", "lost+found"}
+
+
 def fill(place, leave=0):
     """Fill a disk, and give back so many bytes."""
     with open(place / "filler", "wb", buffering=0) as file:
@@ -181,3 +185,18 @@ def test_a_refusal_is_printed_once(starts, tmp_path, row, ranks, where):
     # Once the ranks are joined, those that are left see the connection break.
     assert "Traceback" not in run.output or "stages" in where and ranks == "1"
     row(f"a refusal of rank {' and '.join(ranks)}", "printed once, exit 3")
+
+
+def test_a_picture_on_a_full_disk(disk, row):
+    place = disk(10)
+    fill(place)
+    machine = "--gpus 1 --gpu_memory 80GB --ram 1TB".split()
+    done = subprocess.run(
+        [*PLAN, "--model", "llama-3-8b", *machine, "--plot", place / "plan.png"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "No space left on device" in done.stderr, done
+    assert "Traceback" not in done.stderr and {p.name for p in place.iterdir()} <= KEPT
+    row("`plan --plot` on a full disk", "exit 1, nothing is left there")
