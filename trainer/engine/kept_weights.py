@@ -27,7 +27,9 @@ class KeptWeights:
     number, or AUTO: another one calls `keep_last`. Raises RunError where there are fewer layers.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], head: nn.Module | None, keep: int | str):
+    def __init__(
+        self, layers: Sequence[nn.Module], head: nn.Module | None, keep: int | str
+    ) -> None:
         self.sizes = [_elements(layer) for layer in layers]
         self.head = _elements(head) if head else 0
         parameters = [p for layer in layers for p in layer.parameters()]
