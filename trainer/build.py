@@ -53,8 +53,8 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
     if keep != AUTO or not prepared.gpu:
         keep = int(keep.replace(AUTO, "0"))
     weights: Any = settings.kept_weights
-    if weights != AUTO or not prepared.keeps_weights:
-        weights = int(weights.replace(AUTO, "0"))
+    if weights != AUTO:
+        weights = int(weights)
     kept_weights = None
     if weights:
         kept_weights = KeptWeights(layers, model.get_output_embeddings(), weights)

@@ -46,16 +46,6 @@ class Prepared:
         )
 
     @property
-    def keeps_weights(self) -> bool:
-        """Whether weights may stay on the GPU as long as memory is left: the JSON says "auto"."""
-        return (
-            self.gpu
-            and self.leaf_modules
-            and self.config.device("param") != "nvme"
-            and self.config.zero.get("stage3_max_reuse_distance") == "auto"
-        )
-
-    @property
     def fused_step(self) -> bool:
         """Whether gradients and the CPU's optimizer step go our way."""
         return self.settings.optimizes("fused_step")
@@ -90,7 +80,7 @@ def prepare(settings: Settings, world: int | None = None) -> Prepared:
     doctor.quick(gpu, config.uses_nvme())
     data = data_setup.plan_data(settings, data_setup.progress("looking at rows"))
     prepared = Prepared(settings, config, data, gpu, precision, reason)
-    _check_kept_weights(prepared)
+    check_kept_weights(prepared)
     return prepared
 
 
@@ -103,15 +93,29 @@ def _choose_grad_accum_dtype(settings: Settings, precision: str) -> None:
         settings.set("grad_accum_dtype", chosen, f"{method}, {accumulation} micro-batches")
 
 
-def _check_kept_weights(prepared: Prepared) -> None:
-    wanted = prepared.settings.kept_weights
-    if wanted in ("auto", "0"):
+def check_kept_weights(prepared: Prepared) -> None:
+    """Refuse a number that cannot be kept, and let "auto" be 0 there."""
+    settings, config = prepared.settings, prepared.config
+    wanted = settings.kept_weights
+    if wanted == "0":
         return
-    for wrong, needed in (
-        (prepared.config.device("param") == "nvme", "parameters in RAM or on the GPU"),
-        (not prepared.leaf_modules, "leaf_modules, which --disable_optimizations leaves out"),
-    ):
-        if wrong:
+    needs = {
+        "parameters in RAM or on the GPU": config.device("param") != "nvme",
+        "leaf_modules, which --disable_optimizations leaves out": prepared.leaf_modules,
+    }
+    if wanted == "auto":
+        distance = config.zero.get("stage3_max_reuse_distance")
+        needs |= {
+            "a GPU": prepared.gpu,
+            "stage3_max_reuse_distance auto": distance == "auto",
+            "--kept_layers auto": settings.kept_layers == "auto",
+            "--gradient_checkpointing true": settings.gradient_checkpointing,
+        }
+    for needed, given in needs.items():
+        if not given and wanted == "auto":
+            settings.set("kept_weights", "0", f"needs {needed}")
+            return
+        if not given:
             raise RunError(
                 "weights cannot stay on the GPU in this run",
                 found=f"--kept_weights {wanted}",

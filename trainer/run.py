@@ -164,6 +164,7 @@ def _train(run: "Run") -> int:
             "the GPU is out of memory",
             found=one_line(error, 200),
             fix="a smaller --per_device_train_batch_size or --max_length, --kept_layers 0, "
+            "--kept_weights 0, "
             "--gradient_checkpointing true, or a configuration that offloads more",
             code=FAILED,
         ) from None

@@ -61,6 +61,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that
 FINAL = (FAILED, BAD_INPUT, DOES_NOT_FIT, STOPPED)  # exit codes that a restart would not change
 POLL = 0.2  # seconds
 START_SECONDS = 30  # that --detach watches a start
+START_LINES = 40  # of the log that it shows
 SUSPENDED_LIMIT = 20  # seconds that a rank may be suspended (SIGSTOP, a debugger)
 KILL_ROUNDS = 5  # of kills, for processes that are started meanwhile
 SLACK = 20  # a step hangs when it takes so many times the longest one before it
@@ -194,7 +195,7 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
     Then watch it for START_SECONDS, or until it trains: what only the ranks can find out is said
     here too, and the exit code is theirs.
     """
-    started, end = time.time(), time.monotonic() + START_SECONDS
+    end, before = time.monotonic() + START_SECONDS, directory.read_heartbeat()
     if hardware.in_our_image() and os.getppid() == 1:  # the container ends with its command
         raise RunError(
             "--detach: the container would end at once, and the run with it",
@@ -216,14 +217,19 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
 
     def ended_badly() -> int | None:
         """Return the exit code of a start that has failed, and say what it has said."""
-        if process.poll():
+        code = process.poll()
+        if code:
             said = directory.log.read_bytes()[began:].decode(errors="replace").strip()
-            to_stderr(said[max(0, said.rfind("\nerror: ")) :].strip())
-        return process.returncode
+            if code in (BAD_INPUT, DOES_NOT_FIT):
+                said = said[max(0, said.rfind("\nerror: ")) :].strip()
+            last = "\n".join(said.splitlines()[-START_LINES:])
+            to_stderr(last or f"error: exit {code}, and nothing in {directory.log}")
+        return code
 
-    # It takes the run's lock first of all, or says why it cannot.
-    while process.poll() is None and directory.last_supervisor() != process.pid:
-        time.sleep(POLL)
+    # It takes the run's lock first of all, or says why it cannot. Ctrl-C leaves it running.
+    with suppress(KeyboardInterrupt):
+        while process.poll() is None and directory.last_supervisor() != process.pid:
+            time.sleep(POLL)
     if code := ended_badly():
         return code
     path = directory.path.absolute()
@@ -233,10 +239,10 @@ def detach(argv: list[str], directory: RunDirectory) -> int:
         f"log:  {shlex.join(['tail', '-f', str(path / directory.log.name)])}\n"
         f"stop: {shlex.join(stop_line)}"
     )
-    with suppress(KeyboardInterrupt):  # it stays in the background
+    with suppress(KeyboardInterrupt):
         while process.poll() is None and time.monotonic() < end:
             beat = directory.read_heartbeat()
-            if beat.get("time", 0) > started and beat["phase"] != Phase.LOAD:
+            if beat and beat != before and beat["phase"] != Phase.LOAD:
                 break
             time.sleep(POLL)
     return ended_badly() or DONE

@@ -5,10 +5,12 @@ import json
 
 import pytest
 
+from trainer import prepare
 from trainer.config.device import choose_grad_accum_dtype, choose_precision
 from trainer.config.ds_config import CONFIGS, DeepSpeedConfig, ZeroShapes, read
 from trainer.config.settings import resolve
 from trainer.errors import RunError
+from trainer.prepare import Prepared
 
 SHIPPED = sorted(p.name for p in CONFIGS.glob("*.json"))
 LLAMA_8B = ZeroShapes(
@@ -90,6 +92,35 @@ def test_auto_leaves_nothing(name, world, tmp_path):
         assert zero["offload_param"]["buffer_count"] >= 3 * LLAMA_8B.layer_tensors + 2
     done.check_buffers(LLAMA_8B, world)
     assert all(n >= 0 for n in done.locked_bytes(LLAMA_8B, world))
+
+
+@pytest.mark.parametrize("device, expected", [("nvme", 2 * LLAMA_8B.layer), ("cpu", 10**9)])
+@pytest.mark.parametrize("given", [{}, {"stage3_max_reuse_distance": 10**9}])
+def test_what_stays_on_the_gpu_does_not_take_all_buffers(device, expected, given):
+    path = {"nvme_path": "auto"} if device == "nvme" else {}
+    zero = {"stage": 3, "offload_param": {"device": device, **path}, **given}
+    made = DeepSpeedConfig({"zero_optimization": zero}, "my.json").resolved(LLAMA_8B, 1, "swap")
+    assert made.zero.get("stage3_max_reuse_distance", 10**9) == expected
+
+
+@pytest.mark.parametrize(
+    "name, flags, expected",
+    [
+        ("ds_z3_offload.json", [], "auto"),
+        ("ds_z3_nvme.json", [], "0"),
+        ("ds_z3_offload.json", ["--kept_layers", "3"], "0"),
+        ("ds_z3_offload.json", ["--gradient_checkpointing", "false"], "0"),
+        ("ds_z3_offload.json", ["--disable_optimizations", "all"], "0"),
+        ("tests/data/deepspeed/llama_factory.json", [], "0"),
+    ],
+)
+def test_weights_stay_where_they_can(name, flags, expected):
+    words = ["--model_name_or_path", "x", "--precision", "bf16", "--kept_weights", "auto", *flags]
+    settings = resolve(words)
+    prepared = Prepared(settings, DeepSpeedConfig.load(name), None, True, "bf16", "")
+    prepare.check_kept_weights(prepared)
+    assert settings.kept_weights == expected
+    assert expected == "auto" or settings.sources["kept_weights"].startswith("needs ")
 
 
 @pytest.mark.parametrize(

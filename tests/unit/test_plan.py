@@ -194,6 +194,26 @@ def test_activations_measured():
     assert round(one / GIB, 2) == 2.75 and one == mean and inputs == 32768 * 3072 * 2
 
 
+def test_weights_that_stay():
+    """Each is in memory, and is not fetched for the backward pass."""
+    model = model_shapes.built_in("llama-3-8b")
+
+    def plan(kept, spec=H100, mode="ds_z3_offload", rows=4):
+        return predict(TrainingJob(model, "lora", kept_weights=kept), spec, mode, rows)
+
+    none, five = plan(0), plan(5)
+    assert five.totals["gpu"] - none.totals["gpu"] == 5 * 2 * none.shapes.layer
+    saved = none.time["transfer"] - five.time["transfer"]
+    assert saved == pytest.approx(5 / 32 * none.time["transfer"] / 2, rel=0.15)
+    # auto: as many as fit beside the activations of all layers.
+    rows = 7
+    room = H100.gpu_memory * 0.95 - plan(0, rows=rows).totals["gpu"]
+    assert plan(None, rows=rows).kept_weights == int(room // (2 * none.shapes.layer)) > 5
+    assert plan(None).kept_weights == 32
+    assert plan(None, rows=16).kept_weights == 0  # layers are recomputed
+    assert plan(5, mode="ds_z3").kept_weights == 0  # nothing is fetched
+
+
 def test_gpu_only_by_hand():
     """Everything on the GPU: 16 bytes a parameter of a 1.2B model."""
     found = predict(TrainingJob(model_shapes.built_in("llama-3.2-1b")), H100, "ds_z3", 1)

@@ -315,6 +315,30 @@ def test_detach_says_that_the_run_is_in_use(tmp_path):
     assert second.returncode == 2 and f"is in use\n  found:  pid {pid}" in second.stderr
 
 
+def test_detach_says_what_the_ranks_say(tmp_path):
+    """Though a heartbeat of before, by a clock that was ahead, says that the run trains."""
+    script, run = tmp_path / "rank.py", tmp_path / "run"
+    script.write_text(
+        "import sys, time\ntime.sleep(1)\n"
+        "print('once more\\n\\nerror: not these rows')\nsys.exit(2)"
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    run.mkdir()
+    beat = {"step": 1, "phase": "train", "time": time.time() + 3600}
+    (run / "heartbeat.json").write_text(json.dumps(beat))
+    flags = ["--script", script, "--output_dir", run, "--model_name_or_path", tmp_path / "model"]
+    done = subprocess.run(
+        [sys.executable, "launch/supervise.py", "--detach", *map(str, flags)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "in the background" in done.stdout, done
+    assert done.stderr == "error: not these rows\n"
+
+
 def test_silence_is_a_hang(supervised, tmp_path):
     code, output = supervised(
         "beat(1)\ntime.sleep(0.1)\nbeat(2)\ntime.sleep(60)",

@@ -133,6 +133,10 @@ class DeepSpeedConfig:
             for key, value in values.items():
                 if block.get(key) == "auto":
                     block[key] = value
+        if made.device("param") == "nvme":
+            # What stays on the GPU keeps its buffer: a longer distance would take them all.
+            distance = made.zero.get("stage3_max_reuse_distance", math.inf)
+            made.zero["stage3_max_reuse_distance"] = int(min(distance, 2 * shapes.layer))
         for block in (parameters, optimizer):
             if block.get("device") == "nvme":
                 block["nvme_path"] = str(swap_directory)

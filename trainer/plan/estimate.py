@@ -64,8 +64,7 @@ class Prediction(Workload):
             rank["kept activations"] = kept * (self.mean_bytes - self.input_bytes)
         weights = self.kept_weights = _kept_weights(self, kept, sum(rank.values()))
         if weights:
-            # Three of them are among the gathered ones.
-            rank["kept weights"] = max(0, weights - 3) * self.shapes.layer * self.itemsize
+            rank["kept weights"] = weights * self.shapes.layer * self.itemsize
         machine, host = self.machine, ram_bytes(self, kept)
         if not self.on_gpu:  # what would be on a GPU is in RAM
             rank["heap"] = HEAP[self.job.method] * self.model.layers * self.mean_bytes
@@ -121,7 +120,7 @@ def rank_bytes(work: Workload) -> Bytes:
     gathered = persistent + min(
         zero["stage3_max_live_parameters"] * itemsize, 3 * layer + model.embedding * itemsize
     )
-    if on_gpu and work.params_on == "cpu":
+    if on_gpu and work.params_on != "nvme":
         gathered += LAYERS_AHEAD * layer
     return _counted(
         {

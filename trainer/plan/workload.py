@@ -69,12 +69,11 @@ class TrainingJob:
         def kept(asked: str) -> int | None:
             return int(asked) if asked.isdigit() else None if gpu else 0
 
-        weights = kept(settings.kept_weights)
         return cls(
             model,
             precision=precision,
             kept_layers=kept(settings.kept_layers),
-            kept_weights=weights if settings.optimizes("leaf_modules", gains=gpu) else 0,
+            kept_weights=kept(settings.kept_weights),
             gradient_checkpointing=settings.gradient_checkpointing,
             fused_step=settings.optimizes("fused_step"),
             overlap_step=settings.optimizes("overlap_step", gains=gpu),
