@@ -25,6 +25,12 @@ def fill(place, leave=0):
                 file.write(b"x" * 2**16)
         except OSError:
             pass
+        os.fsync(file.fileno())  # frees what was set aside for its own bookkeeping
+        try:
+            while True:
+                file.write(b"x" * 512)
+        except OSError:
+            pass
         size = file.tell()
     os.truncate(place / "filler", size - leave)
 

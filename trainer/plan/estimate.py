@@ -9,6 +9,7 @@ import torch.
 import functools
 import math
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from trainer.config.ds_config import CONFIGS, OPTIMIZER_BUFFERS, DeepSpeedConfig
@@ -33,6 +34,7 @@ CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
 SWAPPED = 2**20
 BASE_RAM = 2.5 * GIB  # of a GPU rank's process with all libraries
 BASE_RAM_CPU = 0.42 * GIB
+CUDA_BUILD = 0.15 * GIB  # more, where torch is built for CUDA: torch 2.13
 # On a CPU: of all layers' activations, kept or made again, what glibc's heap has beside them
 # (mallinfo2: as much free as used). Sizes change from one batch to the next, and the adapters'
 # small results lie in between. From the runs of docs/planning.md.
@@ -153,7 +155,7 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
     inputs = work.model.layers - kept if job.activation_offload and on_gpu else 0
     return _counted(
         {
-            "processes": (BASE_RAM if on_gpu else BASE_RAM_CPU) * ranks_here,
+            "processes": (BASE_RAM if on_gpu else _base_ram_cpu()) * ranks_here,
             "parameters": work.params_on == "cpu" and parameters * itemsize * share,
             "pinned rounding": pinned_rounding(work) * ranks_here,
             "optimizer": work.optimizer_on == "cpu" and 12 * trainable * share,
@@ -166,6 +168,15 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
             "inputs of layers": inputs * work.input_bytes * ranks_here,
         }
     )
+
+
+@functools.cache
+def _base_ram_cpu() -> float:
+    try:
+        build = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        build = "+cpu"
+    return BASE_RAM_CPU + (0 if "+cpu" in build else CUDA_BUILD)
 
 
 def nvme_bytes(work: Workload) -> Bytes:
