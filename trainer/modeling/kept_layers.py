@@ -13,11 +13,10 @@ from torch import nn
 
 from trainer.console import say
 from trainer.distributed import all_gather_object
-from trainer.engine.kept_weights import KeptWeights
+from trainer.engine.kept_weights import AUTO, KeptWeights
 from trainer.errors import RunError
 from trainer.plan.estimate import SPARE_GPU
 
-AUTO = "auto"
 # The optimizer steps in which AUTO acts, counted from 1. The first one recomputes all layers. A new
 # number of kept layers changes the order in which modules run. ZeRO-3 then drops its record of that
 # order, makes a new one during the next step, and fetches no parameters ahead until it is complete.
