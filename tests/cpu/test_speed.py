@@ -1,6 +1,7 @@
 """Every speed feature changes the time and not the numbers."""
 
 import json
+from textwrap import indent
 
 import hjson
 import pytest
@@ -46,9 +47,8 @@ def test_where_the_step_is_not_ours(trains):
     )
 
 
-# launch/train.py, which prints after each step how many elements of the moments are in RAM, for
-# each parameter. A read from the disk points the state into a buffer: those do not count.
-PRINT_MOMENTS = """
+# launch/train.py whose ranks, once they have joined, run with a change.
+CHANGED = """
 import os, sys
 sys.path[0] = os.getcwd()
 from trainer import run
@@ -56,26 +56,39 @@ plain_join = run.join
 
 def join(*args):
     ranks = plain_join(*args)
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    plain_step = DeepSpeedZeroOptimizer_Stage3.step
-
-    def step(self, closure=None):
-        plain_step(self, closure)
-        buffers = self.optimizer_swapper.swap_buffer_manager.all_buffers
-        spans = [range(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]
-        values = [v for state in self.optimizer.state.values() for v in state.values()]
-        tensors = [v for v in values if hasattr(v, "numel")]
-        in_ram = sum(
-            t.numel() for t in tensors if not any(t.data_ptr() in span for span in spans)
-        )
-        parameters = sum(self.fp16_partitioned_groups_flat_numel)
-        print("moments in RAM:", in_ram / parameters, flush=True)
-
-    DeepSpeedZeroOptimizer_Stage3.step = step
+{}
     return ranks
 
 run.join = join
 run.leave(run.main())
+"""
+
+
+def changed(path, change):
+    """Write a script that is launch/train.py with this change. Return its path."""
+    path.write_text(CHANGED.format(indent(change, "    ")))
+    return path
+
+
+# Prints after each step how many elements of the moments are in RAM, for
+# each parameter. A read from the disk points the state into a buffer: those do not count.
+PRINT_MOMENTS = """
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+plain_step = DeepSpeedZeroOptimizer_Stage3.step
+
+def step(self, closure=None):
+    plain_step(self, closure)
+    buffers = self.optimizer_swapper.swap_buffer_manager.all_buffers
+    spans = [range(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]
+    values = [v for state in self.optimizer.state.values() for v in state.values()]
+    tensors = [v for v in values if hasattr(v, "numel")]
+    in_ram = sum(
+        t.numel() for t in tensors if not any(t.data_ptr() in span for span in spans)
+    )
+    parameters = sum(self.fp16_partitioned_groups_flat_numel)
+    print("moments in RAM:", in_ram / parameters, flush=True)
+
+DeepSpeedZeroOptimizer_Stage3.step = step
 """
 
 
@@ -87,8 +100,7 @@ def test_step_on_nvme(trains, tmp_path, config, weights):
 
     Gradients do not travel. No moment stays in RAM, not even the first ones.
     """
-    script = tmp_path / "print_moments.py"
-    script.write_text(PRINT_MOMENTS)
+    script = changed(tmp_path / "print_moments.py", PRINT_MOMENTS)
     expected = trains("stock", *FLAGS, *STOCK)
     written = {}
     for fused in ("true", "false"):
@@ -150,37 +162,27 @@ def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
     )
 
 
-# launch/train.py, in which the step of a sub-group takes longer than the forward pass needs to
+# The step of a sub-group takes longer than the forward pass needs to
 # reach its parameters. The gathering is that of GPUs.
 SLOW_STEP = """
-import ctypes, os, sys, time
-sys.path[0] = os.getcwd()
-from trainer import run
-plain_join = run.join
+import ctypes, time
+from deepspeed.runtime.zero.partition_parameters import Init
+from trainer.engine import all_gather, cpu_step
+plain_handle, plain_run = all_gather.AllGatherHandle, cpu_step.run
 
-def join(*args):
-    ranks = plain_join(*args)
-    from deepspeed.runtime.zero.partition_parameters import Init
-    from trainer.engine import all_gather, cpu_step
-    plain_handle, plain_run = all_gather.AllGatherHandle, cpu_step.run
+def handle(params, work):
+    print("gathered", len(params))
+    return plain_handle(params, work)
 
-    def handle(params, work):
-        print("gathered", len(params))
-        return plain_handle(params, work)
+def slow_run(adam, updates, threads):
+    for i in range(len(updates)):
+        time.sleep(0.05)
+        offset = i * ctypes.sizeof(cpu_step.Update)
+        one = (cpu_step.Update * 1).from_buffer(updates, offset)
+        plain_run(adam, one, threads)
 
-    def slow_run(adam, updates, threads):
-        for i in range(len(updates)):
-            time.sleep(0.05)
-            offset = i * ctypes.sizeof(cpu_step.Update)
-            one = (cpu_step.Update * 1).from_buffer(updates, offset)
-            plain_run(adam, one, threads)
-
-    Init._convert_to_deepspeed_param = all_gather.convert_to_deepspeed_param
-    all_gather.AllGatherHandle, cpu_step.run = handle, slow_run
-    return ranks
-
-run.join = join
-run.leave(run.main())
+Init._convert_to_deepspeed_param = all_gather.convert_to_deepspeed_param
+all_gather.AllGatherHandle, cpu_step.run = handle, slow_run
 """
 
 
@@ -194,8 +196,7 @@ def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
 
     often = "--eval_strategy steps --eval_steps 5 --save_steps 6 --save_total_limit 5".split()
     flags = [*STEPS, *BATCH, *often]
-    script = tmp_path / "slow_step.py"
-    script.write_text(SLOW_STEP)
+    script = changed(tmp_path / "slow_step.py", SLOW_STEP)
     options = {"ranks": ranks, "launcher": ranks > 1}
     beside = ["--disable_optimizations", "none,fetch_ahead"]
     runs = [
@@ -219,29 +220,18 @@ def test_step_beside_the_forward_pass(trains, tmp_path, ranks):
         assert all((export[name] == tensor).all() for export in exports[1:])
 
 
-# launch/train.py, which says after each forward pass which layers ZeRO-3 has not released.
+# Says after each forward pass which layers ZeRO-3 has not released.
 STAYING = """
-import os, sys
-sys.path[0] = os.getcwd()
-from trainer import run
-plain_join = run.join
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+plain = PartitionedParameterCoordinator.release_sub_module
 
-def join(*args):
-    ranks = plain_join(*args)
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-    plain = PartitionedParameterCoordinator.release_sub_module
+def release(self, module, forward=False):
+    plain(self, module, forward)
+    released = {"NOT_AVAILABLE"} & {p.ds_status.name for p in module.parameters()}
+    if type(module).__name__ == "LlamaDecoderLayer" and forward:
+        print("released" if released else "stays", flush=True)
 
-    def release(self, module, forward=False):
-        plain(self, module, forward)
-        released = {"NOT_AVAILABLE"} & {p.ds_status.name for p in module.parameters()}
-        if type(module).__name__ == "LlamaDecoderLayer" and forward:
-            print("released" if released else "stays", flush=True)
-
-    PartitionedParameterCoordinator.release_sub_module = release
-    return ranks
-
-run.join = join
-run.leave(run.main())
+PartitionedParameterCoordinator.release_sub_module = release
 """
 
 
@@ -251,8 +241,7 @@ def test_releases_follow_the_order_of_modules(trains, tmp_path, kept, staying):
 
     One more does: the look-ahead has passed over it by then.
     """
-    script, model = tmp_path / "staying.py", tmp_path / "model"
-    script.write_text(STAYING)
+    script, model = changed(tmp_path / "staying.py", STAYING), tmp_path / "model"
     make_model(model, num_hidden_layers=8)
     make_tokenizer(model)
     own = f"--max_steps 4 --per_device_train_batch_size 2 --kept_layers 8 --kept_weights {kept}"
