@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import OPTIMIZATIONS, only, train
+from conftest import OPTIMIZATIONS, make_tokenizer, only, train
 
 from tests.cpu.test_accumulation import EXACT, sums
+from tests.families.configs import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 FLAGS = (
@@ -36,24 +37,30 @@ CASES = {
     "liger": ["--use_liger_kernel", "true", *only("fused_loss")],
     "all": [
         *only(*OPTIMIZATIONS),
-        *"--kept_layers 1 --kept_weights 3".split(),
+        *"--kept_layers 1 --kept_weights 2".split(),
         *"--activation_offload true --use_liger_kernel true".split(),
     ],
 }
 
 
 @pytest.mark.parametrize(
-    "ranks, method, names",
+    "ranks, method, names, family",
     [
-        (1, "full", list(CASES)),
-        (1, "lora", ["linear", "step", "all"]),
-        (2, "full", ["ahead", "overlap", "weights", "all"]),
-        (2, "lora", ["all"]),
+        (1, "full", list(CASES), None),
+        (1, "lora", ["linear", "step", "all"], None),
+        (1, "full", ["linear", "kept", "step", "inputs", "liger", "all"], "gemma3_text"),
+        (1, "lora", ["linear", "liger", "all"], "gemma3_text"),
+        (2, "full", ["ahead", "overlap", "weights", "all"], None),
+        (2, "lora", ["all"], None),
     ],
 )
-def test_losses(tiny_model, rows_file, tmp_path, capsys, ranks, method, names):
+def test_losses(tiny_model, rows_file, tmp_path, capsys, ranks, method, names, family):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
+    if family:
+        tiny_model = tmp_path / family
+        make_model(family, tiny_model)
+        make_tokenizer(tiny_model)
 
     def losses(name):
         flags = [*STOCK, *CASES.get(name, []), "--precision", "fp32" if name == "fp32" else "bf16"]
@@ -79,8 +86,8 @@ def test_losses(tiny_model, rows_file, tmp_path, capsys, ranks, method, names):
     rows = {name: (own - exact).abs().max() for name, own in found.items()}
     with capsys.disabled():
         print(
-            f"\n{ranks} GPU(s), {method}: largest distance of 20 losses from fp32: "
-            f"stock bf16 {stock:.4f}; "
+            f"\n{ranks} GPU(s), {family or 'llama'}, {method}: largest distance of 20 "
+            f"losses from fp32: stock bf16 {stock:.4f}; "
             + ", ".join(f"{name} {distance:.4f}" for name, distance in rows.items()),
             flush=True,
         )
