@@ -137,7 +137,6 @@ def _train(run: "Run") -> int:
     saved = stages.find_checkpoint(run)
     run.settings.freeze()
     inputs = stages.load_inputs(run)
-    stages.bind_cores(run)
     plan = stages.plan_engine(run, inputs, saved)
     stages.check_weights(run, inputs)
     arguments = stages.training_arguments(run, inputs, plan, saved)

@@ -150,14 +150,6 @@ def load_inputs(run: Run) -> Inputs:
     return Inputs(model_config, tokenizer, data)
 
 
-def bind_cores(run: Run) -> None:
-    """Give this rank CPU cores of its own, after the tokenizer has used all of them."""
-    ranks, wanted = run.ranks, run.settings.bind_cores
-    if wanted if wanted is not None else run.prepared.gpu and ranks.here > 1:
-        cores = hardware.bind_cores(ranks.local, ranks.here, run.prepared.gpu)
-        say(f"each rank has cores of its own; rank 0 has {len(cores)}")
-
-
 @dataclass
 class EnginePlan:
     """What follows from the model's shapes. parameters: all of them; attention: the backend.

@@ -3,7 +3,7 @@
 import os
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -256,65 +256,3 @@ def pins_exactly() -> bool:
     setting = os.environ.get("PYTORCH_ALLOC_CONF", EXPANDABLE)  # EXPANDABLE: by set_allocators
     unset = "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and setting == EXPANDABLE
     return unset and (int(major), int(minor)) >= (2, 13)
-
-
-# -- CPU cores for each rank --------------------------------------------------------------------
-
-
-def _cpus(path: str) -> set[int]:
-    """The CPU numbers of a list such as 0-3,8; empty where the file is not there."""
-    ranges = re.findall(r"(\d+)-?(\d*)", _read(path))
-    return {n for first, last in ranges for n in range(int(first), int(last or first) + 1)}
-
-
-def share_cores(
-    allowed: set[int], near: list[set[int]], siblings: Callable[[int], set[int]]
-) -> list[set[int]]:
-    """The CPUs of each rank: its part of those near its GPU, and of those near none, whole cores.
-
-    allowed: CPU numbers that may be used. near: a set of CPUs for each rank, empty where unknown.
-    siblings: CPU → the CPUs of its core (two with hyperthreading, numbered far apart).
-    """
-    ranks = range(len(near))
-    pools = [frozenset(n & allowed) for n in near]
-    if not all(pools):
-        pools = [frozenset(allowed) for _ in ranks]
-    shares = [set() for _ in ranks]
-    for pool in {*pools, frozenset(allowed - frozenset.union(*pools))}:
-        cores = sorted({tuple(sorted(siblings(cpu) & pool)) or (cpu,) for cpu in pool})
-        own = [rank for rank in ranks if pools[rank] == pool] or ranks
-        for i, rank in enumerate(own):
-            shares[rank].update(
-                *cores[i * len(cores) // len(own) : (i + 1) * len(cores) // len(own)]
-            )
-    return [share or set(allowed) for share in shares]
-
-
-def _cpus_near(gpu: int) -> set[int]:
-    """The CPUs on the NUMA node of a CUDA device; empty where the machine does not say."""
-    try:
-        import pynvml
-
-        # 00000000:1B:00.0, where the kernel has 0000:1b:00.0
-        place = pynvml.nvmlDeviceGetPciInfo(nvml_handle(gpu)).busId
-        return _cpus(f"/sys/bus/pci/devices/{place.lower()[-12:]}/local_cpulist")
-    except Exception:  # no NVML, or a virtual machine that hides its buses
-        return set()
-
-
-def bind_cores(local_rank: int, ranks_here: int, gpu: bool) -> set[int]:
-    """Bind this process, all its threads and those to come, to the rank's own cores.
-
-    Memory that it takes from then on lies beside them. Returns the CPU numbers.
-    """
-    mine = share_cores(
-        os.sched_getaffinity(0),
-        [_cpus_near(i) if gpu else set() for i in range(ranks_here)],
-        lambda cpu: _cpus(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"),
-    )[local_rank]
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            os.sched_setaffinity(int(thread), mine)
-        except ProcessLookupError:  # it has just ended
-            pass
-    return mine
