@@ -113,7 +113,9 @@ def check_kept_weights(prepared: Prepared) -> None:
         }
     for needed, given in needs.items():
         if not given and wanted == "auto":
-            settings.set("kept_weights", "0", f"needs {needed}")
+            if settings.given("kept_weights"):
+                settings.set("kept_weights", "0", f"needs {needed}")
+            settings.values["kept_weights"] = "0"
             return
         if not given:
             raise RunError(

@@ -255,10 +255,9 @@ def test_releases_follow_the_order_of_modules(trains, tmp_path, kept, staying):
 def test_two_ranks(trains, method):
     lora = LORA if method == "lora" else []
     flags = [*STEPS, *QUIET, "--gradient_accumulation_steps", 1, *lora]
-    ours = [*OURS, "--kept_layers", "1", "--per_device_train_batch_size", 2, "--bind_cores", "true"]
+    ours = [*OURS, "--kept_layers", "1", "--per_device_train_batch_size", 2]
     stock = [*STOCK, "--per_device_train_batch_size", 4]
     two = trains("two", *flags, *ours, ranks=2)
-    assert "each rank has cores of its own" in two.output
     one = trains("stock", *flags, *stock)
     close(two.losses, one.losses, 1e-4)
 

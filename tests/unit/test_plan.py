@@ -358,7 +358,8 @@ def test_runs_on_an_h100(measured):
     spec = replace(H100, gpus=gpus, ram=gpus * H100.ram, ram_rate=155e9, exact_pinning=False)
     if gpus == 4:
         spec.gpu_memory = 139 * GIB
-    found = predict(TrainingJob(shape, method, max_length=length), spec, config, micro)
+    job = TrainingJob(shape, method, max_length=length, kept_weights=0)
+    found = predict(job, spec, config, micro)
     gpu, host = found.totals["gpu"] / GIB, found.totals["host"] / GIB
     print(
         f"{name} {method} {config} {gpus} x {micro} x {length} | {gpu:.1f} -> {gpu_gib} | "
@@ -532,7 +533,7 @@ def test_directions():
     )
     assert fp32 > 8 * bf16
     one, four = (predict(job, replace(spec, nodes=n), "ds_z3", 1).step_s for n in (1, 4))
-    assert four > 1.5 * one
+    assert four > 1.4 * one
     optimizer, both = (
         predict(TrainingJob(model_shapes.built_in("llama-3-8b")), spec, m, 1).written
         / 8_030_261_248

@@ -125,18 +125,13 @@ RUN_ARGUMENTS: dict[str, tuple[Any, ...]] = {
         "a number, or auto, as many as fit (0 on a CPU)",
     ),
     "kept_weights": (
-        "0",
+        "auto",
         "decoder layers whose weights stay on the GPU from the forward to the backward pass: a "
-        "number, or auto, as many as fit beside the activations of all layers",
+        "number, or auto, as many as fit beside the activations of all layers (0 on a CPU)",
     ),
     "activation_offload": (
         False,
         "the inputs of recomputed layers wait in RAM: for long rows, where they fill the GPU",
-    ),
-    "bind_cores": (
-        None,
-        "give each rank CPU cores of its own, near its GPU; none: where GPU ranks share a machine",
-        "bool",
     ),
     "nvme_path": (".swap", "directory for the NVMe configurations' swap files"),
     "allow_any_swap_filesystem": (

@@ -22,6 +22,7 @@ MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
 # The layers that the host is before the GPU where it does not wait (engine/patches.py): their
 # weights are in memory by then.
 LAYERS_AHEAD = 2
+LAYERS_GATHERED = 2 + LAYERS_AHEAD  # the one at work and the next, each once
 # The share of a GPU that stays free: for gaps in the allocator's blocks, and for what libraries
 # allocate by themselves. The run keeps to it too (modeling/kept_layers.py).
 SPARE_GPU = 0.05
@@ -65,8 +66,9 @@ class Prediction(Workload):
         if kept:
             rank["kept activations"] = kept * (self.mean_bytes - self.input_bytes)
         weights = self.kept_weights = _kept_weights(self, kept, sum(rank.values()))
-        if weights:
-            rank["kept weights"] = weights * self.shapes.layer * self.itemsize
+        if weights:  # where all stay, those at work and those fetched ahead are among them
+            more = min(weights, max(0, self.model.layers - LAYERS_GATHERED))
+            rank["kept weights"] = more * self.shapes.layer * self.itemsize
         machine, host = self.machine, ram_bytes(self, kept)
         if not self.on_gpu:  # what would be on a GPU is in RAM
             rank["heap"] = HEAP[self.job.method] * self.model.layers * self.mean_bytes
@@ -224,6 +226,7 @@ def _kept_weights(work: Workload, kept: int, used: float) -> int:
         room = work.machine.gpu_memory * (1 - SPARE_GPU) - used
         all_kept = work.job.gradient_checkpointing and kept == layers
         wanted = int(max(0, room) // (work.shapes.layer * work.itemsize)) if all_kept else 0
+        wanted += LAYERS_GATHERED * (wanted >= layers - LAYERS_GATHERED > 0)
     return min(layers, wanted)
 
 

@@ -55,7 +55,7 @@ class TrainingJob:
     gradient_checkpointing: bool = True
     fused_step: bool = True
     kept_layers: int | None = None
-    kept_weights: int | None = 0
+    kept_weights: int | None = None
     longest: int | None = None
     mean: float | None = None
     labelled: float = 1.0
