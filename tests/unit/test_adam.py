@@ -8,7 +8,7 @@ import ctypes
 import pytest
 import torch
 
-from trainer.engine import cpu_step
+from trainer.engine import cpu_step, split_master
 from trainer.errors import RunError
 from trainer.system import ops
 
@@ -23,15 +23,21 @@ PIECE = 2**16  # elements, of adam.c
 STEPS = 4
 
 
-def trained(sizes, dtype, threads=2, scale=0.5, low=True, grad_dtype=None):
+def trained(sizes, dtype, threads=2, scale=0.5, low=True, grad_dtype=None, halved=False):
     """Make STEPS steps. Return the tensors after them, and the gradients of each step.
 
     Of each tensor (weight, exp_avg, exp_avg_sq, copy in dtype or None). grad_dtype: dtype if None.
+    halved: the weights are two halves meanwhile.
     """
     adam, generator = ops.adam(), torch.Generator().manual_seed(0)
     states = [{"step": 0, "exp_avg": torch.zeros(n), "exp_avg_sq": torch.zeros(n)} for n in sizes]
     weights = [torch.randn(n, generator=generator) for n in sizes]
     copies = [torch.full((n,), 9.0, dtype=dtype) if low else None for n in sizes]
+    if halved:
+        lows = [torch.empty(n, dtype=torch.int16) for n in sizes]
+        for halves in zip(weights, copies, lows, strict=True):
+            split_master.split(*halves)
+        weights = lows
     grads = []
     for _ in range(STEPS):
         grads.append([torch.randn(n, generator=generator).to(grad_dtype or dtype) for n in sizes])
@@ -44,6 +50,8 @@ def trained(sizes, dtype, threads=2, scale=0.5, low=True, grad_dtype=None):
         for update in updates:
             assert update.left == 0
             adam.adam_wait(ctypes.byref(update))
+    if halved:
+        weights = list(map(split_master.join, copies, weights))
     return [
         (w, s["exp_avg"], s["exp_avg_sq"], c)
         for w, s, c in zip(weights, states, copies, strict=True)
@@ -139,6 +147,48 @@ def test_the_copy():
         trained([1000], torch.bfloat16, low=low)[0] for low in (True, False)
     )
     assert torch.equal(with_copy[0], without[0]) and without[3] is None
+
+
+def test_two_halves_are_the_weight():
+    """Every low half below every kind of high one: sums, ties, subnormals, infinities, NaN."""
+    high = torch.tensor([0, 1, 0x7F, 0x80, 0x3F80, 0x3F81, 0x7F7E, 0x7F7F, 0x7F80, 0x7FFF])
+    high = torch.cat([high, high + 0x8000])
+    bits = (high[:, None] * 2**16 + torch.arange(2**16)).flatten()
+    bits = (bits - (bits >= 2**31) * 2**32).to(torch.int32)
+    weight = bits.view(torch.float32)
+    copy, low = torch.empty(len(bits), dtype=torch.bfloat16), torch.empty_like(bits).short()
+    split_master.split(weight, copy, low)
+    joined = split_master.join(copy, low)
+    finite = ~weight.isnan()
+    assert torch.equal(joined.view(torch.int32)[finite], bits[finite])
+    assert joined[~finite].isnan().all() and copy[~finite].isnan().all()
+    # The nearest bf16 value; of two that are as near, the one further from zero.
+    tie = (bits & 0xFFFF) == 0x8000
+    assert torch.equal(copy[finite & ~tie], weight[finite & ~tie].bfloat16())
+    away = finite & tie
+    assert (copy[away].double().abs() > weight[away].double().abs()).all()
+    # The same halves from Adam, whose step of nothing changes nothing but -0 and NaN.
+    zero = torch.zeros(len(bits))
+    state = {"step": 1, "exp_avg": zero.clone(), "exp_avg_sq": zero.clone()}
+    update = cpu_step.update_of(low, zero, state, {**GROUP, "weight_decay": 0.0}, 1.0, copy)
+    before = copy.clone(), low.clone()
+    cpu_step.run(ops.adam(), (cpu_step.Update * 1)(update), 2)
+    some = finite & (weight != 0)
+    assert torch.equal(copy[some], before[0][some]) and torch.equal(low[some], before[1][some])
+    assert copy[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
+def test_halves_step_as_the_whole(grad_dtype):
+    sizes = [1, 7, PIECE, 3 * PIECE + 5]
+    whole, halves = (
+        trained(sizes, torch.bfloat16, grad_dtype=grad_dtype, halved=halved)[0]
+        for halved in (False, True)
+    )
+    for one, other in zip(whole, halves, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+        tie = (one[0].view(torch.int32) & 0xFFFF) == 0x8000
+        assert torch.equal(one[3][~tie], other[3][~tie])
 
 
 def test_no_compiler(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ The stock engine copies a gradient to the host, back to the GPU for its norm, ca
 and copies it once more: 8 bytes a parameter over PCIe, 4 of host memory. Then it makes three passes
 over all of it: scale, Adam, cast. Here a gradient is copied once, in the type in which
 micro-batches are added; its norm is taken where it was made; and one pass (adam.c) scales, steps
-and casts. With the optimizer on NVMe the stock engine also writes the fp32 copy and reads it back:
-16 bytes a parameter each way, where weight and moments are 12 (runtime/zero/stage3.py:
+and casts. In bf16, with all of it in RAM, a master weight is the weight and 16 bits more
+(split_master.py). With the optimizer on NVMe the stock engine also writes the fp32 copy and reads
+it back: 16 bytes a parameter each way, where weight and moments are 12 (runtime/zero/stage3.py:
 partition_grads, _optimizer_step, unscale_and_clip_grads).
 """
 
@@ -39,7 +40,7 @@ class Update(ctypes.Structure):
     _fields_ = [
         (name, kind)
         for kind, names in (
-            (ctypes.c_void_p, ("weight", "exp_avg", "exp_avg_sq", "grad", "param_lp")),
+            (ctypes.c_void_p, ("weight", "low", "exp_avg", "exp_avg_sq", "grad", "param_lp")),
             (ctypes.c_int64, ("size", "left")),
             (ctypes.c_float, ("scale", "lr", "beta1", "beta2", "eps", "decay")),
             (ctypes.c_float, ("correction1", "correction2")),
@@ -59,13 +60,16 @@ def update_of(
 ) -> Update:
     """Return Adam's update of one flat tensor.
 
-    weight: fp32. grad: a type of BITS; param_lp: the low-precision copy of the weight, of the same
-    type or, beside an fp32 gradient, of any. state: exp_avg, exp_avg_sq, and step, counted from 1.
+    weight: fp32, or int16: the low half of one whose high half is param_lp. grad: a type of BITS;
+    param_lp: the low-precision copy of the weight, of the same type or, beside an fp32 gradient, of
+    any. state: exp_avg, exp_avg_sq, and step, counted from 1.
     group: the optimizer's settings. scale multiplies the gradient.
     """
     (beta1, beta2), step = group["betas"], state["step"]
+    halved = weight.dtype == torch.int16
     return Update(
-        weight.data_ptr(),
+        None if halved else weight.data_ptr(),
+        weight.data_ptr() if halved else None,
         state["exp_avg"].data_ptr(),
         state["exp_avg_sq"].data_ptr(),
         grad.data_ptr(),
@@ -141,6 +145,8 @@ def _take_over(zero: Any, overlap: bool) -> str | None:
     zero.__class__ = CpuStepOptimizer
     for flat in zero.fp32_partitioned_groups_flat:
         flat.grad = None  # the fp32 copies of the gradients
+    if zero.dtype == torch.bfloat16 and in_ram and not zero.swap_optimizer:
+        zero.cpu_step.split(zero)
     if torch.cuda.is_available():
         torch._C._host_emptyCache()
     return None
@@ -214,8 +220,9 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         flat, flat_lp = self.fp32_partitioned_groups_flat[i], self.fp16_partitioned_groups_flat[i]
         group = self.optimizer.param_groups[self.sub_group_to_group_id[i]]
         state = self.optimizer.state[flat]
+        numel = self.fp16_partitioned_groups_flat_numel[i]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            state.update(step=0, exp_avg=torch.zeros(numel), exp_avg_sq=torch.zeros(numel))
         state["step"] += 1
         for param in self.fp16_groups[i]:
             if param.ds_id in step.real and param.ds_id not in step.norms:
@@ -228,8 +235,10 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         )
         if casts:
             step.written.add(i)
-        grads = buffer.narrow(0, step.offsets[i], flat.numel())
-        step.queue[i] = update_of(flat, grads, state, group, step.scale, flat_lp if casts else None)
+        grads = buffer.narrow(0, step.offsets[i], numel)
+        weight = step.low[i] if i in step.low else flat
+        copy = flat_lp if casts else None
+        step.queue[i] = update_of(weight, grads, state, group, step.scale, copy)
         if not casts or self.swap_optimizer:
             step.start([i])  # the stock engine or the swapper takes its values at once
         if i == len(self.fp16_groups) - 1:
@@ -237,8 +246,10 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
             step.start(list(step.queue), step.worker)
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
-        if sub_group_id in self.cpu_step.written:  # adam.c has made the low-precision copy
-            self.cpu_step.written.discard(sub_group_id)
+        step = self.cpu_step
+        if sub_group_id in step.written or sub_group_id in step.low:
+            # The low-precision copy is made: by adam.c, or as a half of the weight.
+            step.written.discard(sub_group_id)
             self._unflatten_partitioned_parameters(sub_group_id)
         else:
             super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
@@ -302,8 +313,10 @@ class CpuStep:
     """What CpuStepOptimizer knows beside DeepSpeed.
 
     queue, pending: {sub-group: its update}, to be made and being made. written: sub-groups whose
-    low-precision copy adam.c makes. worker: the thread of steps beside the forward pass, or None.
-    norms: {ds_id of a parameter: norm} of one step's gradients so far; total_norm: of all of them.
+    low-precision copy adam.c makes. low: {sub-group: low halves of its master weights}, where the
+    high ones are its bf16 weights and there is no fp32 tensor. worker: the thread of steps beside
+    the forward pass, or None. norms: {ds_id of a parameter: norm} of one step's gradients so far;
+    total_norm: of all of them.
     """
 
     def __init__(self, zero: Any, adam: ctypes.CDLL, overlap: bool) -> None:
@@ -321,6 +334,7 @@ class CpuStep:
         }
         self.scale = 1.0
         self.written: set[int] = set()
+        self.low: dict[int, torch.Tensor] = {}
         self.queue: dict[int, Update] = {}
         self.pending: dict[int, Update] = {}
         self.group_of = {param.ds_id: i for i, param in params}
@@ -337,6 +351,12 @@ class CpuStep:
         self.offsets = [0, *itertools.accumulate(zero.fp16_partitioned_groups_flat_numel)]
         self.norms: dict[int, torch.Tensor] = {}
         self.total_norm: torch.Tensor | None = None
+
+    def split(self, zero: Any) -> None:
+        """Give the fp32 master weights back. Made from the bf16 weights, they have nothing more."""
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            self.low[i] = torch.zeros(flat.numel(), dtype=torch.int16)
+            flat.data = torch.empty(0)
 
     def start(self, groups: list[int], worker: ThreadPoolExecutor | None = None) -> None:
         """Make the queued updates of these sub-groups: now, or in the worker."""

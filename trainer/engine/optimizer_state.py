@@ -13,7 +13,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from data.files import in_place
-from trainer.engine import aio
+from trainer.engine import aio, split_master
 from trainer.engine.cpu_step import CpuStepOptimizer
 from trainer.engine.values import is_finite
 from trainer.errors import FAILED, RunError
@@ -54,8 +54,10 @@ class OptimizerState:
         self.zero = engine.optimizer
         self.space: Any = space or aio.watched
         self.dtype = self._flat(0).dtype
+        self.low: dict[int, torch.Tensor] = {}
         if isinstance(self.zero, CpuStepOptimizer):
             self.zero.cpu_step.wait_for_all()
+            self.low = self.zero.cpu_step.low
         names = {id(p): n for n, p in engine.module.named_parameters()}
         rank = torch.distributed.get_rank()
         self.shapes: dict[str, list[int]] = {}
@@ -106,10 +108,23 @@ class OptimizerState:
             begin, length = shard_slice.offset * size, shard_slice.numel * size
             yield from _read_file(path, begin, length, self.space)
             return
-        tensor = self._flat(i) if state_key == WEIGHT else self._state(i)[state_key]
-        tensor = tensor.detach().narrow(0, shard_slice.offset, shard_slice.numel)
-        for chunk in tensor.view(torch.uint8).split(CHUNK_BYTES):
-            yield chunk.cpu().numpy()
+        for parts in self._parts(i, state_key, shard_slice):
+            chunk = split_master.join(*parts) if len(parts) == 2 else parts[0].cpu()
+            yield chunk.view(torch.uint8).numpy()
+
+    def _parts(
+        self, i: int, state_key: str, shard_slice: ShardSlice
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield a slice's chunks: the tensor itself, or the two halves of a split weight."""
+        if state_key != WEIGHT:
+            tensors = [self._state(i)[state_key]]
+        elif i in self.low:
+            tensors = [self.zero.fp16_partitioned_groups_flat[i], self.low[i]]
+        else:
+            tensors = [self._flat(i)]
+        elements = CHUNK_BYTES // self.dtype.itemsize
+        slices = (t.detach().narrow(0, shard_slice.offset, shard_slice.numel) for t in tensors)
+        yield from zip(*(part.split(elements) for part in slices), strict=True)
 
     def _swap_paths(self, i: int) -> dict[str, str]:
         info = self.zero.optimizer_swapper._get_param_swap_info(self._flat(i))
@@ -142,19 +157,23 @@ class OptimizerState:
         flat, state, swapped = self._flat(i), self.zero.optimizer.state, self._is_swapped(i)
         if len(state_keys) > 1:
             state[flat] = {key: self._scalar(value) for key, value in scalars.items()}
+            numel = 0 if swapped else self.zero.fp16_partitioned_groups_flat_numel[i]
             for key in state_keys[1:]:
-                state[flat][key] = torch.empty(0) if swapped else torch.zeros_like(flat)
+                state[flat][key] = flat.new_zeros(numel)
         if swapped:
             self._restore_swapped(i, state_keys[1:], fill)
             return
         for key in state_keys:
-            target = (flat if key == WEIGHT else state[flat][key]).detach()
             for shard_slice in self.sub_groups[i]:
-                part = target.narrow(0, shard_slice.offset, shard_slice.numel)
-                for n, chunk in enumerate(part.view(torch.uint8).split(CHUNK_BYTES)):
-                    block = chunk if chunk.is_cpu else torch.empty_like(chunk, device="cpu")
-                    fill(key, shard_slice, n * CHUNK_BYTES, block.numpy())
-                    chunk.copy_(block)
+                for n, parts in enumerate(self._parts(i, key, shard_slice)):
+                    block = parts[0]
+                    if len(parts) == 2 or not block.is_cpu:
+                        block = torch.empty(len(block), dtype=self.dtype)
+                    fill(key, shard_slice, n * CHUNK_BYTES, block.view(torch.uint8).numpy())
+                    if len(parts) == 2:
+                        split_master.split(block, *parts)
+                    elif block is not parts[0]:
+                        parts[0].copy_(block)
         self.zero._reassign_or_swap_out_partitioned_parameters(i)
 
     def _scalar(self, value: float) -> Any:
