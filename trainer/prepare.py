@@ -47,8 +47,12 @@ class Prepared:
 
     @property
     def fused_step(self) -> bool:
-        """Whether gradients and the CPU's optimizer step go our way."""
-        return self.settings.optimizes("fused_step")
+        """Whether gradients and the CPU's optimizer step go our way.
+
+        They do with the optimizer on NVMe: nothing else steps what our ring brings.
+        """
+        on_nvme = self.config.device("optimizer") == "nvme"
+        return on_nvme or self.settings.optimizes("fused_step")
 
 
 def prepare(settings: Settings, world: int | None = None) -> Prepared:

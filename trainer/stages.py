@@ -196,9 +196,10 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     # 16 bits are those of the run's precision: the checkpoint may be of another one's.
     added = "fp32" if settings.grad_accum_dtype == "fp32" else prepared.precision
     prepared.config.set_grad_accum_dtype(added)
-    config = prepared.config.resolved(shapes, ranks, run.swap, prepared.fused_step)
-    config.check_buffers(shapes, ranks, prepared.fused_step)
-    hardware.check_locked_memory(*config.locked_bytes(shapes, ranks), run.ranks.here)
+    config = prepared.config.resolved(shapes, ranks, run.swap)
+    config.check_buffers(shapes, ranks)
+    buffers = config.locked_bytes(shapes), config.ring_bytes(shapes, ranks)
+    hardware.check_buffers(*buffers, run.ranks.here)
     say(
         f"model: {run.model}, {parameters:,} parameters, {shapes.trainable:,} trained "
         f"({settings.method})"
@@ -390,14 +391,12 @@ def reserve_swap_space(run: Run, plan: EnginePlan, resources: ExitStack) -> Swap
         return None
     space, ranks, first_here = SwapSpace(run.swap, run.identity.id), run.ranks, run.ranks.local == 0
     resources.callback(space.close)
-    size = plan.config.swap_bytes(
-        plan.parameters, plan.shapes, ranks.world, run.prepared.fused_step
-    )
+    size = plan.config.swap_bytes(plan.parameters, plan.shapes, ranks.world)
     nvme_path = run.settings.nvme_path
     on_all_ranks(
         lambda: first_here and swap_dir.reclaim(nvme_path), lambda: first_here and space.own()
     )
     rank = int(os.environ["RANK"])
     on_all_ranks(lambda: space.reserve_space(rank, size, ranks.here))
-    watch_swap_files(space)
+    watch_swap_files(space, plan.config.device("param") == "nvme")
     return space

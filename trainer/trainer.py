@@ -213,8 +213,8 @@ class OffloadTrainer(Trainer):
             self.parts.selective.after_step(max(b["labels"].numel() for b in self.batches))
         self.telemetry.step_done(self.tokens_of_step)
         if not getattr(optimizer, "overflow", False):
-            if self.parts.space and not self.audited:
-                self.parts.space.audit()
+            if not self.audited:
+                self._audit()
                 self.audited = True
             self.guards.step_was_made(step)
         elif getattr(scaler := optimizer.loss_scaler, "dynamic", False) and (
@@ -227,6 +227,12 @@ class OffloadTrainer(Trainer):
                 # Now, whatever is logged and when.
                 self.log({"step": step, "loss": math.nan, "grad_norm": math.nan})
                 raise error
+
+    def _audit(self) -> None:
+        """Check the swap files, of an optimizer step that is made."""
+        if self.parts.space:
+            cpu_step.finish(self.model_wrapped.optimizer)
+            self.parts.space.audit()
 
     def _rows_of_step(self) -> list[dict[str, Any]]:
         """Return file and line of this rank's rows in the optimizer step that is being made."""
@@ -296,8 +302,7 @@ class OffloadTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         began = time.perf_counter()
-        if self.parts.space:
-            self.parts.space.audit()
+        self._audit()
         self.check_directory()
         self.write_heartbeat(Phase.SAVE)
         position = contents.position(self)

@@ -44,7 +44,7 @@ def errors(config, dtype, ours, folder, rank, ranks):
 
     config.set_precision("bf16")
     config.set_grad_accum_dtype(dtype)
-    values = config.resolved(ELEMENTS, ranks, folder, ours).values
+    values = config.resolved(ELEMENTS, ranks, folder).values
     values["zero_optimization"].update(sub_group_size=200_000, reduce_bucket_size=200_000)
     values.update(
         train_micro_batch_size_per_gpu=1,
@@ -106,7 +106,7 @@ def main() -> None:
     from trainer.engine.aio import watch_swap_files
 
     if any("nvme" in case for case in cases):
-        watch_swap_files(SwapSpace(Path(folder)))
+        watch_swap_files(SwapSpace(Path(folder)), libaio=False)
     for case in cases:
         name, dtype, step = case.split(":")
         config, rank = DeepSpeedConfig.load(name), torch.distributed.get_rank()

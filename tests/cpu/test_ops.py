@@ -44,7 +44,8 @@ def test_a_run_goes_on(trains, tmp_path):
 def test_needed():
     assert ops.needed("none", "none", 1, True) == []
     assert ops.needed("cpu", "cpu", 2, True) == ["cpu_adam"]
-    assert ops.needed("nvme", "cpu", 2, False) == ["cpu_adam", "async_io", "shm_comm"]
+    assert ops.needed("nvme", "cpu", 2, False) == ["cpu_adam", "shm_comm"]
+    assert ops.needed("nvme", "nvme", 2, False) == ["cpu_adam", "async_io", "shm_comm"]
     assert ops.needed("none", "nvme", 1, False) == ["async_io"]
 
 

@@ -456,7 +456,7 @@ def swapped(tmp_path, monkeypatch):
     monkeypatch.setattr(aio, "watched", None)
     space = SwapSpace(tmp_path / "run")
     space.own()
-    aio.watch_swap_files(space)
+    aio.watch_swap_files(space, libaio=True)
     yield space, Op.aio_handle, str(space.folder / "a.swp")
     space.close()
 

@@ -17,8 +17,13 @@ from trainer.errors import RunError
 
 CONFIGS = ROOT / "deepspeed_configs"
 # DeepSpeed's own defaults, where a JSON leaves the key out.
-BUFFER_SIZE, PARAM_BUFFERS, OPTIMIZER_BUFFERS, SUB_GROUP_SIZE = 10**8, 5, 4, 10**9
+BUFFER_SIZE, PARAM_BUFFERS, SUB_GROUP_SIZE = 10**8, 5, 10**9
 SWAP_FILE_SLACK = 2**20
+# Bytes: a smaller part of a tensor stays in RAM (swap_tensor/utils.py, MIN_AIO_BYTES), and so does
+# a sub-group that is smaller in fp32.
+SWAPPED = 2**20
+# The ring of optimizer states on NVMe (engine/state_ring.py): elements of a piece, and pieces.
+RING_PIECE, RING_SLOTS = 2**23, 6
 
 
 @dataclass
@@ -110,7 +115,7 @@ class DeepSpeedConfig:
         self.values["data_types"] = {**self.values.get("data_types", {}), "grad_accum_dtype": dtype}
 
     def resolved(
-        self, shapes: ZeroShapes, ranks: int, swap_directory: str | Path, fused_step: bool = True
+        self, shapes: ZeroShapes, ranks: int, swap_directory: str | Path
     ) -> "DeepSpeedConfig":
         """Return a copy in which every "auto" that only we understand is a value.
 
@@ -128,7 +133,7 @@ class DeepSpeedConfig:
         for block, values in (
             (made.zero, made._zero_values(shapes, ranks)),
             (parameters, {"buffer_count": count, "buffer_size": size}),
-            (optimizer, {"buffer_count": made._swap_buffers(fused_step)}),
+            (optimizer, {"buffer_count": RING_SLOTS}),
         ):
             for key, value in values.items():
                 if block.get(key) == "auto":
@@ -173,68 +178,62 @@ class DeepSpeedConfig:
             "stage3_max_reuse_distance": 2 * shapes.layer,
         }
 
-    def _swap_buffers(self, fused_step: bool) -> int:
-        """Return the buffers that the optimizer's swapper needs.
+    def locked_bytes(self, shapes: ZeroShapes) -> int:
+        """Return the locked memory of one rank's buffers for parameters on NVMe."""
+        if self.device("param") != "nvme":
+            return 0
+        block = self.offload("param")
+        elements = int(block.get("buffer_count", PARAM_BUFFERS))
+        return elements * int(block.get("buffer_size", BUFFER_SIZE)) * shapes.itemsize
 
-        It holds weight and both moments of the current sub-group, and of the previous and the next
-        one where it reads or writes ahead; without fused_step gradients too (DeepSpeed,
-        swap_tensor/pipelined_optimizer_swapper.py).
+    def ring_bytes(self, shapes: ZeroShapes, ranks: int) -> int:
+        """Return the RAM of one rank's buffers for states on NVMe.
+
+        Where the parameters are there too, also the fp32 weights of the sub-group that is made.
         """
-        optimizer = self.offload("optimizer")
-        ahead = bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write"))
-        return (3 if fused_step else 4) * (1 + ahead)
+        if self.device("optimizer") != "nvme":
+            return 0
+        trainable = math.ceil(shapes.trainable / ranks)
+        # A sub-group closes once it has reached its size: it can be larger by one parameter.
+        group = int(self.zero.get("sub_group_size", SUB_GROUP_SIZE))
+        group = min(group + math.ceil(shapes.largest_trainable / ranks), trainable)
+        size = RING_SLOTS * min(RING_PIECE, group) * self.state_bytes(shapes)
+        return size + (self.device("param") == "nvme") * 4 * group
 
-    def locked_bytes(self, shapes: ZeroShapes, ranks: int) -> tuple[int, int]:
-        """Return the locked memory of one rank's NVMe buffers: (parameters, optimizer), bytes."""
-        parameters, optimizer = self.offload("param"), self.offload("optimizer")
-        for_parameters = for_optimizer = 0
-        if self.device("param") == "nvme":
-            elements = int(parameters.get("buffer_count", PARAM_BUFFERS)) * int(
-                parameters.get("buffer_size", BUFFER_SIZE)
-            )
-            for_parameters = elements * shapes.itemsize
-        if self.device("optimizer") == "nvme":
-            # A sub-group closes once it has reached its size: it can be larger by one parameter.
-            group = int(self.zero.get("sub_group_size", SUB_GROUP_SIZE))
-            group += math.ceil(shapes.largest_trainable / ranks)
-            group = min(group, math.ceil(shapes.trainable / ranks))
-            for_optimizer = int(optimizer.get("buffer_count", OPTIMIZER_BUFFERS)) * group * 4
-        return for_parameters, for_optimizer
+    def state_bytes(self, shapes: ZeroShapes) -> int:
+        """Return the bytes of a trained parameter's optimizer states: fp32 weight and two moments.
 
-    def check_buffers(self, shapes: ZeroShapes, ranks: int, fused_step: bool = True) -> None:
+        In bf16 with the parameters in RAM the weight is two bytes that the model's own lacks
+        (engine/split_master.py).
+        """
+        split = shapes.itemsize == 2 and self.device("param") == "cpu" and not self.fp16
+        return 10 if split and self.device("optimizer") != "none" else 12
+
+    @property
+    def fp16(self) -> bool:
+        """Whether it trains in fp16."""
+        return (self.values.get("fp16") or {}).get("enabled") is True
+
+    def check_buffers(self, shapes: ZeroShapes, ranks: int) -> None:
         """Raise RunError for NVMe buffers on which DeepSpeed would fail in the middle of a step."""
-        size, count = math.ceil(shapes.largest / ranks), self._swap_buffers(fused_step)
-        for tier, key, default, needed, what in (
-            (
-                "param",
-                "buffer_size",
-                BUFFER_SIZE,
-                size,
-                "short of the largest parameter (elements)",
-            ),
-            ("optimizer", "buffer_count", OPTIMIZER_BUFFERS, count, "too small for its pipelining"),
-        ):
-            found = self.offload(tier).get(key, default)
-            if self.device(tier) == "nvme" and int(found) < needed:
-                raise RunError(
-                    f"{self.where}: offload_{tier}.{key} is {what}",
-                    found=f"{int(found):,}",
-                    needed=f"{needed:,}",
-                    fix=f'"{key}": "auto"',
-                )
+        needed = math.ceil(shapes.largest / ranks)
+        found = self.offload("param").get("buffer_size", BUFFER_SIZE)
+        if self.device("param") == "nvme" and int(found) < needed:
+            raise RunError(
+                f"{self.where}: offload_param.buffer_size is short of the largest parameter",
+                found=f"{int(found):,} elements",
+                needed=f"{needed:,}",
+                fix='"buffer_size": "auto"',
+            )
 
-    def swap_bytes(
-        self, parameters: int, shapes: ZeroShapes, ranks: int, fused_step: bool = True
-    ) -> int:
+    def swap_bytes(self, parameters: int, shapes: ZeroShapes, ranks: int) -> int:
         """Return the bytes of one rank's swap files. parameters: elements of the whole model.
 
-        An element of the optimizer takes 12 bytes, fp32 weight and both moments; without
-        fused_step 16, as gradients are written too. This is slightly too much: tensors under
-        1 MiB stay in memory.
+        This is slightly too much: tensors under 1 MiB stay in memory.
         """
         size = 0
         if self.device("param") == "nvme":
             size += parameters * shapes.itemsize
         if self.device("optimizer") == "nvme":
-            size += shapes.trainable * (12 if fused_step else 16)
+            size += shapes.trainable * self.state_bytes(shapes)
         return -(-size // ranks) + SWAP_FILE_SLACK

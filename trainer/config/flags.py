@@ -27,7 +27,8 @@ GRACE_SECONDS = 570 if os.environ.get("ZERO_OFFLOAD_IMAGE") else 30
 OPTIMIZATIONS = {
     "fused_loss": "the loss in chunks, without the logits of a whole batch",
     "fused_linear": "matrix and LoRA adapter as one function; a layer's last one is not recomputed",
-    "fused_step": "one copy of a gradient to the host, and the CPU's optimizer step in one pass",
+    "fused_step": "one copy of a gradient to the host, and the CPU's optimizer step in one pass "
+    "(always, with the optimizer on NVMe)",
     "overlap_step": "the CPU's optimizer step beside the next forward pass (needs fused_step)",
     "leaf_modules": "each decoder layer is fetched as one unit",
     "fetch_ahead": "the host does not wait for a layer's copy to the GPU (needs leaf_modules)",

@@ -27,8 +27,10 @@ def _bytes_of(buffer: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def watch_swap_files(space: SwapSpace) -> None:
+def watch_swap_files(space: SwapSpace, libaio: bool) -> None:
     """Let every write prepare its swap file first and stamp it, and every read check it.
+
+    libaio: whether parameters are on NVMe, which go through DeepSpeed's op.
 
     DeepSpeed never looks at what libaio answers: a full disk leaves holes in files, and an
     overwrite that fails leaves the old bytes. So a read is compared with what was written, when it
@@ -36,7 +38,10 @@ def watch_swap_files(space: SwapSpace) -> None:
     fill one that nobody has seen.
     """
     global watched
-    watched, handle = space, load_aio().aio_handle
+    watched = space
+    if not libaio:
+        return
+    handle = load_aio().aio_handle
     stock_write, stock_read, stock_wait = handle.async_pwrite, handle.async_pread, handle.wait
     # Of each handle: what checks its operations in flight, once they have completed.
     in_flight: dict[Any, list[Check]] = defaultdict(list)

@@ -4,19 +4,20 @@ The stock engine copies a gradient to the host, back to the GPU for its norm, ca
 and copies it once more: 8 bytes a parameter over PCIe, 4 of host memory. Then it makes three passes
 over all of it: scale, Adam, cast. Here a gradient is copied once, in the type in which
 micro-batches are added; its norm is taken where it was made; and one pass (adam.c) scales, steps
-and casts. In bf16, with all of it in RAM, a master weight is the weight and 16 bits more
-(split_master.py). With the optimizer on NVMe the stock engine also writes the fp32 copy and reads
-it back: 16 bytes a parameter each way, where weight and moments are 12 (runtime/zero/stage3.py:
-partition_grads, _optimizer_step, unscale_and_clip_grads).
+and casts. In bf16, with the parameters in RAM, a master weight is the weight and 16 bits more
+(split_master.py). States on NVMe come and go through a ring of buffers (state_ring.py): 10 bytes a
+parameter each way, 12 with an fp32 weight, where the stock engine moves 16, as it writes the fp32
+gradient too (runtime/zero/stage3.py: partition_grads, _optimizer_step, unscale_and_clip_grads).
 """
 
 import ctypes
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from trainer.console import say
+from trainer.engine import state_ring
 from trainer.errors import RunError
 from trainer.system import ops
 
@@ -48,6 +50,21 @@ class Update(ctypes.Structure):
         )
         for name in names
     ]
+
+
+class Job(NamedTuple):
+    """The step of a sub-group whose states are on NVMe. group: the optimizer's settings.
+
+    param_lp: as `update_of` has it; None where it is in no RAM. weight: its fp32 weights then, when
+    they are made.
+    """
+
+    grad: torch.Tensor
+    group: dict[str, Any]
+    step: int
+    scale: float
+    param_lp: torch.Tensor | None
+    weight: torch.Tensor | None
 
 
 def update_of(
@@ -98,8 +115,7 @@ def install(zero: Any, overlap: bool) -> None:
     """Turn this ZeRO-3 optimizer into a CpuStepOptimizer where `applies`, and say so.
 
     overlap: the step runs in a thread beside the next forward pass, whose layers wait for their own
-    update only. Raises RunError where an optimizer on NVMe cannot be taken over: its swap space and
-    buffers have no room for gradients.
+    update only. Raises RunError where an optimizer on NVMe cannot be taken over.
     """
     reason = _take_over(zero, overlap)
     if reason is None:
@@ -109,10 +125,16 @@ def install(zero: Any, overlap: bool) -> None:
         raise RunError(
             "the fused optimizer step does not fit this run, whose optimizer is on NVMe",
             found=reason,
-            fix="--disable_optimizations fused_step",
+            fix="--deepspeed ds_z3_offload.json, with the optimizer in RAM",
         )
     elif applies(zero):
         say(f"optimizer step on the CPU: DeepSpeed's own, {reason}")
+
+
+def finish(zero: Any) -> None:
+    """Wait until the last optimizer step is made."""
+    if isinstance(zero, CpuStepOptimizer):
+        zero.cpu_step.wait_for_all()
 
 
 def applies(zero: Any) -> bool:
@@ -141,11 +163,11 @@ def _take_over(zero: Any, overlap: bool) -> str | None:
     in_ram = all(
         flat is not None and flat.device.type == "cpu" for flat in zero.fp16_partitioned_groups_flat
     )
-    zero.cpu_step = CpuStep(zero, adam, overlap and in_ram and not zero.swap_optimizer)
+    zero.cpu_step = CpuStep(zero, adam, overlap and in_ram)
     zero.__class__ = CpuStepOptimizer
     for flat in zero.fp32_partitioned_groups_flat:
         flat.grad = None  # the fp32 copies of the gradients
-    if zero.dtype == torch.bfloat16 and in_ram and not zero.swap_optimizer:
+    if zero.dtype == torch.bfloat16 and in_ram:
         zero.cpu_step.split(zero)
     if torch.cuda.is_available():
         torch._C._host_emptyCache()
@@ -220,9 +242,10 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         flat, flat_lp = self.fp32_partitioned_groups_flat[i], self.fp16_partitioned_groups_flat[i]
         group = self.optimizer.param_groups[self.sub_group_to_group_id[i]]
         state = self.optimizer.state[flat]
-        numel = self.fp16_partitioned_groups_flat_numel[i]
+        numel, on_nvme = self.fp16_partitioned_groups_flat_numel[i], step.is_on_nvme(i)
         if not state:
-            state.update(step=0, exp_avg=torch.zeros(numel), exp_avg_sq=torch.zeros(numel))
+            in_ram = 0 if on_nvme else numel
+            state.update(step=0, exp_avg=torch.zeros(in_ram), exp_avg_sq=torch.zeros(in_ram))
         state["step"] += 1
         for param in self.fp16_groups[i]:
             if param.ds_id in step.real and param.ds_id not in step.norms:
@@ -236,11 +259,15 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         if casts:
             step.written.add(i)
         grads = buffer.narrow(0, step.offsets[i], numel)
-        weight = step.low[i] if i in step.low else flat
         copy = flat_lp if casts else None
-        step.queue[i] = update_of(weight, grads, state, group, step.scale, copy)
-        if not casts or self.swap_optimizer:
-            step.start([i])  # the stock engine or the swapper takes its values at once
+        if on_nvme:
+            whole = None if casts else torch.empty(numel)
+            step.queue[i] = Job(grads, dict(group), state["step"], step.scale, copy, whole)
+        else:
+            weight: Any = step.low.get(i, flat)
+            step.queue[i] = update_of(weight, grads, state, group, step.scale, copy)
+            if not casts:
+                step.start([i])  # the stock engine takes its values at once
         if i == len(self.fp16_groups) - 1:
             step.start([k for k in step.queue if not step.worker or k in step.at_once])
             step.start(list(step.queue), step.worker)
@@ -251,8 +278,21 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
             # The low-precision copy is made: by adam.c, or as a half of the weight.
             step.written.discard(sub_group_id)
             self._unflatten_partitioned_parameters(sub_group_id)
-        else:
+        elif not step.is_on_nvme(sub_group_id):  # else `publish` does it, when the ring has made it
             super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
+
+    def publish(self, i: int, weight: torch.Tensor) -> None:
+        """Give a sub-group, whose parameters are on the GPU or on NVMe, its new fp32 weights."""
+        flat = self.fp32_partitioned_groups_flat[i]
+        flat.data = weight
+        super()._reassign_or_swap_out_partitioned_parameters(i)
+        flat.data = torch.empty(0)
+
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: Any) -> None:
+        """Swap nothing in: the ring does."""
+
+    def _release_sub_group(self, sub_group_id: int, timer_names: Any) -> None:
+        """Swap nothing out."""
 
     def _partition_all_parameters(self) -> None:
         """Before the step: release what is gathered.
@@ -335,7 +375,7 @@ class CpuStep:
         self.scale = 1.0
         self.written: set[int] = set()
         self.low: dict[int, torch.Tensor] = {}
-        self.queue: dict[int, Update] = {}
+        self.queue: dict[int, Update | Job] = {}
         self.pending: dict[int, Update] = {}
         self.group_of = {param.ds_id: i for i, param in params}
         # What stays on the GPU gets its new values at once.
@@ -344,6 +384,11 @@ class CpuStep:
         self.threads = max(1, torch.get_num_threads() - overlap)
         self.worker = ThreadPoolExecutor(1, "optimizer") if overlap else None
         self.made: Future[None] | None = None
+        self.failure: BaseException | None = None
+        self.zero = weakref.proxy(zero)
+        self.ring: state_ring.StateRing | None = None
+        if isinstance(zero.optimizer_swapper, state_ring.RingSwapper):
+            self.ring = zero.optimizer_swapper.ring
         if overlap:
             for _, param in params:
                 param.pending_step = self  # patches.ensure_availability waits for it
@@ -355,26 +400,78 @@ class CpuStep:
     def split(self, zero: Any) -> None:
         """Give the fp32 master weights back. Made from the bf16 weights, they have nothing more."""
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            self.low[i] = torch.zeros(flat.numel(), dtype=torch.int16)
-            flat.data = torch.empty(0)
+            if not self.is_on_nvme(i):
+                self.low[i] = torch.zeros(flat.numel(), dtype=torch.int16)
+                flat.data = torch.empty(0)
+
+    def is_on_nvme(self, i: int) -> bool:
+        """Return whether a sub-group's states are there."""
+        return self.ring is not None and i in self.ring.sizes
 
     def start(self, groups: list[int], worker: ThreadPoolExecutor | None = None) -> None:
         """Make the queued updates of these sub-groups: now, or in the worker."""
         if not groups:
             return
-        updates = (Update * len(groups))(*(self.queue.pop(i) for i in groups))
-        make = functools.partial(run, self.adam, updates, self.threads)
+        queued = {i: self.queue.pop(i) for i in groups}
+        jobs = {i: job for i, job in queued.items() if isinstance(job, Job)}
+        in_ram = [i for i in groups if i not in jobs]
+        updates = (Update * len(in_ram))(*(queued[i] for i in in_ram))
+        # What a layer waits for. A job's counts the elements of the pieces that are made.
+        counts = {i: Update(left=job.grad.numel()) for i, job in jobs.items()}
+        make = functools.partial(self._make, updates, jobs, counts)
         if worker:
-            self.pending.update(zip(groups, updates, strict=True))
+            self.pending.update(zip(in_ram, updates, strict=True))
+            self.pending.update(counts)
             self.made = worker.submit(make)
         else:
             make()
+
+    def _make(self, updates: Any, jobs: dict[int, Job], counts: dict[int, Update]) -> None:
+        """Make all updates in RAM, and then those whose states are on NVMe."""
+
+        def make_piece(piece: state_ring.Piece, tensors: state_ring.Tensors) -> None:
+            i, job = piece.group, jobs[piece.group]
+            span = slice(piece.begin, piece.begin + piece.numel)
+            param_lp = None if job.param_lp is None else job.param_lp[span]
+            master = tensors.get(state_ring.LOW)
+            if master is None:
+                master = tensors[state_ring.WEIGHT]
+                if param_lp is not None and i not in ring.on_disk:
+                    master.copy_(param_lp)
+            update = update_of(
+                master,
+                job.grad[span],
+                {**tensors, "step": job.step},
+                job.group,
+                job.scale,
+                param_lp,
+            )
+            run(self.adam, (Update * 1)(update), self.threads)
+            counts[i].left -= piece.numel
+            if job.weight is not None:
+                job.weight[span] = master
+                if not counts[i].left:
+                    self.zero.publish(i, job.weight)
+
+        try:
+            if len(updates):
+                run(self.adam, updates, self.threads)
+            if jobs:
+                ring: Any = self.ring
+                ring.step(jobs, make_piece)
+        except BaseException as error:
+            self.failure = error  # before anybody who waits goes on
+            for update in (*updates, *counts.values()):
+                update.left = 0
+            raise
 
     def wait_for(self, params: Iterable[Any]) -> None:
         """Wait until these parameters have their new values."""
         # The group of a frozen parameter is None.
         for group in self.pending.keys() & {self.group_of.get(p.ds_id) for p in params}:
             self.adam.adam_wait(ctypes.byref(self.pending.pop(group)))
+            if self.failure:
+                raise self.failure
 
     def wait_for_all(self) -> None:
         """Wait until every update is made."""

@@ -7,21 +7,20 @@ This module goes to the optimizer itself, and so to one version of it.
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from data.files import in_place
 from trainer.engine import aio, split_master
 from trainer.engine.cpu_step import CpuStepOptimizer
+from trainer.engine.state_ring import LOW, WEIGHT, Piece, Tensors
 from trainer.engine.values import is_finite
 from trainer.errors import FAILED, RunError
 from trainer.system.swap_dir import SwapSpace
 from trainer.system.swap_stamps import BLOCK, damaged
 
 CHUNK_BYTES = 4 * BLOCK  # that are read or written at once
-WEIGHT = "weight"
 
 
 class ShardSlice(NamedTuple):
@@ -51,13 +50,14 @@ class OptimizerState:
     """
 
     def __init__(self, engine: Any, space: SwapSpace | None = None) -> None:
-        self.zero = engine.optimizer
+        self.zero: Any = engine.optimizer
         self.space: Any = space or aio.watched
         self.dtype = self._flat(0).dtype
         self.low: dict[int, torch.Tensor] = {}
+        self.ring: Any = None
         if isinstance(self.zero, CpuStepOptimizer):
             self.zero.cpu_step.wait_for_all()
-            self.low = self.zero.cpu_step.low
+            self.low, self.ring = self.zero.cpu_step.low, self.zero.cpu_step.ring
         names = {id(p): n for n, p in engine.module.named_parameters()}
         rank = torch.distributed.get_rank()
         self.shapes: dict[str, list[int]] = {}
@@ -75,8 +75,11 @@ class OptimizerState:
     def _flat(self, i: int) -> Any:
         return self.zero.fp32_partitioned_groups_flat[i]
 
+    def _param_lp(self, i: int) -> Any:
+        return self.zero.fp16_partitioned_groups_flat[i]
+
     def _is_swapped(self, i: int) -> bool:
-        return self.zero._swappable_optimizer_subgroup(i)
+        return self.ring is not None and i in self.ring.sizes
 
     def _state(self, i: int) -> dict[str, Any]:
         return self.zero.optimizer.state.get(self._flat(i), {})
@@ -104,13 +107,33 @@ class OptimizerState:
 
     def _chunks(self, i: int, state_key: str, shard_slice: ShardSlice) -> Iterator[Any]:
         if self._is_swapped(i):
-            path, size = self._swap_paths(i)[state_key], self.dtype.itemsize
-            begin, length = shard_slice.offset * size, shard_slice.numel * size
-            yield from _read_file(path, begin, length, self.space)
+            yield from self._swapped_chunks(i, state_key, shard_slice)
             return
         for parts in self._parts(i, state_key, shard_slice):
             chunk = split_master.join(*parts) if len(parts) == 2 else parts[0].cpu()
             yield chunk.view(torch.uint8).numpy()
+
+    def _swapped_chunks(self, i: int, state_key: str, shard_slice: ShardSlice) -> Iterator[Any]:
+        high = self._param_lp(i)
+        halved = state_key == WEIGHT and LOW in self.ring.dtypes
+        if state_key == WEIGHT and i not in self.ring.on_disk:  # before the first step
+            weight = high.narrow(0, shard_slice.offset, shard_slice.numel)
+            for chunk in weight.split(CHUNK_BYTES // self.dtype.itemsize):
+                yield chunk.float().view(torch.uint8).numpy()
+            return
+        key = LOW if halved else state_key
+        size = self.ring.dtypes[key].itemsize
+        begin, length = shard_slice.offset * size, shard_slice.numel * size
+        chunks = _read_file(self.ring.path(i, key), begin, length, self.space)
+        if not halved:
+            yield from chunks
+            return
+        at = shard_slice.offset
+        for chunk in chunks:
+            low = torch.frombuffer(chunk, dtype=torch.int16)
+            joined = split_master.join(high[at : at + len(low)], low)
+            yield joined.view(torch.uint8).numpy()
+            at += len(low)
 
     def _parts(
         self, i: int, state_key: str, shard_slice: ShardSlice
@@ -119,21 +142,12 @@ class OptimizerState:
         if state_key != WEIGHT:
             tensors = [self._state(i)[state_key]]
         elif i in self.low:
-            tensors = [self.zero.fp16_partitioned_groups_flat[i], self.low[i]]
+            tensors = [self._param_lp(i), self.low[i]]
         else:
             tensors = [self._flat(i)]
         elements = CHUNK_BYTES // self.dtype.itemsize
         slices = (t.detach().narrow(0, shard_slice.offset, shard_slice.numel) for t in tensors)
         yield from zip(*(part.split(elements) for part in slices), strict=True)
-
-    def _swap_paths(self, i: int) -> dict[str, str]:
-        info = self.zero.optimizer_swapper._get_param_swap_info(self._flat(i))
-        paths = {}
-        for context in info.tensors:
-            tensor = context.compute_tensor
-            key = WEIGHT if tensor is self._flat(i) else tensor.ds_id.rpartition("-")[0]
-            paths[key] = context.swap_path
-        return paths
 
     def restore(self, state_keys: list[str], scalars: dict[str, float], fill: Fill) -> None:
         """Set all sub-groups to what `fill` gives."""
@@ -161,7 +175,7 @@ class OptimizerState:
             for key in state_keys[1:]:
                 state[flat][key] = flat.new_zeros(numel)
         if swapped:
-            self._restore_swapped(i, state_keys[1:], fill)
+            self._restore_swapped(i, state_keys, fill)
             return
         for key in state_keys:
             for shard_slice in self.sub_groups[i]:
@@ -184,47 +198,40 @@ class OptimizerState:
         device = self._flat(0).device if optimizer.param_groups[0].get("fused") else "cpu"
         return torch.tensor(value, dtype=torch.float32, device=device)
 
-    def _restore_swapped(self, i: int, moment_keys: list[str], fill: Fill) -> None:
-        zero, flat = self.zero, self._flat(i)
-        swapper, state = zero.optimizer_swapper, zero.optimizer.state[flat]
-        moments: list[Any] = [state[key] for key in moment_keys]
-        for key, moment in zip(moment_keys, moments):
-            # The swapper finds its tensors by this name (swap_tensor/optimizer_utils.py,
-            # _get_state_tensors).
-            moment.ds_id = f"{key}-{flat.ds_id}"
-        info = swapper._get_param_swap_info(flat)
-        if moments and not info.has_state_tensors:
-            info.add_state_tensors(moments)
-        total = swapper._io_aligned_numel(info.numel()) * self.dtype.itemsize
-        for key, path in self._swap_paths(i).items():
-            self.space.prepare(path, total)
-            self._write_swap_file(i, path, total, key, fill)
-        # Swapped in once, to make the low-precision copy of it.
-        zero._optimizer_states_and_gradient_swap_in(i)
-        zero._reassign_or_swap_out_partitioned_parameters(i)
-        zero._release_swap_buffers(i)
+    def _restore_swapped(self, i: int, state_keys: list[str], fill: Fill) -> None:
+        """Write a sub-group's files, and make its low-precision weights."""
+        param_lp = self._param_lp(i)
+        in_ram = getattr(param_lp, "is_cpu", False)
+        copy = param_lp if in_ram else torch.empty(self.ring.sizes[i])
 
-    def _write_swap_file(self, i: int, path: str, total: int, key: str, fill: Fill) -> None:
-        size = self.dtype.itemsize
-        with open(in_place(path, os.O_WRONLY), "wb") as file:
-            file.truncate(total)
-            for shard_slice in self.sub_groups[i]:
-                # ZeRO's padding is written too, as zeros: nothing may look as if it was never
-                # written.
-                self._put(file, path, bytes(shard_slice.offset * size - file.tell()))
-                length = shard_slice.numel * size
-                for at in range(0, length, CHUNK_BYTES):
-                    block = bytearray(min(CHUNK_BYTES, length - at))
-                    fill(key, shard_slice, at, memoryview(block))
-                    self._put(file, path, block)
-            self._put(file, path, bytes(total - file.tell()))
-            file.flush()
-            os.fsync(file.fileno())
+        def fill_piece(piece: Piece, tensors: Tensors) -> None:
+            span, low = slice(piece.begin, piece.begin + piece.numel), tensors.pop(LOW, None)
+            if low is not None:
+                tensors[WEIGHT] = torch.empty(piece.numel)
+            for key, tensor in tensors.items():
+                # ZeRO's padding is zeros: nothing may look as if it was never written.
+                tensor.zero_()
+                if key in state_keys:
+                    self._fill(key, piece, tensor, fill)
+            if low is not None:
+                split_master.split(tensors[WEIGHT], copy[span], low)
+            else:
+                copy[span] = tensors[WEIGHT]
 
-    def _put(self, file: BinaryIO, path: str, block: bytes | bytearray) -> None:
-        for stamped in self.space.stamps.written(path, memoryview(block), file.tell()):
-            stamped.result()
-        file.write(block)
+        self.ring.step([i], fill_piece, read=False)
+        if in_ram:
+            self.zero._unflatten_partitioned_parameters(i)
+        else:
+            self.zero.publish(i, copy)
+
+    def _fill(self, state_key: str, piece: Piece, target: torch.Tensor, fill: Fill) -> None:
+        for shard_slice in self.sub_groups[piece.group]:
+            first = max(piece.begin, shard_slice.offset)
+            end = min(piece.begin + piece.numel, shard_slice.offset + shard_slice.numel)
+            if first < end:
+                part = target[first - piece.begin : end - piece.begin].view(torch.uint8)
+                at = (first - shard_slice.offset) * self.dtype.itemsize
+                fill(state_key, shard_slice, at, part.numpy())
 
 
 def _read_file(path: str, begin: int, size: int, space: SwapSpace) -> Iterator[Any]:

@@ -13,7 +13,6 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
     AsyncPartitionedParameterSwapper,
     PartitionedParamStatus,
 )
-from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper
 from deepspeed.runtime.zero.partition_parameters import (
     Init,
     NoGatherCoalescedHandle,
@@ -24,14 +23,13 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import z3_leaf_module
 
-from trainer.engine import all_gather
+from trainer.engine import all_gather, state_ring
 from trainer.plan.estimate import LAYERS_AHEAD
 
 _stock_swap_in = AsyncPartitionedParameterSwapper.swap_in
 _stock_ensure_availability = Init._ensure_availability_of_partitioned_params
 _stock_no_gather_init = NoGatherHandle.__init__
 _stock_no_gather_coalesced_init = NoGatherCoalescedHandle.__init__
-_stock_swap_out = PipelinedOptimizerSwapper.swap_out_optimizer_state
 _stock_setup_for_real_optimizer = DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer
 _stock_fetch_sub_module = PartitionedParameterCoordinator.fetch_sub_module
 _stock_invalidate_trace = PartitionedParameterCoordinator._invalidate_trace
@@ -47,7 +45,7 @@ def apply(fetch_ahead: bool) -> None:
     Init._ensure_availability_of_partitioned_params = ensure_availability
     NoGatherHandle.__init__ = no_gather_init
     NoGatherCoalescedHandle.__init__ = no_gather_coalesced_init
-    PipelinedOptimizerSwapper.swap_out_optimizer_state = swap_out_optimizer_state
+    DeepSpeedZeroOptimizer_Stage3._configure_tensor_swapping = configure_tensor_swapping
     DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer = setup_for_real_optimizer
     PartitionedParameterCoordinator._invalidate_trace = invalidate_trace
     if fetch_ahead:
@@ -131,17 +129,9 @@ def no_gather_coalesced_init(self: Any, params: list[Any]) -> None:
         _copy_out_of_swap_buffer(param)
 
 
-def swap_out_optimizer_state(self: Any, parameter: torch.Tensor, async_swap: bool) -> None:
-    """Free Adam's first moments once they are on NVMe.
-
-    Adam makes them in the first step, in plain memory. The stock swapper copies them into swap
-    buffers and writes them, but keeps them until the second step reads them: 8 bytes a parameter
-    of RAM, which a run with its optimizer on NVMe is there to save.
-    """
-    _stock_swap_out(self, parameter, async_swap)
-    info = self.swap_params_info[self.parameter_id(parameter)]
-    for state in info.get_unpinned_state_tensors():
-        state.data = torch.Tensor()
+def configure_tensor_swapping(self: Any, offload_optimizer_config: Any, aio_config: Any) -> None:
+    """Give the optimizer's states on NVMe to our ring, in place of DeepSpeed's swapper."""
+    self.optimizer_swapper = state_ring.RingSwapper(self)
 
 
 def setup_for_real_optimizer(self: Any) -> None:

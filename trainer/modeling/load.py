@@ -15,7 +15,7 @@ from transformers import (
 from transformers.utils import is_liger_kernel_available
 
 from data.template import prepare_tokenizer
-from trainer.config.ds_config import ZeroShapes
+from trainer.config.ds_config import SWAPPED, ZeroShapes
 from trainer.config.settings import Settings
 from trainer.errors import RunError, make_line, one_line
 from trainer.modeling import experts, weights
@@ -23,7 +23,6 @@ from trainer.modeling.adapters import add_adapters
 from trainer.modeling.experts import decoder_layers
 
 # DeepSpeed keeps smaller tensors in RAM (swap_tensor/utils.py, MIN_AIO_BYTES).
-SWAPPED_BYTES = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -81,7 +80,7 @@ def shapes_of(model: nn.Module, precision: str) -> ZeroShapes:
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     return ZeroShapes(
         layer=sum(layer),
-        layer_tensors=sum(numel * itemsize >= SWAPPED_BYTES for numel in layer),
+        layer_tensors=sum(numel * itemsize >= SWAPPED for numel in layer),
         largest=max(trainable + frozen),
         trainable=sum(trainable),
         largest_trainable=max(trainable),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from trainer.config.ds_config import CONFIGS, OPTIMIZER_BUFFERS, DeepSpeedConfig
+from trainer.config.ds_config import CONFIGS, SWAPPED, DeepSpeedConfig
 from trainer.plan.layers import total
 from trainer.plan.timing import step_seconds
 from trainer.plan.workload import Workload
@@ -30,9 +30,6 @@ SPARE_RAM = 0.03
 # NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.
 CONTEXT = 0.9 * GIB
 CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
-# DeepSpeed puts a rank's part of a tensor on NVMe from this size (swap_tensor/utils.py,
-# MIN_AIO_BYTES).
-SWAPPED = 2**20
 BASE_RAM = 2.5 * GIB  # of a GPU rank's process with all libraries
 BASE_RAM_CPU = 0.42 * GIB
 CUDA_BUILD = 0.15 * GIB  # more, where torch is built for CUDA: torch 2.13
@@ -83,7 +80,7 @@ class Prediction(Workload):
             "NVMe": self.totals["nvme"] - machine.nvme,
         }
         if machine.memlock is not None:
-            missing["locked memory"] = sum(self.buffers) - machine.memlock
+            missing["locked memory"] = self.locked - machine.memlock
         self.short = {what: size for what, size in missing.items() if size > 0}
         self.fits, self.name = not self.short, Path(self.config.where).stem
         self.written = self.written_bytes * self.shapes.trainable * self.machine_share
@@ -151,20 +148,17 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
     ranks_here, trainable, itemsize = work.machine.ranks_here, work.shapes.trainable, work.itemsize
     offloaded = work.optimizer_on != "none"
     # The stock step has the gradients once more, in fp32.
-    stock = work.optimizer_on == "cpu" and not job.fused_step
+    stock = work.optimizer_on == "cpu" and not work.fused_step
     parameters = work.model.parameters + (0 if job.full else trainable)
-    buffer_count = int(work.config.offload("optimizer").get("buffer_count", OPTIMIZER_BUFFERS))
     inputs = work.model.layers - kept if job.activation_offload and on_gpu else 0
     return _counted(
         {
             "processes": (BASE_RAM if on_gpu else _base_ram_cpu()) * ranks_here,
             "parameters": work.params_on == "cpu" and parameters * itemsize * share,
             "pinned rounding": pinned_rounding(work) * ranks_here,
-            "optimizer": work.optimizer_on == "cpu" and 12 * trainable * share,
+            "optimizer": work.optimizer_on == "cpu" and work.state_bytes * trainable * share,
             "gradients": offloaded and trainable * (work.grad_itemsize + 4 * stock) * share,
-            "NVMe buffers": sum(work.buffers) * ranks_here,
-            # Of a sub-group, before they first go into its buffers.
-            "first moments": 2 * work.buffers[1] / buffer_count * ranks_here,
+            "NVMe buffers": (work.locked + work.ring) * ranks_here,
             # DeepSpeed moves them into one buffer by way of RAM.
             START: on_gpu and not offloaded and trainable * itemsize * share,
             "inputs of layers": inputs * work.input_bytes * ranks_here,
@@ -197,7 +191,7 @@ def nvme_bytes(work: Workload) -> Bytes:
     return _counted(
         {
             "parameters": work.params_on == "nvme" and parameters * share,
-            "optimizer": optimizer and work.swap_bytes * work.shapes.trainable * share,
+            "optimizer": optimizer and work.state_bytes * work.shapes.trainable * share,
         }
     )
 

@@ -60,7 +60,7 @@ def step_seconds(work: Workload, kept: int, weights: int) -> tuple[dict[str, flo
     micro_batch = first_pass + loss + 1.5 * embeddings + max(backward, back, read)
     step, io = _optimizer(work)
     exposed = step
-    overlaps = work.job.fused_step and work.job.overlap_step
+    overlaps = work.fused_step and work.job.overlap_step
     if overlaps and work.params_on == work.optimizer_on == "cpu":
         exposed = max(step - first_pass, 0)
     times = {
@@ -143,6 +143,6 @@ def _optimizer(work: Workload) -> tuple[float, float]:
     if work.optimizer_on == "nvme":
         # Read and written at once, but by one disk: 57.7 GB each way took 47 s on one that alone
         # reads 1.91 and writes 2.96 GB/s.
-        read = work.swap_bytes / machine.nvme_read
+        read = work.state_bytes / machine.nvme_read
         io = work.trainable * machine.ranks_here * (read + work.written_bytes / machine.nvme_write)
     return step, io

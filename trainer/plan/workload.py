@@ -107,12 +107,12 @@ class Workload:
 
     config: its "auto" values are resolved here. params_on, optimizer_on: "none" (the GPU), "cpu"
     or "nvme". gathers: whether weights are copied to be used. grad_itemsize: bytes of a gradient in
-    the buffer where micro-batches are added, as config says, or else job. buffers: bytes of one
-    rank, for parameters and optimizer on NVMe. trainable: parameters that one rank's optimizer has.
-    machine_share: of all ranks, those of one machine. tokens: of the largest micro-batch that
-    comes. layer_bytes, mean_bytes, input_bytes: activations of the largest decoder layer, of an
-    average one, and of an input alone. swap_bytes: on NVMe, of a trained parameter whose optimizer
-    state is there. written_bytes: to NVMe, of a trained parameter in an optimizer step.
+    the buffer where micro-batches are added, as config says, or else job. locked, ring: bytes of
+    one rank's buffers, for parameters and for states on NVMe. trainable: parameters that one rank's
+    optimizer has. machine_share: of all ranks, those of one machine. tokens: of the largest
+    micro-batch that comes. layer_bytes, mean_bytes, input_bytes: activations of the largest decoder
+    layer, of an average one, and of an input alone. state_bytes: of a trained parameter's states,
+    in RAM or on NVMe. written_bytes: to NVMe, of a trained parameter in an optimizer step.
     """
 
     job: TrainingJob
@@ -130,10 +130,13 @@ class Workload:
         )
         self.grad_itemsize = 4 if added == "fp32" else 2
         self.on_gpu, self.ranks = machine.gpus > 0, machine.ranks
-        self.config = self.config.resolved(self.shapes, self.ranks, "swap", job.fused_step)
+        self.config = self.config.resolved(self.shapes, self.ranks, "swap")
+        self.config.set_precision(job.precision)
         self.zero = {**DEFAULTS, **self.config.zero}
-        self.buffers = self.config.locked_bytes(self.shapes, self.ranks)
+        self.locked = self.config.locked_bytes(self.shapes)
+        self.ring = self.config.ring_bytes(self.shapes, self.ranks)
         self.params_on, self.optimizer_on = map(self.config.device, ("param", "optimizer"))
+        self.fused_step = job.fused_step or self.optimizer_on == "nvme"
         # Where one GPU holds all, or one CPU process has them in RAM, nothing is copied.
         self.gathers = self.ranks > 1 or self.params_on == "nvme"
         self.gathers |= self.params_on == "cpu" and self.on_gpu
@@ -144,9 +147,9 @@ class Workload:
         self.layer_bytes, self.mean_bytes, self.input_bytes = self.model.activations(
             self.tokens, self.itemsize, self.on_gpu, job.full, length
         )
-        # fp32 weight and two moments; the stock step writes the gradient too, and a step the
-        # parameter, where parameters are on NVMe (stage3.py, _partitioned_params_swap_out).
-        self.swap_bytes = 12 if job.fused_step else 16
+        # Weight and two moments. A step also writes the parameter, where parameters are on NVMe
+        # (stage3.py, _partitioned_params_swap_out).
+        self.state_bytes = self.config.state_bytes(self.shapes) if self.fused_step else 12
         self.written_bytes = 0
         if self.optimizer_on == "nvme":
-            self.written_bytes = self.swap_bytes + self.itemsize * (self.params_on == "nvme")
+            self.written_bytes = self.state_bytes + self.itemsize * (self.params_on == "nvme")

@@ -190,18 +190,18 @@ def memlock_limit() -> int | None:
     return None if match and int(match[1], 16) & CAP_IPC_LOCK else soft
 
 
-def check_locked_memory(parameter_bytes: int, optimizer_bytes: int, ranks_here: int) -> None:
+def check_buffers(parameter_bytes: int, optimizer_bytes: int, ranks_here: int) -> None:
     """Raise RunError where a rank's NVMe buffers do not fit the locked-memory limit or the RAM.
 
-    DeepSpeed's allocator aborts the process there.
+    Those of parameters are locked: DeepSpeed's allocator aborts the process where it may not.
     """
     size, free, limit = parameter_bytes + optimizer_bytes, free_memory(), memlock_limit()
     needed = (
         f"{size / GIB:.2f} GiB a rank (parameters {parameter_bytes / GIB:.2f}, "
         f"optimizer {optimizer_bytes / GIB:.2f})"
     )
-    fix = "a smaller sub_group_size and buffer_count in the JSON"
-    if limit is not None and size > limit:
+    fix = "a smaller buffer_count for offload_param in the JSON"
+    if limit is not None and parameter_bytes > limit:
         raise RunError(
             "locked memory is too small for the NVMe buffers",
             found=f"{limit / GIB:.4g} GiB (ulimit -l)",

@@ -159,7 +159,7 @@ def needed(optimizer: str, param: str, ranks_here: int, gpu: bool) -> list[str]:
     """
     loads = {
         "cpu_adam": optimizer != "none",
-        "async_io": "nvme" in (optimizer, param),
+        "async_io": param == "nvme",  # states on NVMe come through our own ring
         "shm_comm": not gpu and ranks_here > 1,
     }
     return [name for name, loaded in loads.items() if loaded]

@@ -296,14 +296,9 @@ class SwapSpace:
             raise damaged(path, f"written up to byte {written:,}", f"{size:,} bytes")
 
     def audit(self) -> None:
-        """Check this rank's swap files.
-
-        Not those of gradients: after a skipped optimizer step they may still be written to. They
-        are checked when they are read.
-        """
+        """Check this rank's swap files, which nobody may be writing to."""
         for path in self.files:
-            if "_gradient_" not in path:
-                self.check(path)
+            self.check(path)
 
     def size(self) -> int:
         """Return the bytes of the swap files of all ranks on this machine."""

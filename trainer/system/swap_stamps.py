@@ -74,6 +74,20 @@ class Stamps:
             raise damaged(path, f"byte {at:,} was never written", f"{offset:,} to {end:,}")
         return [self.pool.submit(self._compare, path, data, offset, begin) for begin in begins]
 
+    def stamp_block(self, path: str, block: memoryview, offset: int) -> None:
+        """Stamp a block, in this thread. Every write of the file has the same blocks."""
+        from xxhash import xxh3_64_intdigest
+
+        stamps = self.files.setdefault(path, {})
+        old = stamps.get(offset)
+        stamps[offset] = Stamp(len(block), xxh3_64_intdigest(block), old and old.checksum)
+
+    def compare_block(self, path: str, block: memoryview, offset: int) -> None:
+        """Compare a block that was read, in this thread. Raises RunError where it differs."""
+        if offset not in self.files.get(path, {}):
+            raise damaged(path, f"byte {offset:,} was never written", f"{len(block):,} bytes there")
+        self._compare(path, block, offset, offset)
+
     def _overlapping(self, path: str, begin: int, end: int) -> list[int]:
         stamps = self.files.get(path, {})
         return sorted(at for at, stamp in stamps.items() if at < end and at + stamp.length > begin)
