@@ -105,7 +105,7 @@ train-zero3: $(if $(AUTO),setup-aio,setup) ## ZeRO-3, parameters and optimizer i
 train-zero3-gpu: setup ## ZeRO-3 without offload
 	$(LAUNCH) --deepspeed ds_z3.json $(TRAIN_FLAGS)
 
-train-zero3-nvme-optimizer: setup-aio ## ZeRO-3, parameters in CPU memory, optimizer on NVMe
+train-zero3-nvme-optimizer: setup ## ZeRO-3, parameters in CPU memory, optimizer on NVMe
 	$(LAUNCH) --deepspeed ds_z3_nvme_optimizer.json --nvme_path $(NVME) $(TRAIN_FLAGS)
 
 train-zero3-nvme: setup-aio ## ZeRO-3, parameters and optimizer on NVMe

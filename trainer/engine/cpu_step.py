@@ -55,8 +55,7 @@ class Update(ctypes.Structure):
 class Job(NamedTuple):
     """The step of a sub-group whose states are on NVMe. group: the optimizer's settings.
 
-    param_lp: as `update_of` has it; None where it is in no RAM. weight: its fp32 weights then, when
-    they are made.
+    param_lp: as `update_of` has it; None where it is in no RAM.
     """
 
     grad: torch.Tensor
@@ -64,7 +63,6 @@ class Job(NamedTuple):
     step: int
     scale: float
     param_lp: torch.Tensor | None
-    weight: torch.Tensor | None
 
 
 def update_of(
@@ -261,8 +259,7 @@ class CpuStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         grads = buffer.narrow(0, step.offsets[i], numel)
         copy = flat_lp if casts else None
         if on_nvme:
-            whole = None if casts else torch.empty(numel)
-            step.queue[i] = Job(grads, dict(group), state["step"], step.scale, copy, whole)
+            step.queue[i] = Job(grads, dict(group), state["step"], step.scale, copy)
         else:
             weight: Any = step.low.get(i, flat)
             step.queue[i] = update_of(weight, grads, state, group, step.scale, copy)
@@ -428,6 +425,7 @@ class CpuStep:
 
     def _make(self, updates: Any, jobs: dict[int, Job], counts: dict[int, Update]) -> None:
         """Make all updates in RAM, and then those whose states are on NVMe."""
+        whole: dict[int, torch.Tensor] = {}  # the fp32 weights of the sub-group that is made
 
         def make_piece(piece: state_ring.Piece, tensors: state_ring.Tensors) -> None:
             i, job = piece.group, jobs[piece.group]
@@ -438,20 +436,16 @@ class CpuStep:
                 master = tensors[state_ring.WEIGHT]
                 if param_lp is not None and i not in ring.on_disk:
                     master.copy_(param_lp)
-            update = update_of(
-                master,
-                job.grad[span],
-                {**tensors, "step": job.step},
-                job.group,
-                job.scale,
-                param_lp,
-            )
+            state = {**tensors, "step": job.step}
+            update = update_of(master, job.grad[span], state, job.group, job.scale, param_lp)
             run(self.adam, (Update * 1)(update), self.threads)
             counts[i].left -= piece.numel
-            if job.weight is not None:
-                job.weight[span] = master
+            if param_lp is None:  # the parameters are on NVMe too, or on the GPU
+                if i not in whole:
+                    whole[i] = torch.empty(job.grad.numel())
+                whole[i][span] = master
                 if not counts[i].left:
-                    self.zero.publish(i, job.weight)
+                    self.zero.publish(i, whole.pop(i))
 
         try:
             if len(updates):

@@ -22,8 +22,8 @@ FP32 = 1 / 15
 # A GPU computes longer, and its layers are fetched as wholes.
 HOOKS = 0.37e-3
 ADAPTER_MODULES = 4  # that PEFT adds to a map
-# RAM traffic of a parameter in the CPU's step (engine/adam.c), beside its gradient and its value:
-# fp32 weight and two moments, read and written.
+# RAM traffic of a parameter in the CPU's step (engine/adam.c), beside its gradient: weight and two
+# moments, read and written. Where the fp32 weight is a whole one its 16-bit copy is written too.
 STEP_BYTES = 24
 # GPU memory traffic of a parameter in DeepSpeed's own step (stage3.py): norm of the gradient 10,
 # its flat copy 4 and fp32 copy 6, clipping 8, Adam 28, the new weight 6.
@@ -136,7 +136,7 @@ def _fetch(work: Workload) -> tuple[float, float]:
 def _optimizer(work: Workload) -> tuple[float, float]:
     """Return the time of the optimizer's arithmetic, and of its reads and writes on NVMe."""
     machine, io = work.machine, 0.0
-    traffic = STEP_BYTES + work.grad_itemsize + work.itemsize
+    traffic = STEP_BYTES + work.grad_itemsize + (work.itemsize if work.state_bytes == 12 else 0)
     step = work.trainable * traffic * machine.ranks_here / machine.ram_rate
     if work.on_gpu and work.optimizer_on == "none":
         step = work.trainable * GPU_STEP_BYTES / HBM
