@@ -37,7 +37,7 @@ def test_the_sum_of_many_micro_batches(tmp_path):
         "ds_z3_offload:fp32:ours",
         "ds_z3_offload:fp32:stock",
         "ds_z3_nvme:fp32:ours",
-        "ds_z3_nvme_optimizer:fp32:stock",
+        "ds_z3_nvme_optimizer:fp32:ours",
         "ds_z3:fp32:stock",
     )
     assert min(rounded.values()) > ROUNDED
