@@ -40,6 +40,7 @@ from trainer.run_dir import Phase, RunDirectory
 from trainer.system.swap_dir import SwapSpace
 
 FAILED_SAVES = 3  # in a row; then the run stops rather than go on without a checkpoint
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
@@ -69,6 +70,13 @@ class TrainerParts:
     fused_step: bool = True
     overlap_step: bool = False
     offloaded_layers: Sequence[torch.nn.Module] = field(default_factory=list)
+
+
+def special_tokens(model: Any) -> dict[str, Any]:
+    """Return the special tokens that the model's own configuration names."""
+    config = model.config.get_text_config()
+    tokens = {name: getattr(config, name, None) for name in SPECIAL_TOKENS}
+    return {name: token for name, token in tokens.items() if token is not None}
 
 
 class OffloadTrainer(Trainer):
@@ -109,6 +117,7 @@ class OffloadTrainer(Trainer):
         # ranks. transformers must count them, and not divide by the micro-batches again.
         self.model_accepts_loss_kwargs = True
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.own_tokens = special_tokens(self.base)
         self.head = ChunkedHead.install(self.base, parts.liger) if parts.fused_loss else None
         self.router_loss = RouterLoss.install(self.base)
         self.timed_engine: Any = None
@@ -247,6 +256,10 @@ class OffloadTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
+        # transformers has given it those of the tokenizer. A model may compute with its own: XGLM and
+        # RoBERTa count positions from the padding's. The generation config keeps the tokenizer's.
+        for name, token in self.own_tokens.items():
+            setattr(self.base.config.get_text_config(), name, token)
         # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles
         # and lose Adam's state on NVMe.
         made = super()._prepare_for_training(max_steps, train_dataloader, None)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, samples
+from conftest import ROOT, make_tokenizer, samples
 
 QUICK = ["--max_steps", 2, "--per_device_train_batch_size", 2]
 
@@ -118,6 +118,27 @@ def test_export_is_exact(trains, tiny_model):
     )
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert not list((run.directory.parent / "swap").iterdir())  # the run's swap files are gone
+
+
+def test_a_model_keeps_its_special_tokens(trains, rows_file, tmp_path):
+    """XGLM's table of positions depends on the token for padding; the tokenizer brings another."""
+    import torch
+    from transformers import XGLMConfig, XGLMForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"d_model": 64, "ffn_dim": 128, "num_layers": 1, "attention_heads": 4}
+    config = XGLMConfig(vocab_size=512, **shape, pad_token_id=5, layerdrop=0.0)
+    XGLMForCausalLM(config).save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    flags = ["--model_name_or_path", tmp_path / "model", "--learning_rate", 0]
+    export = trains("xglm", *QUICK, *flags).directory / "export"
+    config, generation = (
+        json.loads((export / f"{name}.json").read_text())
+        for name in ("config", "generation_config")
+    )
+    assert (config["pad_token_id"], generation["pad_token_id"]) == (5, 0)
+    before = plain_evaluation(tmp_path / "model", rows_file[1])
+    assert plain_evaluation(export, rows_file[1]) == before
 
 
 def test_lora_and_merge(trains, tmp_path):
