@@ -175,6 +175,7 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     """
     prepared, settings, ranks = run.prepared, run.settings, run.ranks.world
     skeleton: Any = modeling.skeleton(inputs.model_config, settings)
+    choose_checkpointing(settings, skeleton)
     model = ModelSpec.from_description(describe(skeleton), run.model)
     skeleton = modeling.adapted(skeleton, settings)
     shapes = modeling.shapes_of(skeleton, prepared.precision)
@@ -210,6 +211,26 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         f"micro-batches = {settings.rows_per_step(ranks)} rows; gradients are added in {added}"
     )
     return EnginePlan(config, shapes, parameters, active, backend, model, definition)
+
+
+def choose_checkpointing(settings: Settings, skeleton: Any) -> None:
+    """Turn gradient checkpointing off for a model that has none; raise RunError where a flag asks.
+
+    skeleton: the model without adapters.
+    """
+    if skeleton.supports_gradient_checkpointing or not settings.gradient_checkpointing:
+        return
+    name = type(skeleton).__name__
+    if settings.given("gradient_checkpointing"):
+        raise RunError(
+            f"{name} does not support gradient checkpointing",
+            found=f"gradient_checkpointing true ({settings.sources['gradient_checkpointing']})",
+            fix="--gradient_checkpointing false, or leave it out",
+        )
+    settings.values["gradient_checkpointing"] = False
+    if settings.kept_weights == "auto":
+        settings.values["kept_weights"] = "0"  # as prepare.check_kept_weights would have it
+    say(f"gradient checkpointing: off, as {name} does not support it")
 
 
 def define_model(run: Run, saved: SavedCheckpoint | None) -> dict[str, Any]:

@@ -256,8 +256,8 @@ class OffloadTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
-        # transformers has given it those of the tokenizer. A model may compute with its own: XGLM and
-        # RoBERTa count positions from the padding's. The generation config keeps the tokenizer's.
+        # transformers has given it those of the tokenizer. A model may compute with its own: XGLM
+        # makes its positions around the padding's. The generation config keeps the tokenizer's.
         for name, token in self.own_tokens.items():
             setattr(self.base.config.get_text_config(), name, token)
         # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles

@@ -2,11 +2,13 @@
 
 import json
 import subprocess
+from contextlib import nullcontext
 
 import pytest
 from families.configs import FAMILIES, config_of, make_model
 
-from trainer.config.settings import Settings
+from trainer import stages
+from trainer.config.settings import Settings, resolve
 from trainer.errors import RunError
 from trainer.modeling import load as models
 from trainer.modeling import skeleton as describer
@@ -404,3 +406,19 @@ def test_what_transformers_does_not_build(tmp_path, content, words):
     source = {"name": str(tmp_path), "revision": None, "trust_remote_code": False}
     answer = describer.main(json.dumps(source))
     assert words in answer["error"], answer
+
+
+def test_a_model_without_gradient_checkpointing(capsys):
+    """It is turned off, before the plan of the run is made; a flag that asks for it is refused."""
+    from transformers import OpenAIGPTConfig
+
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    for kind, on in ((config, False), (config_of("llama"), True)):
+        run = resolve(["--model_name_or_path", "model"])
+        run.freeze()
+        stages.choose_checkpointing(run, models.skeleton(kind, settings()))
+        assert (run.gradient_checkpointing, run.kept_weights) == (on, "auto" if on else "0")
+        assert ("OpenAIGPTLMHeadModel" in capsys.readouterr().out) != on
+        asked = resolve(["--gradient_checkpointing", "true"])
+        with pytest.raises(RunError, match="OpenAIGPT") if not on else nullcontext():
+            stages.choose_checkpointing(asked, models.skeleton(kind, settings()))
