@@ -17,6 +17,7 @@ __all__ = [
     "RunError",
     "did_you_mean",
     "make_line",
+    "named",
     "one_line",
     "script_line",
 ]
@@ -27,6 +28,15 @@ BAD_INPUT = 2  # or a bad configuration
 DOES_NOT_FIT = 3  # or a preflight check failed
 STOPPED = 75  # and can be resumed: monitor/stopping.py makes it
 CRASHED = 70  # an unforeseen failure, told by a rank to its supervisor; outside it is FAILED
+
+
+def named(error: Exception) -> str:
+    """Return another library's error on one line, with its class where the text is no sentence.
+
+    A KeyError's is the key alone.
+    """
+    speaks = isinstance(error, (OSError, ValueError))
+    return one_line(error if speaks else f"{type(error).__name__}: {error}")
 
 
 def script_line(name: str, *words: str) -> str:

@@ -142,6 +142,19 @@ def test_a_copy_of_the_tied_weight(saved):
     assert saved(change=copy, tie_word_embeddings=True) == []
 
 
+@pytest.mark.parametrize(
+    ("file", "content"), [("model.safetensors.index.json", "{}"), ("pytorch_model.bin", "junk" * 9)]
+)
+def test_files_that_hold_no_weights(saved, tmp_path, file, content):
+    saved()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text(content)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(RunError, match="cannot be loaded") as error:
+        weights.check(str(tmp_path), config, "main", False)
+    assert "KeyError" in str(error.value) and error.value.code == 2
+
+
 def test_an_adapter_beside_the_weights(saved, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RunError, match="holds an adapter"):

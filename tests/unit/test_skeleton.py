@@ -393,7 +393,7 @@ def test_no_skeleton(tmp_path, monkeypatch, answer, words):
     "content, words",
     [
         ({"model_type": "nothing_known"}, "nothing_known"),
-        ({"model_type": "t5"}, "T5Config"),
+        ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "mixtral", "hidden_size": "wide"}, "hidden_size"),
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"}},
@@ -406,6 +406,25 @@ def test_what_transformers_does_not_build(tmp_path, content, words):
     source = {"name": str(tmp_path), "revision": None, "trust_remote_code": False}
     answer = describer.main(json.dumps(source))
     assert words in answer["error"], answer
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"dtype": "float13"}, "float13"),
+        ({"hidden_act": "nosuch"}, "KeyError: 'nosuch'"),
+        ({"pad_token_id": 10**6}, "Padding_idx"),
+        ({"model_type": "t5"}, "is not a causal language model"),
+    ],
+)
+def test_a_run_refuses_what_transformers_does_not_build(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **content}))
+    with pytest.raises(RunError) as raised:
+        models.skeleton(models.load_config(str(tmp_path), settings()), settings())
+    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert raised.value.code == 2
 
 
 def test_a_model_without_gradient_checkpointing(capsys):

@@ -17,7 +17,7 @@ from transformers.utils import is_liger_kernel_available
 from data.template import prepare_tokenizer
 from trainer.config.ds_config import SWAPPED, ZeroShapes
 from trainer.config.settings import Settings
-from trainer.errors import RunError, make_line, one_line
+from trainer.errors import RunError, make_line, named, one_line
 from trainer.modeling import experts, weights
 from trainer.modeling.adapters import add_adapters
 from trainer.modeling.experts import decoder_layers
@@ -32,12 +32,13 @@ def load_config(name: str, settings: Settings) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    # What a configuration's class raises for values that it does not expect is of any class.
+    except Exception as error:
         raise RunError(
             f"the model {name} cannot be read",
-            found=one_line(error),
-            needed="a local model directory, or a hub name, network and, for a gated model, "
-            "HF_TOKEN",
+            found=named(error),
+            needed="a local model directory with a config.json that transformers takes, or a hub "
+            "name, network and, for a gated model, HF_TOKEN",
         ) from None
 
 
@@ -58,11 +59,28 @@ def load_tokenizer(name: str, settings: Settings) -> tuple[PreTrainedTokenizerBa
 
 
 def skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
-    """Return the model on the meta device, without memory or adapters: for shapes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, trust_remote_code=settings.trust_remote_code
-        )
+    """Return the model on the meta device, without memory or adapters: for shapes.
+
+    Raise RunError where transformers cannot build a causal model of this configuration.
+    """
+    name = config.name_or_path or config.model_type
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=settings.trust_remote_code
+            )
+    except Exception as error:  # whatever a model's code raises for values that it does not expect
+        if "Unrecognized configuration class" in str(error):
+            two = ", an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else ""
+            raise RunError(
+                f"{name} is not a causal language model",
+                found=f"{config.model_type}{two}",
+                needed="a model_type that AutoModelForCausalLM takes",
+            ) from None
+        raise RunError(
+            f"transformers cannot build the model that config.json of {name} describes",
+            found=named(error),
+        ) from None
 
 
 def adapted(skeleton: PreTrainedModel, settings: Settings) -> Any:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trainer.errors import RunError, one_line
+from trainer.errors import RunError, named
 from trainer.plan.model_shapes import stored_tensors
 
 SHOWN = 5  # names of a message
@@ -49,7 +49,7 @@ def not_loaded(name: str, error: Exception) -> RunError:
     """Return what is said where transformers' loader gives up on a model."""
     return RunError(
         f"the model {name} cannot be loaded",
-        found=one_line(error),
+        found=named(error),
         fix="--random_weights true trains a random model of its shape"
         if "no file named" in str(error)
         else None,
@@ -93,7 +93,7 @@ def _on_meta(
             ignore_mismatched_sizes=True,
             **options,
         )
-    except (RuntimeError, *LOAD_ERRORS) as error:
+    except Exception as error:  # an index or a pickle that is none fails in many ways
         raise not_loaded(name, error) from None
     finally:
         logging.set_verbosity(level)
