@@ -19,6 +19,7 @@ from trainer.errors import RunError
 from trainer.modeling import experts, linear
 from trainer.modeling import load as modeling
 from trainer.modeling.kept_layers import AUTO, SelectiveCheckpointing
+from trainer.modeling.survey import read_past_forward
 from trainer.monitor.stopping import PreemptionCallback
 from trainer.monitor.telemetry import Telemetry
 from trainer.monitor.tracking import Tracker
@@ -115,13 +116,16 @@ def load_model(parts: RunParts) -> PreTrainedModel:
         prepared.precision,
         parts.plan.attention,
     )
-    if prepared.leaf_modules:
+    layers = modeling.decoder_layers(model)
+    # Else ZeRO-3 does not gather all that such a layer reads.
+    needed = any(read_past_forward(module) for layer in layers for module in layer.modules())
+    leaf = prepared.leaf_modules or needed
+    if leaf:
         say(f"leaf module: {modeling.make_leaves(model)}")
-    if count := experts.install(model, prepared.leaf_modules):
+    if count := experts.install(model, leaf):
         say(f"experts as grouped products: {count} layers")
     if settings.optimizes("fused_linear"):
-        layers = modeling.decoder_layers(model)
-        say(f"fused linear layers: {linear.install(layers, prepared.leaf_modules)}")
+        say(f"fused linear layers: {linear.install(layers, leaf)}")
     return model
 
 

@@ -13,7 +13,7 @@ from trainer.errors import RunError
 from trainer.modeling import load as models
 from trainer.modeling import skeleton as describer
 from trainer.modeling.adapters import select
-from trainer.modeling.survey import survey
+from trainer.modeling.survey import read_past_forward, survey
 from trainer.plan import model_shapes, skeleton
 from trainer.plan.estimate import GIB, Prediction
 from trainer.plan.estimate import config_of as config_of_mode
@@ -314,6 +314,20 @@ def test_what_a_layer_keeps(family):
         made(input_ids=torch.arange(256).view(2, 128), use_cache=False)
     _, mean, _ = found.activations(256, 4, liger=False, full=True, length=128)
     assert mean * found.layers == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+def test_weights_that_are_read_past_forward():
+    """Gemma 3n calls other methods of a module than its forward: ZeRO-3 does not see it."""
+    from transformers import Gemma3nTextConfig
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    shape |= {"vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+    sparse = {"activation_sparsity_pattern": [0.0]}
+    found = models.skeleton(Gemma3nTextConfig(**shape, **sparse), settings())
+    names = {type(module).__name__ for module in found.modules() if read_past_forward(module)}
+    assert names == {"Gemma3nTextAltUp"}
+    for family in ("mamba", "qwen3_next", "bloom"):  # these read weights too, in a forward pass
+        assert not any(map(read_past_forward, described(family)[0].modules())), family
 
 
 def test_layers_that_look_back_less():

@@ -191,6 +191,23 @@ def source(module: nn.Module) -> str:
     return _source(type(module))
 
 
+def read_past_forward(module: nn.Module) -> bool:
+    """Return whether others call a method of this module that reads the weight of a child.
+
+    Neither forward runs then, and it is for those that ZeRO-3 gathers.
+    """
+    reads = [f"self.{name}.weight" for name, _ in module.named_children()]
+    text = source(module)
+    if not any(read in text for read in reads):
+        return False
+    for name, method in inspect.getmembers(type(module), inspect.isfunction):
+        outside = not name.startswith("__") and name != "forward" and f"self.{name}(" not in text
+        body = inspect.getsource(method) if outside and f"def {name}(" in text else ""
+        if any(read in body for read in reads):
+            return True
+    return False
+
+
 @functools.cache
 def _source(kind: type) -> str:
     try:
