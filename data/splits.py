@@ -93,7 +93,7 @@ def of_glob(pattern: str, files: list[str]) -> Splits:
 def of_folder(folder: Path, config: str | None) -> Splits:
     """Return the splits of a local folder. Raise RunError where it holds no data."""
     if (folder / "dataset_dict.json").is_file():  # DatasetDict.save_to_disk
-        names = _read(folder / "dataset_dict.json")["splits"]
+        names = _names(folder / "dataset_dict.json", lambda content: content["splits"])
         return {name: functools.partial(_saved, folder / name) for name in names}
     if (folder / "state.json").is_file():  # Dataset.save_to_disk
         return {NONE: functools.partial(_saved, folder)}
@@ -129,17 +129,28 @@ def _configs(folder: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> dict:
+def _names(path: Path, read: Callable[[Any], list[str]]) -> list[str]:
+    """Return what `read` takes from a JSON file of a data set saved to disk: a list of names."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is not readable", found=one_line(error)) from None
+        names = read(json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(one_line(names, 80))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} is not readable",
+            found=f"no {error}" if isinstance(error, KeyError) else one_line(error),
+            needed="what save_to_disk of `datasets` writes",
+        ) from None
+    return names
 
 
 def _saved(folder: Path) -> list[str]:
     """Return the Arrow files of a data set that `datasets` saved to disk."""
-    state = _read(folder / "state.json")
-    return [str(folder / entry["filename"]) for entry in state["_data_files"]]
+
+    def files(state: Any) -> list[str]:
+        return [entry["filename"] for entry in state["_data_files"]]
+
+    return [str(folder / name) for name in _names(folder / "state.json", files)]
 
 
 @functools.cache

@@ -164,6 +164,18 @@ def test_data_sets_saved_to_disk(tmp_path):
         rows(tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    "file, content",
+    [(file, content) for file in ("dataset_dict", "state") for content in ("{", "{}", "[]", "5")]
+    + [("dataset_dict", '{"splits": "train"}'), ("state", '{"_data_files": ["a.arrow"]}')],
+)
+def test_a_data_set_saved_to_disk_that_is_broken(tmp_path, file, content):
+    (tmp_path / f"{file}.json").write_text(content)
+    with pytest.raises(RunError, match=f"{file}.json is not readable") as error:
+        rows(tmp_path)
+    assert error.value.code == 2
+
+
 def test_a_run_validates_with_the_validation_split(place):
     folder = place(*HUB)
 
