@@ -5,6 +5,7 @@ import subprocess
 from contextlib import nullcontext
 
 import pytest
+import torch
 from families.configs import FAMILIES, config_of, make_model
 
 from trainer import stages
@@ -455,3 +456,20 @@ def test_a_model_without_gradient_checkpointing(capsys):
         asked = resolve(["--gradient_checkpointing", "true"])
         with pytest.raises(RunError, match="OpenAIGPT") if not on else nullcontext():
             stages.choose_checkpointing(asked, models.skeleton(kind, settings()))
+
+
+@pytest.mark.parametrize("problem", [IndexError("out of range"), torch.OutOfMemoryError()])
+def test_an_initialisation_that_reads_whole_weights(monkeypatch, problem):
+    """It is refused by name; another error stays what it is."""
+
+    class Rwkv:
+        def _init_weights(self):
+            raise problem
+
+    auto = models.AutoModelForCausalLM
+    monkeypatch.setattr(auto, "from_config", lambda *_, **__: Rwkv()._init_weights())
+    run = resolve(["--random_weights", "true"])
+    refused = isinstance(problem, IndexError)
+    with pytest.raises(RunError if refused else type(problem)) as raised:
+        models.build("model", config_of("llama"), run, "fp32", None)
+    assert not refused or "Rwkv cannot be loaded" in str(raised.value)

@@ -1,5 +1,6 @@
 """The model: its shapes before it is loaded, its weights as ZeRO-3 shards, and LoRA adapters."""
 
+import traceback
 from typing import Any
 
 import torch
@@ -139,6 +140,16 @@ def build(
             weights.check_loaded(name, info)
     except weights.LOAD_ERRORS as error:
         raise weights.not_loaded(name, error) from None
+    except (IndexError, RuntimeError) as error:
+        stack = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        own = [frame for frame in stack if frame.f_code.co_name == "_init_weights"]
+        if not own or type(error) not in (IndexError, RuntimeError):  # out of memory, say
+            raise
+        raise RunError(
+            f"{type(own[0].f_locals['self']).__name__} cannot be loaded under ZeRO-3",
+            found=f"{named(error)}, in its own _init_weights",
+            needed="an initialisation that works on weights that are partitioned",
+        ) from None
     model.config.use_cache = False
     if settings.method == "lora":
         model = add_adapters(model, settings)
