@@ -143,6 +143,23 @@ def test_a_copy_of_the_tied_weight(saved):
 
 
 @pytest.mark.parametrize(
+    ("kind", "named", "dtype"),
+    [
+        ("Llama", "model.layers.1.mlp.down_proj.weight", torch.int8),
+        ("Llama", "lm_head.weight", torch.float8_e4m3fn),
+        ("Mixtral", "model.layers.0.block_sparse_moe.experts.1.w1.weight", torch.uint8),
+    ],
+)
+def test_quantized_weights_without_their_configuration(saved, kind, named, dtype):
+    def quantize(held):
+        held[named] = held[named].to(dtype)
+
+    with pytest.raises(RunError, match="are quantized") as error:
+        saved(kind, quantize, {"num_local_experts": 4} if kind == "Mixtral" else None)
+    assert named in str(error.value) and error.value.code == 2
+
+
+@pytest.mark.parametrize(
     ("file", "content"), [("model.safetensors.index.json", "{}"), ("pytorch_model.bin", "junk" * 9)]
 )
 def test_files_that_hold_no_weights(saved, tmp_path, file, content):

@@ -20,6 +20,8 @@ from trainer.errors import RunError, named
 from trainer.plan.model_shapes import stored_tensors
 
 SHOWN = 5  # names of a message
+FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names them
+Stored = dict[str, tuple[str, list[int]]]  # as stored_tensors returns it
 LOAD_ERRORS = (OSError, ValueError, ImportError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -41,8 +43,10 @@ def check(name: str, config: PreTrainedConfig, revision: str, trust_remote_code:
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, info = _on_meta(name, config, {"": "meta"}, options)
     check_loaded(name, info)
+    stored = stored_tensors(_folder(name, revision))
+    _check_types(name, model, stored)
     _check_tied(name, model, config, options)
-    return _check_unexpected(name, model, info["unexpected_keys"], revision)
+    return _check_unexpected(name, model, info["unexpected_keys"], stored)
 
 
 def not_loaded(name: str, error: Exception) -> RunError:
@@ -124,14 +128,29 @@ def _check_tied(name: str, model: Any, config: PreTrainedConfig, options: dict[s
         )
 
 
-def _check_unexpected(name: str, model: Any, keys: Iterable[str], revision: str) -> list[str]:
+def _check_types(name: str, model: Any, stored: Stored) -> None:
+    """Raise RunError where a matrix is stored in a type that says little without its scales."""
+    own, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    for key, (dtype, shape) in sorted(stored.items()):
+        names = (key, prefix + key, key.removeprefix(prefix))
+        # What transformers renames or joins, such as experts, is known by the end of its name.
+        floats = [own[n].is_floating_point() for n in names if n in own] or [key.endswith("weight")]
+        if len(shape) > 1 and floats[0] and dtype not in FLOATS:
+            raise RunError(
+                f"the weights of {name} are quantized, and its config.json does not say how",
+                found=f"{key}: {dtype}",
+                needed="weights as " + ", ".join(FLOATS),
+                fix="the model's own weights in bf16, fp16 or fp32",
+            )
+
+
+def _check_unexpected(name: str, model: Any, keys: Iterable[str], stored: Stored) -> list[str]:
     """Return lines for weights of other parts; raise RunError for weights of the model's parts."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
     own = {key.partition(".")[0] for key in model.state_dict()}
     own |= {key.partition(".")[0] for key in model.base_model.state_dict()}
-    stored = stored_tensors(_folder(name, revision))
     lost, other = [], {}
     for key in sorted(keys):
         part = key.partition(".")[0]
