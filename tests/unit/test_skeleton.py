@@ -331,6 +331,17 @@ def test_weights_that_are_read_past_forward():
         assert not any(map(read_past_forward, described(family)[0].modules())), family
 
 
+def test_experts_that_compute_nothing():
+    """LongCat has as many attentions in a layer as there are such experts here."""
+    from transformers import LongcatFlashConfig
+
+    shape = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
+    shape |= {"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2}
+    made = models.skeleton(LongcatFlashConfig(**shape, vocab_size=64), settings())
+    chosen = select(made, "all-linear").chosen
+    assert {matrix.kind for matrix in chosen} == {"attention", "dense"}
+
+
 def test_layers_that_look_back_less():
     _, found = described("gemma3_text")
     assert {kind.window for kind in found.kinds} == {16, None}

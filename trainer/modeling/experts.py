@@ -18,6 +18,9 @@ from torch import Tensor, nn
 # Since torch 2.10, for bf16 on CUDA. Elsewhere the experts are computed one by one.
 _GROUPED: Callable | None = getattr(nn.functional, "grouped_mm", None)
 _PER_TOKEN = re.compile("experts?_per_tok|(experts?|moe)_(top_?)?k$|top_?k_experts?")
+# Numbers that have "expert" in their name and do not count those of a list or stack: experts that
+# compute nothing or stand beside the routed ones, which layers have some, how wide they are.
+_NO_COUNT = re.compile("zero|shared|layer|size")
 
 
 # -- what a model is made of -------------------------------------------------------------------
@@ -83,7 +86,8 @@ def _counts(config: Any) -> set[int]:
     return {
         value
         for name, value in vars(config).items()
-        if "expert" in name and isinstance(value, int) and not _PER_TOKEN.search(name)
+        if "expert" in name and isinstance(value, int)
+        if not _PER_TOKEN.search(name) and not _NO_COUNT.search(name)
     } - {0, 1}
 
 
