@@ -27,6 +27,7 @@ from trainer.engine.activation_offload import offload_inputs
 from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import FAILED, RunError
 from trainer.export.evaluation import evaluate
+from trainer.modeling import positions
 from trainer.modeling.kept_layers import SelectiveCheckpointing
 from trainer.modeling.loss import ChunkedHead, whole_logits
 from trainer.modeling.proof import proof_rows, prove
@@ -118,6 +119,7 @@ class OffloadTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.own_tokens = special_tokens(self.base)
+        self.first_position = positions.first(self.base)
         self.head = ChunkedHead.install(self.base, parts.liger) if parts.fused_loss else None
         self.router_loss = RouterLoss.install(self.base)
         self.timed_engine: Any = None
@@ -151,6 +153,7 @@ class OffloadTrainer(Trainer):
 
     def _collate(self, packs: list[Any], pack_length: int | None = None) -> dict[str, Any]:
         batch = collate(packs, self.processing_class.pad_token_id, pack_length)
+        batch["position_ids"] += self.first_position
         borders, longest = batch.pop("cu_seq_lens"), batch.pop("max_length")
         if self.parts.varlen:
             batch.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders)

@@ -141,6 +141,21 @@ def test_a_model_keeps_its_special_tokens(trains, rows_file, tmp_path):
     assert plain_evaluation(export, rows_file[1]) == before
 
 
+def test_positions_that_begin_after_the_padding(trains, rows_file, tmp_path):
+    import torch
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 4, "vocab_size": 512, "initializer_range": 0.5}
+    config = RobertaConfig(**shape, pad_token_id=0, is_decoder=True, max_position_embeddings=97)
+    RobertaForCausalLM(config).save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    run = trains("roberta", "--model_name_or_path", tmp_path / "model", "--max_steps", 1)
+    loss, _ = plain_evaluation(tmp_path / "model", rows_file[1])
+    assert run.evaluations[0]["eval_loss"] == pytest.approx(loss, abs=1e-4)
+
+
 def test_lora_and_merge(trains, tmp_path):
     import torch
     from peft import AutoPeftModelForCausalLM

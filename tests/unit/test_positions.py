@@ -23,6 +23,7 @@ def skeleton(kind, **shape):
         ("OPT", {"pad_token_id": 0}, "embed_positions"),
         ("GPTJ", {}, "embed_positions"),
         ("BioGpt", {}, "embed_positions"),
+        ("Roberta", {"max_position_embeddings": 130, "pad_token_id": 1}, "position_embeddings"),
     ],
 )
 def test_tables(kind, shape, named):

@@ -1,4 +1,4 @@
-"""Whether the model has a position for every token of a row."""
+"""Which positions a model's tokens have, and whether there is one for every token of a row."""
 
 from typing import Any
 
@@ -10,6 +10,17 @@ from trainer.errors import RunError
 _BESIDE = 8
 
 
+def first(model: Any) -> int:
+    """Return the position of a sample's first token.
+
+    Tables of positions with a row for padding, as RoBERTa's, begin after that.
+    """
+    for name, module in model.named_modules():
+        if "position" in name and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
 def check(model: Any, longest: int) -> str | None:
     """Return a line where rows are longer than the model was made for, or None.
 
@@ -17,10 +28,10 @@ def check(model: Any, longest: int) -> str | None:
     the tokens of the longest sample. Raise RunError where a table of positions ends before.
     """
     model = model.get_base_model() if hasattr(model, "peft_config") else model
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1 or longest <= limit:
+    rows = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(rows, int) or rows < 1 or longest <= (limit := rows - first(model)):
         return None
-    if table := _table(model, limit):
+    if table := _table(model, rows):
         raise RunError(
             f"rows are longer than the positions of {type(model).__name__}",
             found=f"{longest:,} tokens",

@@ -85,7 +85,7 @@ def _starts(positions: Tensor) -> list[int]:
     """Return where the shared sample begins in each row. positions: [rows, tokens]."""
     if len(positions) == 1:
         return [0]
-    (begins,) = positions[0].eq(0).nonzero(as_tuple=True)
+    (begins,) = positions[0].eq(positions.min()).nonzero(as_tuple=True)
     return [int(begins[-1])] * (len(positions) - 1) + [0]
 
 
