@@ -178,7 +178,7 @@ test-soak: setup-aio ## a hundred random faults of all kinds in one run, which m
 test-signals: setup-aio ## SIGTERM at nine moments of a run, fifty times each
 	$(BIN)/python tests/faults/signal_storm.py $(ARGS)
 
-test-families: setup-aio ## tiny models of 47 families beside plain PyTorch; writes docs/models.md (an hour on two cores; ARGS="--only llama,gemma2")
+test-families: setup-aio ## tiny models of 54 families beside plain PyTorch; writes docs/models.md (an hour on two cores; ARGS="--only llama,gemma2")
 	$(BIN)/python tests/families/run.py $(ARGS)
 
 test-gpu: setup-aio ## tests that need a GPU; skipped without one
