@@ -165,7 +165,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layerdrop": 0.0,
         "activation_dropout": 0.0,
     },
-    "roberta": {
+    "roberta": {  # its padding is no token of a text: transformers gives that no position
+        "pad_token_id": 0,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "is_decoder": True,
