@@ -228,7 +228,7 @@ def test_nvme_by_hand():
     found = predict(job, H100, "ds_z3_nvme_optimizer", 16)
     n = 3_212_749_824
     assert found.tiers["nvme"] == {"optimizer": 10 * n}
-    assert found.tiers["host"]["NVMe buffers"] == 6 * 2**23 * 10
+    assert found.tiers["host"]["NVMe buffers"] == 12 * 2**23 * 10
     assert found.time["io"] == pytest.approx(10 * n * (1 / H100.nvme_read + 1 / H100.nvme_write))
     fp32 = predict(replace(job, precision="fp32"), H100, "ds_z3_nvme_optimizer", 16)
     assert fp32.tiers["nvme"] == {"optimizer": 12 * n}
@@ -237,7 +237,7 @@ def test_nvme_by_hand():
     both = predict(job, H100, "ds_z3_nvme", 16)
     group = 100_000_000 + 128256 * 3072
     locked = both.config.locked_bytes(both.shapes)
-    assert both.tiers["host"]["NVMe buffers"] == locked + 6 * 2**23 * 12 + 4 * group
+    assert both.tiers["host"]["NVMe buffers"] == locked + 12 * 2**23 * 12 + 4 * group
 
 
 @pytest.mark.parametrize("accumulation, itemsize", [(15, 2), (16, 4)])
