@@ -190,12 +190,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
     "deepseek_v2": {
-        "q_lora_rank": 64,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-        "num_key_value_heads": 4,
+        **MLA,
         "n_routed_experts": 8,
         "first_k_dense_replace": 1,
         "n_group": 2,

@@ -46,7 +46,7 @@ static inline uint16_t store_bf16(float x) /* to the nearest, ties to even, as t
     return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-static inline float join(uint16_t high, uint16_t low) /* of a weight that was rounded up, low is negative */
+static inline float join(uint16_t high, uint16_t low) /* low is negative where high was rounded up */
 {
     uint32_t bits = ((uint32_t)high << 16) + (uint32_t)(int16_t)low;
     float value;
@@ -87,7 +87,7 @@ static inline uint32_t bits_of(float x) /* one NaN only, so that rounding does n
             const float g = load(grad[i]) * scale;                                                  \
             const float m = beta1 * exp_avg[i] + (1 - beta1) * g;                                   \
             const float v = beta2 * exp_avg_sq[i] + (1 - beta2) * g * g;                            \
-            const float w = FROM * kept - step * (m / (sqrtf(v) * correction2 + eps));         \
+            const float w = FROM * kept - step * (m / (sqrtf(v) * correction2 + eps));              \
             exp_avg[i] = m;                                                                         \
             exp_avg_sq[i] = v;                                                                      \
             TO(w, store);                                                                           \

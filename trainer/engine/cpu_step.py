@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from trainer.console import say
-from trainer.engine import state_ring
+from trainer.engine import split_master, state_ring
 from trainer.errors import RunError
 from trainer.system import ops
 
@@ -158,14 +158,11 @@ def _take_over(zero: Any, overlap: bool) -> str | None:
         return str(error)
     if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
         return "this C compiler does not know fp16"
-    in_ram = all(
-        flat is not None and flat.device.type == "cpu" for flat in zero.fp16_partitioned_groups_flat
-    )
-    zero.cpu_step = CpuStep(zero, adam, overlap and in_ram)
+    zero.cpu_step = CpuStep(zero, adam, overlap and split_master.parameters_in_ram(zero))
     zero.__class__ = CpuStepOptimizer
     for flat in zero.fp32_partitioned_groups_flat:
         flat.grad = None  # the fp32 copies of the gradients
-    if zero.dtype == torch.bfloat16 and in_ram:
+    if split_master.applies(zero):
         zero.cpu_step.split(zero)
     if torch.cuda.is_available():
         torch._C._host_emptyCache()

@@ -11,11 +11,23 @@ in 2^16 is a bf16 value further than torch would have it; the master is the same
 NaN becomes one NaN, whose halves are NaN too.
 """
 
+from typing import Any
+
 import torch
 
 from trainer.engine.values import is_finite
 
 NAN = 0x7FC00000
+
+
+def parameters_in_ram(zero: Any) -> bool:
+    """Return whether all trained parameters of a ZeRO-3 optimizer's rank are in RAM."""
+    return all(flat is not None and flat.is_cpu for flat in zero.fp16_partitioned_groups_flat)
+
+
+def applies(zero: Any) -> bool:
+    """Return whether a ZeRO-3 optimizer's master weights are two halves: in bf16, in RAM."""
+    return zero.dtype == torch.bfloat16 and parameters_in_ram(zero)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.config.ds_config import RING_PIECE, RING_SLOTS, SWAPPED
-from trainer.engine import aio
+from trainer.engine import aio, split_master
 from trainer.system.swap_stamps import BLOCK, damaged
 
 ALIGNED = 4096  # bytes: O_DIRECT's positions and sizes
@@ -192,9 +192,7 @@ class RingSwapper:
         self.zero = zero
         numels = zero.fp16_partitioned_groups_flat_numel
         sizes = {i: n for i, n in enumerate(numels) if self.is_swappable_tensor(numel=n)}
-        flats = zero.fp16_partitioned_groups_flat
-        in_ram = all(flat is not None and flat.is_cpu for flat in flats)
-        split = in_ram and zero.dtype == torch.bfloat16
+        split = split_master.applies(zero)
         weight = {LOW: torch.int16} if split else {WEIGHT: torch.float32}
         dtypes = {**weight, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
         rank = torch.distributed.get_rank()
