@@ -14,6 +14,7 @@ from trainer.checkpoint.files import SavedCheckpoint
 from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
 from trainer.distributed import is_main_process, on_all_ranks
+from trainer.engine.fused_step import Wanted
 from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import RunError
 from trainer.modeling import experts, linear
@@ -97,13 +98,21 @@ def build_trainer(parts: RunParts, resources: ExitStack) -> OffloadTrainer:
             varlen=plan.attention == "varlen",
             fused_loss=settings.optimizes("fused_loss"),
             liger=bool(parts.arguments.use_liger_kernel),
-            fused_step=prepared.fused_step,
-            overlap_step=settings.optimizes("overlap_step", gains=prepared.gpu),
+            step=_step(parts),
             offloaded_layers=layers
             if settings.activation_offload and settings.gradient_checkpointing
             else (),
         ),
     )
+
+
+def _step(parts: RunParts) -> Wanted | None:
+    """Return our optimizer step of a run; None where DeepSpeed's own was asked for."""
+    prepared, settings = parts.run.prepared, parts.run.settings
+    if not prepared.fused_step:
+        return None
+    overlap = settings.optimizes("overlap_step", gains=prepared.gpu)
+    return Wanted(overlap, parts.plan.config.tiers)
 
 
 def load_model(parts: RunParts) -> PreTrainedModel:

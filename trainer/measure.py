@@ -187,7 +187,7 @@ def _ram() -> float:
     """Return the GB/s of RAM traffic in our Adam, on all threads."""
     import torch
 
-    from trainer.engine import cpu_step
+    from trainer.engine import cpu_adam
 
     count, adam = 10**8, ops.adam()
     weight, exp_avg, exp_avg_sq = torch.zeros(count), torch.zeros(count), torch.ones(count)
@@ -198,8 +198,8 @@ def _ram() -> float:
     param_lp = torch.zeros_like(grad)
 
     def step() -> None:
-        update = cpu_step.update_of(weight, grad, state, group, 1.0, param_lp)
-        cpu_step.run(adam, (cpu_step.Update * 1)(update), torch.get_num_threads())
+        update = cpu_adam.update_of(weight, grad, state, group, 1.0, param_lp)
+        cpu_adam.run(adam, (cpu_adam.Update * 1)(update), torch.get_num_threads())
 
     seconds = statistics.median(_repeated(step, 1) for _ in range(3))
     return (STEP_BYTES + 2 * grad.itemsize) * count / seconds / 1e9

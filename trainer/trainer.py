@@ -22,7 +22,7 @@ from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
 from trainer.data_setup import TrainingData
 from trainer.distributed import on_all_ranks
-from trainer.engine import cpu_step, finite, patches
+from trainer.engine import finite, fused_step, patches
 from trainer.engine.activation_offload import offload_inputs
 from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import FAILED, RunError
@@ -50,7 +50,7 @@ class TrainerParts:
 
     saved: the checkpoint to resume from. space: the run's swap files. pack_length: tokens of a
     packed row, or None. varlen: the attention wants to know where samples begin. fused_loss, liger:
-    the loss in chunks, by Liger's kernel. fused_step, overlap_step: see engine/cpu_step.py.
+    the loss in chunks, by Liger's kernel. step: see engine/fused_step.py; None: DeepSpeed's.
     offloaded_layers: decoder layers whose inputs wait in RAM.
     """
 
@@ -68,8 +68,7 @@ class TrainerParts:
     varlen: bool = False
     fused_loss: bool = True
     liger: bool = False
-    fused_step: bool = True
-    overlap_step: bool = False
+    step: fused_step.Wanted | None = None
     offloaded_layers: Sequence[torch.nn.Module] = field(default_factory=list)
 
 
@@ -243,7 +242,7 @@ class OffloadTrainer(Trainer):
     def _audit(self) -> None:
         """Check the swap files, of an optimizer step that is made."""
         if self.parts.space:
-            cpu_step.finish(self.model_wrapped.optimizer)
+            fused_step.finish(self.model_wrapped.optimizer)
             self.parts.space.audit()
 
     def _rows_of_step(self) -> list[dict[str, Any]]:
@@ -265,10 +264,10 @@ class OffloadTrainer(Trainer):
             setattr(self.base.config.get_text_config(), name, token)
         # Without the path: transformers would hand it to DeepSpeed, whose checkpoints are pickles
         # and lose Adam's state on NVMe.
-        made = super()._prepare_for_training(max_steps, train_dataloader, None)
-        parts, engine = self.parts, self.model_wrapped
-        if parts.fused_step:
-            cpu_step.install(engine.optimizer, parts.overlap_step)
+        parts = self.parts
+        with fused_step.wanted(parts.step):
+            made = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine = self.model_wrapped
         if parts.kept_weights:
             parts.kept_weights.attach(engine)
         if parts.offloaded_layers:

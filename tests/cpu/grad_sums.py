@@ -39,7 +39,7 @@ def errors(config, dtype, ours, folder, rank, ranks):
     """Return {"summed": …, "stepped": …} of one configuration, on this rank's parts."""
     import deepspeed
 
-    from trainer.engine import cpu_step
+    from trainer.engine import fused_step
     from trainer.engine.optimizer_state import OptimizerState
 
     config.set_precision("bf16")
@@ -57,12 +57,11 @@ def errors(config, dtype, ours, folder, rank, ranks):
     values["optimizer"]["params"]["torch_adam"] = config.device("optimizer") == "none"
     with deepspeed.zero.Init(config_dict_or_path=values):
         model = Model()
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=values
-    )
+    with fused_step.wanted(fused_step.Wanted(overlap=False) if ours else None):
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=values
+        )
     zero = engine.optimizer
-    if ours:
-        cpu_step.install(zero, overlap=False)
     generator = torch.Generator().manual_seed(0)
     exact = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     summed = []

@@ -150,8 +150,8 @@ def test_step_in_ram_with_parameters_on_nvme(trains, tmp_path, method, in_ram):
 SLOW_STEP = """
 import ctypes, time
 from deepspeed.runtime.zero.partition_parameters import Init
-from trainer.engine import all_gather, cpu_step
-plain_handle, plain_run = all_gather.AllGatherHandle, cpu_step.run
+from trainer.engine import all_gather, cpu_adam
+plain_handle, plain_run = all_gather.AllGatherHandle, cpu_adam.run
 
 def handle(params, work):
     print("gathered", len(params))
@@ -160,12 +160,12 @@ def handle(params, work):
 def slow_run(adam, updates, threads):
     for i in range(len(updates)):
         time.sleep(0.05)
-        offset = i * ctypes.sizeof(cpu_step.Update)
-        one = (cpu_step.Update * 1).from_buffer(updates, offset)
+        offset = i * ctypes.sizeof(cpu_adam.Update)
+        one = (cpu_adam.Update * 1).from_buffer(updates, offset)
         plain_run(adam, one, threads)
 
 Init._convert_to_deepspeed_param = all_gather.convert_to_deepspeed_param
-all_gather.AllGatherHandle, cpu_step.run = handle, slow_run
+all_gather.AllGatherHandle, cpu_adam.run = handle, slow_run
 """
 
 

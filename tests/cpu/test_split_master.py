@@ -12,13 +12,10 @@ BF16 = [*FLAGS, "--precision", "bf16", "--weight_decay", 0.1, "--learning_rate",
 # The same run with fp32 master weights, whose bf16 copies are rounded as the halves are.
 WHOLE = """
 import torch
-from trainer.engine import cpu_step, split_master
+from trainer.engine import fused_step, split_master
 
-start = cpu_step.CpuStep.start
-
-
-def split(self, zero):
-    self.zero = zero
+start = fused_step.FusedStep.start
+split_master.applies = lambda zero: False
 
 
 def rounded(self, groups, worker=None):
@@ -30,7 +27,7 @@ def rounded(self, groups, worker=None):
         split_master.split(master, copy, torch.empty(len(master), dtype=torch.int16))
 
 
-cpu_step.CpuStep.split, cpu_step.CpuStep.start = split, rounded
+fused_step.FusedStep.start = rounded
 """
 
 

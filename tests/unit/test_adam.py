@@ -8,7 +8,7 @@ import ctypes
 import pytest
 import torch
 
-from trainer.engine import cpu_step, split_master
+from trainer.engine import cpu_adam, split_master
 from trainer.errors import RunError
 from trainer.system import ops
 
@@ -44,9 +44,9 @@ def trained(sizes, dtype, threads=2, scale=0.5, low=True, grad_dtype=None, halve
         updates = []
         for weight, grad, state, copy in zip(weights, grads[-1], states, copies, strict=True):
             state["step"] += 1
-            updates.append(cpu_step.update_of(weight, grad, state, GROUP, scale, copy))
-        updates = (cpu_step.Update * len(sizes))(*updates)
-        cpu_step.run(adam, updates, threads)
+            updates.append(cpu_adam.update_of(weight, grad, state, GROUP, scale, copy))
+        updates = (cpu_adam.Update * len(sizes))(*updates)
+        cpu_adam.run(adam, updates, threads)
         for update in updates:
             assert update.left == 0
             adam.adam_wait(ctypes.byref(update))
@@ -59,7 +59,7 @@ def trained(sizes, dtype, threads=2, scale=0.5, low=True, grad_dtype=None, halve
 
 
 @pytest.mark.parametrize("summed", [True, False])
-@pytest.mark.parametrize("dtype", cpu_step.BITS)
+@pytest.mark.parametrize("dtype", cpu_adam.BITS)
 def test_against_torch(dtype, summed):
     """summed: the gradients are fp32, sums of several micro-batches."""
     if dtype == torch.float16 and not ops.adam().adam_knows_fp16():
@@ -104,11 +104,11 @@ def test_threads_and_neighbours_change_nothing():
         weight.clone(),
         {"step": 3, "exp_avg": state["exp_avg"].clone(), "exp_avg_sq": state["exp_avg_sq"].clone()},
     )
-    cpu_step.run(
-        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, GROUP, 1.0)), 1
+    cpu_adam.run(
+        adam, (cpu_adam.Update * 1)(cpu_adam.update_of(weight, grad, state, GROUP, 1.0)), 1
     )
     parts = [
-        cpu_step.update_of(
+        cpu_adam.update_of(
             alone[0][i : i + 1],
             grad[i : i + 1],
             {k: v if k == "step" else v[i : i + 1] for k, v in alone[1].items()},
@@ -117,7 +117,7 @@ def test_threads_and_neighbours_change_nothing():
         )
         for i in range(1000)
     ]
-    cpu_step.run(adam, (cpu_step.Update * 1000)(*parts), 2)
+    cpu_adam.run(adam, (cpu_adam.Update * 1000)(*parts), 2)
     assert torch.equal(weight, alone[0]) and torch.equal(state["exp_avg"], alone[1]["exp_avg"])
 
 
@@ -135,8 +135,8 @@ def test_the_copy():
     state = {"step": 1, "exp_avg": zero.clone(), "exp_avg_sq": zero.clone()}
     group = {**GROUP, "weight_decay": 0.0}
     before = weight.clone()
-    cpu_step.run(
-        adam, (cpu_step.Update * 1)(cpu_step.update_of(weight, grad, state, group, 1.0, low)), 2
+    cpu_adam.run(
+        adam, (cpu_adam.Update * 1)(cpu_adam.update_of(weight, grad, state, group, 1.0, low)), 2
     )
     assert torch.equal(weight.nan_to_num(7), before.nan_to_num(7))
     assert (
@@ -170,9 +170,9 @@ def test_two_halves_are_the_weight():
     # The same halves from Adam, whose step of nothing changes nothing but -0 and NaN.
     zero = torch.zeros(len(bits))
     state = {"step": 1, "exp_avg": zero.clone(), "exp_avg_sq": zero.clone()}
-    update = cpu_step.update_of(low, zero, state, {**GROUP, "weight_decay": 0.0}, 1.0, copy)
+    update = cpu_adam.update_of(low, zero, state, {**GROUP, "weight_decay": 0.0}, 1.0, copy)
     before = copy.clone(), low.clone()
-    cpu_step.run(ops.adam(), (cpu_step.Update * 1)(update), 2)
+    cpu_adam.run(ops.adam(), (cpu_adam.Update * 1)(update), 2)
     some = finite & (weight != 0)
     assert torch.equal(copy[some], before[0][some]) and torch.equal(low[some], before[1][some])
     assert copy[~finite].isnan().all()

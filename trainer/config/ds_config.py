@@ -7,11 +7,12 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer import ROOT
 from trainer.config import ds_reader, ds_recipe
 from trainer.config.ds_reader import TIERS, read
+from trainer.config.ds_schema import PLACES
 from trainer.config.settings import Settings, find_shipped
 from trainer.errors import RunError
 
@@ -25,6 +26,19 @@ SWAPPED = 2**20
 # The ring of optimizer states on NVMe (engine/state_ring.py): elements of a piece, and pieces. With
 # half as many a disk turned more often between reading and writing, and took 13 % longer.
 RING_PIECE, RING_SLOTS = 2**23, 12
+
+
+class Tiers(NamedTuple):
+    """Trained elements of one rank by place, each kind counted from the first sub-group on.
+
+    weights_in_hbm, gradients_in_hbm: the others are in RAM. states_in_hbm, states_in_ram: those
+    after the two are on NVMe.
+    """
+
+    weights_in_hbm: float
+    gradients_in_hbm: float
+    states_in_hbm: float
+    states_in_ram: float
 
 
 @dataclass
@@ -79,6 +93,12 @@ class DeepSpeedConfig:
     def device(self, tier: str) -> str:
         """Return where the parameters or the optimizer are: "none" (the GPU), "cpu" or "nvme"."""
         return self.offload(tier).get("device", "none")
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """Where a rank's trained elements are; None where each kind is whole in one tier."""
+        block = self.values.get("tiers")
+        return Tiers(*(int(block[place]) for place in PLACES)) if block else None
 
     def uses_nvme(self) -> bool:
         """Return whether anything is on NVMe."""
@@ -143,6 +163,8 @@ class DeepSpeedConfig:
             # What stays on the GPU keeps its buffer: a longer distance would take them all.
             distance = made.zero.get("stage3_max_reuse_distance", math.inf)
             made.zero["stage3_max_reuse_distance"] = int(min(distance, 2 * shapes.layer))
+        if tiers := made.values.get("tiers"):  # transformers would fill in what is "auto"
+            made.values["tiers"] = {key: said for key, said in tiers.items() if said != "auto"}
         for block in (parameters, optimizer):
             if block.get("device") == "nvme":
                 block["nvme_path"] = str(swap_directory)

@@ -100,6 +100,8 @@ def _block(keys: dict[str, Any]) -> Block:
 
 
 _DTYPES = ("fp32", "fp16", "bf16")
+LIMITS = ("hbm", "ram", "nvme")
+PLACES = ("weights_in_hbm", "gradients_in_hbm", "states_in_hbm", "states_in_ram")
 _OTHERS: dict[str, Any] = {
     **_plain(
         "wall_clock_breakdown memory_breakdown dump_state prescale_gradients disable_allgather "
@@ -164,6 +166,8 @@ _OTHERS: dict[str, Any] = {
         **_plain("output_file", str),
     },
     "timers": {"throughput": _plain("enabled synchronized", bool)},
+    # Ours: limits, and what the plan makes of them (plan/tiers.py). DeepSpeed takes no notice.
+    "tiers": {**_plain(" ".join(LIMITS), str), **_plain(" ".join(PLACES), int, low=0)},
 }
 
 # What DeepSpeed can do and this trainer does not: the value that says so, and why.
@@ -255,6 +259,7 @@ AUTO = {
     "data_types": {"keep_in_fp32_modules", "grad_accum_dtype"},
     "bf16": {"enabled"},
     "fp16": {"enabled"},
+    "tiers": {*LIMITS, *PLACES},
 }
 
 

@@ -29,10 +29,9 @@ def convert_to_deepspeed_param(self: Init, param: Any) -> None:
 
 
 def _is_plain(param: Any) -> bool:
-    """Return whether a parameter is in RAM, not quantized, and gathered in its own type."""
+    """Return whether a parameter is not quantized, and gathered in its own type."""
     return (
         param.ds_secondary_tensor is None
-        and not param.ds_tensor.is_cuda
         and not hasattr(param.ds_tensor, "ds_quant_scale")
         and get_allgather_dtype(param, param.ds_tensor) == param.ds_tensor.dtype
     )
@@ -52,6 +51,7 @@ def all_gather_coalesced(
         or quantize
         or ranks == 1
         or not all(map(_is_plain, params))
+        or all(param.ds_tensor.is_cuda for param in params)
         or init.use_all_reduce_for_fetch_params
     ):
         return stock(params, safe_mode=safe_mode, quantize=quantize)
@@ -78,6 +78,12 @@ def all_gather_coalesced(
         for whole, place in gathered:
             dist.all_gather_into_tensor(whole, place, group)
     return AllGatherHandle(params, work)
+
+
+def wait_for_updates() -> None:
+    """Let the copies that follow wait for what the GPU has been given: updates of its shards."""
+    if stream := _copy_stream():
+        stream.wait_stream(torch.cuda.current_stream())
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import deepspeed
 import torch.distributed as dist
 
 from trainer.distributed import all_gather_object
-from trainer.engine import cpu_step
+from trainer.engine import fused_step
 from trainer.engine.values import is_finite
 
 
@@ -15,7 +15,7 @@ def first_nonfinite(engine: Any) -> str | None:
 
     engine: DeepSpeed's. All ranks call it. Parameters on NVMe are read and gathered one by one.
     """
-    cpu_step.finish(engine.optimizer)
+    fused_step.finish(engine.optimizer)
     rank, found = dist.get_rank(), None
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:

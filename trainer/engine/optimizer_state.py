@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from trainer.engine import aio, split_master
-from trainer.engine.cpu_step import CpuStepOptimizer
+from trainer.engine.fused_step import FusedStepOptimizer
 from trainer.engine.state_ring import LOW, WEIGHT, Piece, Tensors
 from trainer.engine.values import is_finite
 from trainer.errors import FAILED, RunError
@@ -55,9 +56,9 @@ class OptimizerState:
         self.dtype = self._flat(0).dtype
         self.low: dict[int, torch.Tensor] = {}
         self.ring: Any = None
-        if isinstance(self.zero, CpuStepOptimizer):
-            self.zero.cpu_step.wait_for_all()
-            self.low, self.ring = self.zero.cpu_step.low, self.zero.cpu_step.ring
+        if isinstance(self.zero, FusedStepOptimizer):
+            self.zero.fused_step.wait_for_all()
+            self.low, self.ring = self.zero.fused_step.low, self.zero.fused_step.ring
         names = {id(p): n for n, p in engine.module.named_parameters()}
         rank = torch.distributed.get_rank()
         self.shapes: dict[str, list[int]] = {}
@@ -110,7 +111,8 @@ class OptimizerState:
             yield from self._swapped_chunks(i, state_key, shard_slice)
             return
         for parts in self._parts(i, state_key, shard_slice):
-            chunk = split_master.join(*parts) if len(parts) == 2 else parts[0].cpu()
+            here = [part.cpu() for part in parts]
+            chunk = split_master.join(*here) if len(here) == 2 else here[0]
             yield chunk.view(torch.uint8).numpy()
 
     def _swapped_chunks(self, i: int, state_key: str, shard_slice: ShardSlice) -> Iterator[Any]:
@@ -119,7 +121,7 @@ class OptimizerState:
         if state_key == WEIGHT and i not in self.ring.on_disk:  # before the first step
             weight = high.narrow(0, shard_slice.offset, shard_slice.numel)
             for chunk in weight.split(CHUNK_BYTES // self.dtype.itemsize):
-                yield chunk.float().view(torch.uint8).numpy()
+                yield chunk.float().cpu().view(torch.uint8).numpy()
             return
         key = LOW if halved else state_key
         size = self.ring.dtypes[key].itemsize
@@ -131,7 +133,7 @@ class OptimizerState:
         at = shard_slice.offset
         for chunk in chunks:
             low = torch.frombuffer(chunk, dtype=torch.int16)
-            joined = split_master.join(high[at : at + len(low)], low)
+            joined = split_master.join(high[at : at + len(low)].cpu(), low)
             yield joined.view(torch.uint8).numpy()
             at += len(low)
 
@@ -188,7 +190,8 @@ class OptimizerState:
                         split_master.split(block, *parts)
                     elif block is not parts[0]:
                         parts[0].copy_(block)
-        self.zero._reassign_or_swap_out_partitioned_parameters(i)
+        if i not in self.low:  # else the parameter is a half of the weight
+            DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters(self.zero, i)
 
     def _scalar(self, value: float) -> Any:
         """Return an Adam counter as the optimizer at hand keeps it."""
@@ -201,8 +204,7 @@ class OptimizerState:
     def _restore_swapped(self, i: int, state_keys: list[str], fill: Fill) -> None:
         """Write a sub-group's files, and make its low-precision weights."""
         param_lp = self._param_lp(i)
-        in_ram = getattr(param_lp, "is_cpu", False)
-        copy = param_lp if in_ram else torch.empty(self.ring.sizes[i])
+        copy = torch.empty(self.ring.sizes[i]) if param_lp is None else param_lp
 
         def fill_piece(piece: Piece, tensors: Tensors) -> None:
             span, low = slice(piece.begin, piece.begin + piece.numel), tensors.pop(LOW, None)
@@ -219,9 +221,7 @@ class OptimizerState:
                 copy[span] = tensors[WEIGHT]
 
         self.ring.step([i], fill_piece, read=False)
-        if in_ram:
-            self.zero._unflatten_partitioned_parameters(i)
-        else:
+        if param_lp is None:
             self.zero.publish(i, copy)
 
     def _fill(self, state_key: str, piece: Piece, target: torch.Tensor, fill: Fill) -> None:

@@ -4,7 +4,7 @@ Each patch keeps the stock function under `_stock_...` and says what is wrong th
 """
 
 import inspect
-import weakref
+import itertools
 from collections import deque
 from typing import Any
 
@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import z3_leaf_module
 
-from trainer.engine import all_gather, state_ring
+from trainer.engine import all_gather, fused_step, placement
 from trainer.plan.estimate import LAYERS_AHEAD
 
 _stock_swap_in = AsyncPartitionedParameterSwapper.swap_in
@@ -31,6 +31,9 @@ _stock_ensure_availability = Init._ensure_availability_of_partitioned_params
 _stock_no_gather_init = NoGatherHandle.__init__
 _stock_no_gather_coalesced_init = NoGatherCoalescedHandle.__init__
 _stock_setup_for_real_optimizer = DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer
+_stock_create_flat_cpu_memory = (
+    DeepSpeedZeroOptimizer_Stage3._create_param_groups_fp16_flat_cpu_memory
+)
 _stock_fetch_sub_module = PartitionedParameterCoordinator.fetch_sub_module
 _stock_invalidate_trace = PartitionedParameterCoordinator._invalidate_trace
 
@@ -46,6 +49,7 @@ def apply(fetch_ahead: bool) -> None:
     NoGatherHandle.__init__ = no_gather_init
     NoGatherCoalescedHandle.__init__ = no_gather_coalesced_init
     DeepSpeedZeroOptimizer_Stage3._configure_tensor_swapping = configure_tensor_swapping
+    DeepSpeedZeroOptimizer_Stage3._create_param_groups_fp16_flat_cpu_memory = create_flat_cpu_memory
     DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer = setup_for_real_optimizer
     PartitionedParameterCoordinator._invalidate_trace = invalidate_trace
     if fetch_ahead:
@@ -130,40 +134,36 @@ def no_gather_coalesced_init(self: Any, params: list[Any]) -> None:
 
 
 def configure_tensor_swapping(self: Any, offload_optimizer_config: Any, aio_config: Any) -> None:
-    """Give the optimizer's states on NVMe to our ring, in place of DeepSpeed's swapper."""
-    self.optimizer_swapper = state_ring.RingSwapper(self)
+    """Make no swapper: states on NVMe go through our ring (fused_step.take_over)."""
+
+
+def create_flat_cpu_memory(self: Any) -> None:
+    """Let trained parameters have their places at once: in RAM, locked there, or on the GPU."""
+    if self.params_in_nvme_and_cpu:
+        _stock_create_flat_cpu_memory(self)
+        return
+    numels = [
+        [sum(p.partition_numel() for p in params) for params in sub_groups]
+        for group in self.trainable_param_groups
+        if (sub_groups := self._create_fp16_sub_groups(group["params"]))
+    ]
+    tiers = iter(fused_step.tiers_of_weights(self, [n for group in numels for n in group]))
+    self.param_groups_fp16_flat_cpu_memory = [
+        placement.FlatWeights(self, group, list(itertools.islice(tiers, len(group))))
+        for group in numels
+    ]
 
 
 def setup_for_real_optimizer(self: Any) -> None:
-    """Start with less RAM.
+    """Set up our optimizer step, or DeepSpeed's with less RAM.
 
     torch's pinned allocator keeps what the parameters had before they moved into one buffer: 2
-    bytes a parameter. And the buffer of the gradients is filled with zeros and then copied to
-    pinned memory: another 2, at the worst moment with the optimizer on NVMe. There it is locked
-    where it is.
+    bytes a parameter.
     """
-    if not self.offload_optimizer or not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()
+    if not fused_step.take_over(self):
         _stock_setup_for_real_optimizer(self)
-        return
-    torch._C._host_emptyCache()
-    pinned = self.offload_optimizer_pin_memory
-    in_place = pinned and self.swap_optimizer
-    self.offload_optimizer_pin_memory = pinned and not in_place
-    _stock_setup_for_real_optimizer(self)
-    self.offload_optimizer_pin_memory = pinned
-    if not in_place:
-        return
-    runtime: Any = torch.cuda.cudart()
-    buffer = self.grad_partitions_flat_buffer
-    address = buffer.data_ptr()
-    if runtime.cudaHostRegister(address, buffer.nbytes, 0) == runtime.cudaError.success:
-        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
-        return
-    # CUDA keeps the error until somebody asks for it: that must not be the next launch of the run.
-    try:
-        torch.zeros(1, device="cuda")
-    except RuntimeError:
-        pass
 
 
 def forget_releases() -> None:

@@ -20,14 +20,10 @@ from trainer.engine.values import is_finite
 NAN = 0x7FC00000
 
 
-def parameters_in_ram(zero: Any) -> bool:
-    """Return whether all trained parameters of a ZeRO-3 optimizer's rank are in RAM."""
-    return all(flat is not None and flat.is_cpu for flat in zero.fp16_partitioned_groups_flat)
-
-
 def applies(zero: Any) -> bool:
-    """Return whether a ZeRO-3 optimizer's master weights are two halves: in bf16, in RAM."""
-    return zero.dtype == torch.bfloat16 and parameters_in_ram(zero)
+    """Return whether a ZeRO-3 optimizer's master weights are two halves: in bf16, none on NVMe."""
+    flats = zero.fp16_partitioned_groups_flat
+    return zero.dtype == torch.bfloat16 and all(flat is not None for flat in flats)
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainer.config.ds_config import RING_PIECE, RING_SLOTS, SWAPPED
-from trainer.engine import aio, split_master
+from trainer.config.ds_config import RING_PIECE, RING_SLOTS
 from trainer.system.swap_stamps import BLOCK, damaged
 
 ALIGNED = 4096  # bytes: O_DIRECT's positions and sizes
@@ -36,6 +35,12 @@ class Piece(NamedTuple):
 
 Tensors = dict[str, torch.Tensor]  # a piece's, by state key
 Slot = tuple[memoryview, dict[str, int]]  # its bytes, and where those of each state key begin
+
+
+def pieces(group: int, numel: int) -> list[Piece]:
+    """Return the pieces of a sub-group of so many elements."""
+    starts = range(0, numel, RING_PIECE)
+    return [Piece(group, at, min(RING_PIECE, numel - at)) for at in starts]
 
 
 def _rounded(size: int) -> int:
@@ -72,7 +77,7 @@ class StateRing:
         Raises RunError where a transfer fails, or what was read is not what was written.
         """
         groups = list(groups)
-        pieces = deque(piece for group in groups for piece in self._pieces(group))
+        waiting = deque(piece for group in groups for piece in pieces(group, self.sizes[group]))
         for group in groups:
             for key, dtype in self.dtypes.items():
                 path, size = self.path(group, key), _rounded(self.sizes[group] * dtype.itemsize)
@@ -83,9 +88,9 @@ class StateRing:
         free = deque(self.slots)
         reading: deque[tuple[Piece, Slot, list[Future[None]]]] = deque()
         writing: deque[tuple[Slot, list[Future[None]]]] = deque()
-        while pieces or reading:
-            while pieces and free:
-                piece, slot = pieces.popleft(), free.popleft()
+        while waiting or reading:
+            while waiting and free:
+                piece, slot = waiting.popleft(), free.popleft()
                 reading.append((piece, slot, self._read(piece, slot) if read else []))
             if reading:
                 piece, slot, transfers = reading.popleft()
@@ -100,11 +105,6 @@ class StateRing:
         for _, transfers in writing:
             _wait_for(transfers)
         self.on_disk.update(groups)
-
-    def _pieces(self, group: int) -> list[Piece]:
-        numel = self.sizes[group]
-        starts = range(0, numel, RING_PIECE)
-        return [Piece(group, at, min(RING_PIECE, numel - at)) for at in starts]
 
     def _slot(self, numel: int) -> Slot:
         begins, size = {}, 0
@@ -174,67 +174,3 @@ def _are_done(transfers: list[Future[None]]) -> bool:
 def _wait_for(transfers: list[Future[None]]) -> None:
     for transfer in transfers:
         transfer.result()
-
-
-def _leave_parameters(sub_group_id: int) -> None:
-    pass
-
-
-class RingSwapper:
-    """DeepSpeed's optimizer swapper, as a ring that the CPU's step drives by itself.
-
-    zero: the ZeRO-3 optimizer. The fp32 tensors of sub-groups on NVMe stay empty. In bf16 with the
-    parameters in RAM a weight is there and 16 bits more are on disk (split_master.py). ring: None
-    where every sub-group is small.
-    """
-
-    def __init__(self, zero: Any) -> None:
-        self.zero = zero
-        numels = zero.fp16_partitioned_groups_flat_numel
-        sizes = {i: n for i, n in enumerate(numels) if self.is_swappable_tensor(numel=n)}
-        split = split_master.applies(zero)
-        weight = {LOW: torch.int16} if split else {WEIGHT: torch.float32}
-        dtypes = {**weight, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
-        rank = torch.distributed.get_rank()
-        self.ring = StateRing(aio.watched, rank, sizes, dtypes) if sizes else None
-
-    def is_swappable_tensor(self, tensor: Any = None, numel: int = 0) -> bool:
-        """Return whether a sub-group of so many elements is on NVMe. Smaller ones stay in RAM."""
-        return 4 * numel >= SWAPPED
-
-    def initialize_parameters(self, parameters: list[Any], src_tensors: list[Any]) -> None:
-        """Write fp32 weights whose parameters are on NVMe. Others are made in the first step."""
-        for parameter, source in zip(parameters, src_tensors, strict=True):
-            i = self._group_of(parameter)
-            if self.ring is None or self.zero.fp16_partitioned_groups_flat[i] is not None:
-                continue
-
-            def fill(piece: Piece, tensors: Tensors, source: torch.Tensor = source) -> None:
-                for tensor in tensors.values():
-                    tensor.zero_()
-                tensors[WEIGHT].copy_(source[piece.begin : piece.begin + piece.numel])
-
-            self.ring.step([i], fill, read=False)
-
-    def swap_in_optimizer_state(self, parameter: Any, async_parameter: Any = None) -> None:
-        """Let an fp32 tensor have its size while DeepSpeed starts, in memory that nobody touches.
-
-        DeepSpeed would write the parameters on NVMe again, from the weights that were made of them.
-        """
-        numel = self.zero.fp16_partitioned_groups_flat_numel[self._group_of(parameter)]
-        parameter.data = torch.empty(numel)
-        self.zero._partitioned_params_swap_out = _leave_parameters
-
-    def swap_out_optimizer_state(self, parameter: Any, async_swap: bool = False) -> None:
-        """Let it be empty again."""
-        parameter.grad, parameter.data = None, torch.empty(0)
-        del self.zero._partitioned_params_swap_out  # the class has it
-
-    def init_timers(self) -> None:
-        """DeepSpeed measures its own swapper."""
-
-    log_timers = pre_backward = post_backward = init_timers
-
-    def _group_of(self, parameter: Any) -> int:
-        flats = self.zero.fp32_partitioned_groups_flat
-        return next(i for i, flat in enumerate(flats) if flat is parameter)
