@@ -1,5 +1,7 @@
 """What tests and benchmarks share: a tokenizer for models with random weights, and flags."""
 
+import json
+
 # The configuration of a tiny model, of whatever family.
 SHAPE = {
     "vocab_size": 256,
@@ -63,3 +65,30 @@ def make_tokenizer(folder, text):
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+# Shares of a rank's trained elements: weights, gradients and states on the GPU, states in RAM.
+SPLITS = [
+    (1, 1, 1, 0),  # all on the GPU
+    (0, 0, 0, 0),  # states on NVMe
+    (1, 1, 0, 1),  # weights and gradients on the GPU, states in RAM
+    (1, 1, 0, 0),  # and on NVMe
+    (0.8, 0.5, 0.3, 0.4),  # a bit of everything
+    (0.5, 0.8, 0.3, 0.4),
+    (0, 1, 0, 0.5),
+    (1, 0, 0, 0.5),
+]
+
+
+def tiers_flags(folder, shares, trained):
+    """Return the flags of ds_z3_infinity.json with these places. trained: elements of one rank."""
+    import hjson
+
+    from trainer.config.ds_config import CONFIGS, Tiers
+
+    config = hjson.loads((CONFIGS / "ds_z3_infinity.json").read_text())
+    for place, share in zip(Tiers._fields, shares, strict=True):
+        config["tiers"][place] = int(share * trained)
+    path = folder / f"{'-'.join(map(str, shares))}.json"
+    path.write_text(json.dumps(config))
+    return ["--deepspeed", path]

@@ -12,21 +12,28 @@ from data.files import write_atomically
 from trainer import data_setup
 from trainer.checkpoint import base, load, resume
 from trainer.checkpoint.files import SavedCheckpoint, supersede
-from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
+from trainer.config.ds_config import DeepSpeedConfig, Tiers, ZeroShapes
 from trainer.config.flags import all_keys
 from trainer.config.settings import Settings, write_yaml
 from trainer.console import say, table
 from trainer.data_setup import TrainingData
-from trainer.distributed import broadcast_object, is_main_process, on_all_ranks
+from trainer.distributed import (
+    all_gather_object,
+    broadcast_object,
+    is_main_process,
+    on_all_ranks,
+)
 from trainer.engine.aio import watch_swap_files
-from trainer.errors import RunError, one_line
+from trainer.errors import DOES_NOT_FIT, RunError, one_line, script_line
 from trainer.export.writer import rehearse
 from trainer.modeling import attention, positions, weights
 from trainer.modeling import load as modeling
 from trainer.modeling.skeleton import describe
 from trainer.monitor.stopping import dump_stacks_on_signal
 from trainer.monitor.telemetry import RamSampler
+from trainer.plan import output
 from trainer.plan.model_shapes import ModelSpec
+from trainer.plan.remedy import remedy
 from trainer.plan.report import PlannedRun, PlanReport
 from trainer.prepare import Prepared
 from trainer.process_group import Ranks
@@ -154,12 +161,15 @@ def load_inputs(run: Run) -> Inputs:
 class EnginePlan:
     """What follows from the model's shapes. parameters: all of them; attention: the backend.
 
+    gpu_work: bytes of a GPU beside what is placed there by value; 0 where nothing is.
+
     active: parameters that compute a token, of the routed experts those it goes to. model: as the
     plan sees it. definition: what it computes, for every manifest.
     """
 
     config: DeepSpeedConfig
     shapes: ZeroShapes
+    gpu_work: float
     parameters: int
     active: float
     attention: str | None
@@ -197,7 +207,14 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
     # 16 bits are those of the run's precision: the checkpoint may be of another one's.
     added = "fp32" if settings.grad_accum_dtype == "fp32" else prepared.precision
     prepared.config.set_grad_accum_dtype(added)
-    config = prepared.config.resolved(shapes, ranks, run.swap)
+    config, gpu_work = prepared.config.resolved(shapes, ranks, run.swap), 0.0
+    if prepared.gpu and (limit := config.limit("hbm")):
+        hardware.limit_gpu(limit)
+    if config.places_by_value:
+        planned = _planned(run, inputs, model, config)
+        planned.gpu_taken = max(all_gather_object(hardware.gpu_taken(prepared.gpu)))
+        places, gpu_work = on_all_ranks(lambda: _places(planned))[0]
+        config = config.placed(places, shapes, ranks)
     config.check_buffers(shapes, ranks)
     buffers = config.locked_bytes(shapes), config.ring_bytes(shapes, ranks)
     hardware.check_buffers(*buffers, run.ranks.here)
@@ -210,7 +227,45 @@ def plan_engine(run: Run, inputs: Inputs, saved: SavedCheckpoint | None) -> Engi
         f"{'packed ' if settings.packing else ''}rows x {settings.gradient_accumulation_steps} "
         f"micro-batches = {settings.rows_per_step(ranks)} rows; gradients are added in {added}"
     )
-    return EnginePlan(config, shapes, parameters, active, backend, model, definition)
+    return EnginePlan(config, shapes, gpu_work, parameters, active, backend, model, definition)
+
+
+def _planned(run: Run, inputs: Inputs, model: ModelSpec, config: DeepSpeedConfig) -> PlannedRun:
+    summary = inputs.data.summary
+    return PlannedRun(
+        run.settings,
+        config,
+        model,
+        run.prepared.precision,
+        run.prepared.gpu,
+        run.ranks.world,
+        run.ranks.here,
+        inputs.data.train.lengths,
+        summary.trained / summary.tokens,
+    )
+
+
+def _places(planned: PlannedRun) -> tuple[Tiers, float]:
+    """Return what goes where in this run, and what the work takes of a GPU: rank 0 plans for all.
+
+    Raises RunError (DOES_NOT_FIT) where it does not fit what is free, or may be used.
+    """
+    if not is_main_process():
+        return Tiers(0, 0, 0, 0), 0
+    prediction = planned.predict()
+    if prediction.short:
+        job, machine = prediction.job, prediction.machine
+        raise RunError(
+            "the run does not fit into the memory that it may use",
+            found="; ".join(
+                f"{size / 1e9:,.1f} GB of {what} short" for what, size in prediction.short.items()
+            ),
+            needed=remedy(job, machine) or "another machine",
+            fix=f"larger limits in the block tiers, if there are any; {script_line('plan')}",
+            code=DOES_NOT_FIT,
+        )
+    say(output.places_table(prediction))
+    return prediction.places, output.gpu_work(prediction)
 
 
 def choose_checkpointing(settings: Settings, skeleton: Any) -> None:
@@ -386,21 +441,7 @@ def show_settings(run: Run) -> None:
 
 def predict(run: Run, inputs: Inputs, plan: EnginePlan) -> PlanReport:
     """Predict memory and time of the run, to be compared with what is measured."""
-    summary = inputs.data.summary
-    return PlanReport(
-        run.directory,
-        PlannedRun(
-            run.settings,
-            plan.config,
-            plan.model,
-            run.prepared.precision,
-            run.prepared.gpu,
-            run.ranks.world,
-            run.ranks.here,
-            inputs.data.train.lengths,
-            summary.trained / summary.tokens,
-        ),
-    )
+    return PlanReport(run.directory, _planned(run, inputs, plan.model, plan.config))
 
 
 def reserve_swap_space(run: Run, plan: EnginePlan, resources: ExitStack) -> SwapSpace | None:

@@ -88,6 +88,8 @@ CASES = {
     "8b-lora-8k": Case("8b", "lora", 4, max_length=8192),
     "8b-lora-64k": Case("8b", "lora", 1, max_length=65536),
     "8b-full": Case("8b", "full", 8, gpus=2),
+    # 64k tokens a step.
+    "8b-one": Case("8b", "full", 8, flags=["--gradient_accumulation_steps", "4"], uncounted=2),
     "30b-a3b-lora": Case("30b-a3b", "lora", 4, layers=12),
     "30b-a3b-experts": Case(
         "30b-a3b", "lora", 4, layers=12, flags=["--lora_target_modules", "attention,experts"]

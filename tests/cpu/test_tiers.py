@@ -1,14 +1,10 @@
 """Weights, gradients and states over three tiers: the bits are those of all in RAM."""
 
-import hjson
-import json
-
 import pytest
-from conftest import ROOT
-from test_resume import CUT, FLAGS, LORA, STEPS
+from test_resume import CUT, FLAGS, STEPS
+from tiny import SPLITS, tiers_flags
 
 MODEL = 3_080_192  # trained elements of the tiny model
-BF16 = ["--precision", "bf16"]
 
 
 @pytest.fixture
@@ -20,31 +16,7 @@ def trains(trains):
 
 @pytest.fixture
 def tiers(tmp_path):
-    """Return a function that writes ds_z3_infinity.json with these places, as shares of a rank."""
-
-    def write(*shares, ranks=1, trained=MODEL):
-        config = hjson.loads((ROOT / "deepspeed_configs/ds_z3_infinity.json").read_text())
-        names = "weights_in_hbm", "gradients_in_hbm", "states_in_hbm", "states_in_ram"
-        for name, share in zip(names, shares, strict=True):
-            config["tiers"][name] = int(share * trained / ranks)
-        path = tmp_path / f"{'-'.join(map(str, shares))}-{ranks}.json"
-        path.write_text(json.dumps(config))
-        return ["--deepspeed", path]
-
-    return write
-
-
-SPLITS = [
-    (1, 1, 1, 0),  # all on the GPU
-    (0, 0, 0, 1),  # all in RAM
-    (0, 0, 0, 0),  # states on NVMe
-    (1, 1, 0, 1),  # weights and gradients on the GPU, states in RAM
-    (1, 1, 0, 0),  # and on NVMe
-    (0.8, 0.5, 0.3, 0.4),  # a bit of everything
-    (0.5, 0.8, 0.3, 0.4),
-    (0, 1, 0, 0.5),
-    (1, 0, 0, 0.5),
-]
+    return lambda *shares, ranks=1: tiers_flags(tmp_path, shares, MODEL / ranks)
 
 
 def same(run, other, steps=slice(None)):

@@ -5,6 +5,7 @@ Does not import torch.
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from trainer import ROOT
 from trainer.config import ds_reader, ds_recipe
 from trainer.config.ds_reader import TIERS, read
 from trainer.config.ds_schema import PLACES
+from trainer.config.flags import parse_size
 from trainer.config.settings import Settings, find_shipped
 from trainer.errors import RunError
 
@@ -97,8 +99,37 @@ class DeepSpeedConfig:
     @property
     def tiers(self) -> Tiers | None:
         """Where a rank's trained elements are; None where each kind is whole in one tier."""
-        block = self.values.get("tiers")
-        return Tiers(*(int(block[place]) for place in PLACES)) if block else None
+        block = self.values.get("tiers") or {}
+        found = [block.get(place, "auto") for place in PLACES]
+        return None if "auto" in found else Tiers(*map(int, found))
+
+    @property
+    def places_by_value(self) -> bool:
+        """Whether the plan says where each sub-group is (plan/tiers.py)."""
+        return "tiers" in self.values and self.tiers is None
+
+    def placed(self, tiers: Tiers, shapes: ZeroShapes, ranks: int) -> "DeepSpeedConfig":
+        """Return a copy with these places, without NVMe where nothing is there."""
+        made = copy.deepcopy(self)
+        made.values["tiers"] |= {
+            place: int(min(elements, -(-shapes.trainable // ranks)))
+            for place, elements in zip(PLACES, tiers, strict=True)
+        }
+        if not made._states_on_nvme(shapes, ranks):
+            made.leave_nvme()
+        return made
+
+    def leave_nvme(self) -> None:
+        """Let states be in RAM that would be on NVMe."""
+        self.offload("optimizer")["device"] = "cpu"
+        self.offload("optimizer").pop("nvme_path", None)
+
+    def limit(self, tier: str) -> float | None:
+        """Return the bytes of "hbm", "ram" or "nvme" that may be used, None for all."""
+        said = (self.values.get("tiers") or {}).get(tier, "auto")
+        if re.fullmatch(r"\s*0(\.0*)?\s*([KMGT]i?B)?\s*", said, re.IGNORECASE):
+            return 0
+        return None if said == "auto" else parse_size(said, f"tiers.{tier}")
 
     def uses_nvme(self) -> bool:
         """Return whether anything is on NVMe."""
@@ -226,11 +257,11 @@ class DeepSpeedConfig:
     def state_bytes(self, shapes: ZeroShapes) -> int:
         """Return the bytes of a trained parameter's optimizer states: fp32 weight and two moments.
 
-        In bf16 with the parameters in RAM the weight is two bytes that the model's own lacks
+        In bf16 with no parameters on NVMe the weight is two bytes that the model's own lacks
         (engine/split_master.py).
         """
-        split = shapes.itemsize == 2 and self.device("param") == "cpu" and not self.fp16
-        return 10 if split and self.device("optimizer") != "none" else 12
+        split = shapes.itemsize == 2 and self.device("param") != "nvme" and not self.fp16
+        return 10 if split else 12
 
     @property
     def fp16(self) -> bool:
@@ -258,5 +289,15 @@ class DeepSpeedConfig:
         if self.device("param") == "nvme":
             size += parameters * shapes.itemsize
         if self.device("optimizer") == "nvme":
-            size += shapes.trainable * self.state_bytes(shapes)
+            size += self._states_on_nvme(shapes, ranks) * ranks * self.state_bytes(shapes)
         return -(-size // ranks) + SWAP_FILE_SLACK
+
+    def _states_on_nvme(self, shapes: ZeroShapes, ranks: int) -> int:
+        """Return one rank's trained elements whose states may be on NVMe."""
+        trained = -(-shapes.trainable // ranks)
+        if self.tiers is None:
+            return trained
+        # A sub-group that a tier has no room for goes whole to the next one.
+        group = int(self.zero["sub_group_size"]) + -(-shapes.largest_trainable // ranks)
+        below = trained - int(self.tiers.states_in_hbm + self.tiers.states_in_ram)
+        return min(trained, below + 2 * group) if below > 0 else 0

@@ -14,11 +14,11 @@ _optimizer_step, unscale_and_clip_grads).
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -59,13 +59,16 @@ class Job(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Wanted:
     """overlap: the CPU's step runs in a thread beside the next forward pass, whose layers wait for
-    their own update only. tiers: None: as DeepSpeed's keys have it."""
+    their own update only. tiers: None: as DeepSpeed's keys have it. gpu_work: bytes that the plan
+    wants on the GPU beside what is placed there.
+    """
 
     overlap: bool
     tiers: Tiers | None = None
+    gpu_work: float = 0
 
 
 _wanted: Wanted | None = None
@@ -114,9 +117,24 @@ def take_over(zero: Any) -> bool:
 
 
 def tiers_of_weights(zero: Any, numels: list[int]) -> list[str]:
-    """Return the tier of each sub-group's weights, of so many elements: HBM or RAM."""
-    tiers = _wanted.tiers if _wanted and applies(zero) else None
-    return placement.place(numels, tiers or placement.of_engine(zero)).weights
+    """Return the tier of each sub-group's weights, of so many elements: HBM or RAM.
+
+    Nothing is there yet: what finds less memory than it was planned with moves down a tier.
+    """
+    global _wanted
+    if _wanted is None or _wanted.tiers is None or not applies(zero):
+        return placement.place(numels, placement.of_engine(zero)).weights
+    itemsize = zero.dtype.itemsize
+    room = placement.Room(
+        sum(numels),
+        (itemsize, zero.gradient_accumulation_dtype.itemsize, 10 if itemsize == 2 else 12),
+        _wanted.gpu_work,
+    )
+    tiers, moved = placement.settle(_wanted.tiers, room, aio.watched is not None)
+    for line in moved:
+        say(line)
+    _wanted = dataclasses.replace(_wanted, tiers=tiers)
+    return placement.place(numels, tiers).weights
 
 
 def finish(zero: Any) -> None:
@@ -432,7 +450,7 @@ class FusedStep:
         }
         buffers: dict[str, torch.Tensor] = {
             HBM: torch.zeros(of_tier[HBM], dtype=dtype, device=self._device(HBM)),
-            RAM: pinned.zeros(of_tier[RAM], dtype, zero),
+            RAM: pinned.zeros(of_tier[RAM], dtype, self),
         }
         ends: dict[str, int] = dict.fromkeys(buffers, 0)
         self.grads: list[torch.Tensor] = []
@@ -459,7 +477,7 @@ class FusedStep:
 
     def describe(self) -> str:
         """Return where the optimizer step is made, for people."""
-        sums = dict.fromkeys((HBM, RAM, NVME), 0)
+        sums: dict[str, int] = dict.fromkeys((HBM, RAM, NVME), 0)
         for numel, tier in zip(self.numels, self.placement.states, strict=True):
             sums[tier] += numel
         shares = {tier: numel / sum(sums.values()) for tier, numel in sums.items() if numel}

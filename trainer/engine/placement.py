@@ -8,13 +8,15 @@ next forward pass needs later, and those that wait for a disk are needed last.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from trainer.config.ds_config import SWAPPED, Tiers
+from trainer.distributed import all_gather_object, ranks_on_this_machine
 from trainer.engine import pinned
+from trainer.system import hardware
 
 HBM, RAM, NVME = "hbm", "ram", "nvme"
 accelerator: Any = get_accelerator()
@@ -67,6 +69,56 @@ def place(numels: list[int], tiers: Tiers) -> Placement:
         [HBM if here else RAM for here in gradients],
         states,
     )
+
+
+class Room(NamedTuple):
+    """trained: elements of one rank. sizes: bytes of an element's weight, gradient and states.
+
+    gpu_work: bytes that training takes of a GPU beside what is placed there.
+    """
+
+    trained: int
+    sizes: tuple[int, int, int]
+    gpu_work: float
+
+
+def settle(tiers: Tiers, room: Room, has_nvme: bool) -> tuple[Tiers, list[str]]:
+    """Return the places as far as memory is free now, the same on all ranks, and what moved.
+
+    The weights are in RAM already, each rank's own. has_nvme: states can go there.
+    """
+    weight, gradient, state = room.sizes
+    moved = []
+    if torch.cuda.is_available() and (free := _least(hardware.gpu_room())):
+        placed = weight * tiers.weights_in_hbm + gradient * tiers.gradients_in_hbm
+        lacking = placed + state * tiers.states_in_hbm + room.gpu_work - free
+        if lacking > 0:
+            moved.append(f"the GPU has {lacking / 1e9:.2f} GB less than was planned with")
+        for kind, size in (("states", state), ("gradients", gradient), ("weights", weight)):
+            place = f"{kind}_in_hbm"
+            less = min(getattr(tiers, place), max(0, lacking) / size)
+            if less:
+                moved.append(f"{kind} of {less / 1e6:,.0f}M parameters go to RAM")
+                tiers = tiers._replace(**{place: getattr(tiers, place) - less})
+                lacking -= less * size
+    elsewhere = room.trained - tiers.states_in_hbm
+    tiers = tiers._replace(states_in_ram=min(tiers.states_in_ram, elsewhere))
+    if not has_nvme:
+        return tiers._replace(states_in_ram=elsewhere), moved
+    free = _least(hardware.free_memory() / ranks_on_this_machine())
+    new = gradient * (room.trained - tiers.gradients_in_hbm) - weight * tiers.weights_in_hbm
+    lacking = new + state * tiers.states_in_ram - free
+    if less := min(tiers.states_in_ram, max(0, lacking) / state):
+        moved.append(
+            f"the RAM has {lacking / 1e9:.2f} GB less than was planned with: states of "
+            f"{less / 1e6:,.0f}M parameters go to NVMe"
+        )
+        tiers = tiers._replace(states_in_ram=tiers.states_in_ram - less)
+    return tiers, moved
+
+
+def _least(size: float) -> float:
+    return min(all_gather_object(size))
 
 
 class FlatWeights:

@@ -16,6 +16,7 @@ from trainer.distributed import all_gather_object
 from trainer.engine.kept_weights import AUTO, KeptWeights
 from trainer.errors import RunError
 from trainer.plan.estimate import SPARE_GPU
+from trainer.system import hardware
 
 # The optimizer steps in which AUTO acts, counted from 1. The first one recomputes all layers. A new
 # number of kept layers changes the order in which modules run. ZeRO-3 then drops its record of that
@@ -127,8 +128,7 @@ class SelectiveCheckpointing:
         stats = torch.cuda.memory_stats()
         current = stats["active_bytes.all.current"]
         peak = current + (stats["active_bytes.all.peak"] - current) * scale
-        free, total = torch.cuda.mem_get_info()
-        limit = free + torch.cuda.memory_reserved() - SPARE_GPU * total
+        limit = hardware.gpu_room(SPARE_GPU)
         # One layer is kept already, and part of the peak.
         fitting = max(1 + int((limit - peak) / max(layer_bytes, 1)), 0)
         left = limit - peak - (len(self.layers) - 1) * layer_bytes

@@ -18,7 +18,7 @@ from trainer.plan.timing import step_seconds
 from trainer.plan.workload import Workload
 
 GIB = 2**30
-MODES = ("ds_z3", "ds_z3_offload", "ds_z3_nvme_optimizer", "ds_z3_nvme")
+MODES = ("ds_z3", "ds_z3_offload", "ds_z3_infinity", "ds_z3_nvme_optimizer", "ds_z3_nvme")
 # The layers that the host is before the GPU where it does not wait (engine/patches.py): their
 # weights are in memory by then.
 LAYERS_AHEAD = 2
@@ -117,7 +117,7 @@ def rank_bytes(work: Workload) -> Bytes:
     bucket = min(zero["reduce_bucket_size"], shapes.largest_trainable) * itemsize
     at_work = work.layer_bytes + 3 * work.tokens * model.at_work * itemsize
     inputs = 2 if job.activation_offload and on_gpu else model.layers
-    in_place = work.optimizer_on == "none"
+    places = work.places
     gathered = persistent + min(
         zero["stage3_max_live_parameters"] * itemsize, 3 * layer + model.embedding * itemsize
     )
@@ -126,10 +126,14 @@ def rank_bytes(work: Workload) -> Bytes:
     return _counted(
         {
             "context": on_gpu and CONTEXT + CONTEXT_MORE * (ranks > 1),
-            "parameters": work.params_on == "none"
-            and (model.parameters + adapters) * itemsize / ranks,
-            "optimizer": in_place and 12 * work.trainable,
-            "gradients": in_place and work.trainable * work.grad_itemsize,
+            "parameters": itemsize
+            * (
+                (model.parameters + adapters) / ranks
+                if work.params_on == "none"
+                else places.weights_in_hbm
+            ),
+            "optimizer": work.state_bytes * places.states_in_hbm,
+            "gradients": work.grad_itemsize * places.gradients_in_hbm,
             "gathered layers": work.gathers and gathered,
             "gradients of a layer": bucket + (2 * layer if job.full else persistent),
             "inputs of layers": inputs * work.input_bytes,
@@ -144,23 +148,26 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
 
     kept: layers that keep their activations.
     """
-    job, on_gpu, share = work.job, work.on_gpu, work.machine_share
-    ranks_here, trainable, itemsize = work.machine.ranks_here, work.shapes.trainable, work.itemsize
-    offloaded = work.optimizer_on != "none"
+    job, on_gpu, share, places = work.job, work.on_gpu, work.machine_share, work.places
+    ranks_here, itemsize, trainable = work.machine.ranks_here, work.itemsize, work.trainable
     # The stock step has the gradients once more, in fp32.
     stock = work.optimizer_on == "cpu" and not work.fused_step
-    parameters = work.model.parameters + (0 if job.full else trainable)
+    parameters = work.model.parameters + (0 if job.full else work.shapes.trainable)
+    in_ram = work.params_on == "cpu" and parameters * share - places.weights_in_hbm * ranks_here
+    gradients = (trainable - places.gradients_in_hbm) * (work.grad_itemsize + 4 * stock)
+    states = work.state_bytes * places.states_in_ram
+    # What goes to the GPUs is loaded into RAM first.
+    to_gpu = on_gpu and itemsize * max(places.weights_in_hbm, places.states_in_hbm)
     inputs = work.model.layers - kept if job.activation_offload and on_gpu else 0
     return _counted(
         {
             "processes": (BASE_RAM if on_gpu else _base_ram_cpu()) * ranks_here,
-            "parameters": work.params_on == "cpu" and parameters * itemsize * share,
+            "parameters": in_ram * itemsize,
             "pinned rounding": pinned_rounding(work) * ranks_here,
-            "optimizer": work.optimizer_on == "cpu" and work.state_bytes * trainable * share,
-            "gradients": offloaded and trainable * (work.grad_itemsize + 4 * stock) * share,
+            "optimizer": states * ranks_here,
+            "gradients": gradients * ranks_here,
             "NVMe buffers": (work.locked + work.ring) * ranks_here,
-            # DeepSpeed moves them into one buffer by way of RAM.
-            START: on_gpu and not offloaded and trainable * itemsize * share,
+            START: max(0, to_gpu - gradients - states) * ranks_here,
             "inputs of layers": inputs * work.input_bytes * ranks_here,
         }
     )
@@ -177,7 +184,7 @@ def _base_ram_cpu() -> float:
 
 def nvme_bytes(work: Workload) -> Bytes:
     """Return what one machine has on NVMe."""
-    model, share = work.model, work.machine_share
+    model, share, ranks_here = work.model, work.machine_share, work.machine.ranks_here
 
     def swapped(tensors: list[int]) -> int:
         sizes = (elements * work.itemsize for elements in tensors)
@@ -187,11 +194,11 @@ def nvme_bytes(work: Workload) -> Bytes:
     outside = model.rest.tensors + [model.embedding] * model.tied
     parameters = total(model.kinds, lambda kind: swapped(kind.tensors)) + swapped(outside)
     sub_group_bytes = 4 * min(work.zero["sub_group_size"], work.trainable)
-    optimizer = work.optimizer_on == "nvme" and sub_group_bytes >= SWAPPED
+    optimizer = sub_group_bytes >= SWAPPED and work.state_bytes * work.on_nvme * ranks_here
     return _counted(
         {
             "parameters": work.params_on == "nvme" and parameters * share,
-            "optimizer": optimizer and work.state_bytes * work.shapes.trainable * share,
+            "optimizer": optimizer,
         }
     )
 
@@ -228,17 +235,16 @@ def pinned_rounding(work: Workload) -> float:
     """Return the bytes of one rank that are lost where torch rounds pinned memory up.
 
     torch's allocator takes the next power of two for each block (CachingHostAllocator). Frozen
-    parameters are pinned one by one, trained ones in one buffer, and their gradients in another.
+    parameters are pinned one by one. Trained ones and gradients are locked as they are
+    (engine/pinned.py).
     """
-    if work.machine.exact_pinning or not work.on_gpu or work.params_on != "cpu":
+    exact = work.machine.exact_pinning or work.job.full
+    if exact or not work.on_gpu or work.params_on != "cpu":
         return 0
 
     def lost(size: float) -> float:
         return 2 ** math.ceil(math.log2(size)) - size
 
-    if work.job.full:
-        gradients = work.optimizer_on == "cpu" and lost(work.trainable * work.grad_itemsize)
-        return lost(work.trainable * work.itemsize) + gradients
     return total(
         [*work.model.kinds, work.model.rest],
         lambda layer: sum(lost(-(-size // work.ranks) * work.itemsize) for size in layer.tensors),

@@ -3,6 +3,7 @@
 Does not import torch.
 """
 
+from trainer.plan import tiers
 from trainer.plan.estimate import MODES, Prediction, config_of
 from trainer.plan.machine import Machine
 from trainer.plan.workload import TrainingJob
@@ -21,7 +22,7 @@ def evaluate(job: TrainingJob, machine: Machine, mode: str) -> Prediction:
         rows = max(1, round(job.tokens_per_step / (job.max_length * machine.ranks)))
         sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if rows % size == 0]
     best, *others = (
-        Prediction(job, machine, config_of(mode), size, max(1, rows // size)) for size in sizes
+        tiers.predict(job, machine, config_of(mode), size, max(1, rows // size)) for size in sizes
     )
     for other in others:
         if other.fits and (best.short or other.tokens_per_s > 1.01 * best.tokens_per_s):

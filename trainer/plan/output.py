@@ -12,6 +12,14 @@ from trainer.errors import BAD_INPUT, DOES_NOT_FIT, FAILED, RunError
 from trainer.plan.estimate import GIB, MODES, Prediction, config_of
 from trainer.plan.remedy import remedy, why_not
 
+BAR = 24  # characters of all that is trained
+# Of the parts of a GPU's memory: those beside what is placed and kept there; the context is taken.
+GPU_WORK = (
+    "gathered layers",
+    "gradients of a layer",
+    "inputs of layers",
+    "a layer at work, or the logits",
+)
 TIERS = {"gpu": "GPU", "host": "RAM", "nvme": "NVMe"}  # of one GPU, one machine, one machine
 
 
@@ -58,6 +66,35 @@ def as_json(predictions: list[Prediction]) -> dict[str, Any]:
     if best.short:
         content["remedy"] = remedy(job, best.machine)
     return content
+
+
+def gpu_work(prediction: Prediction) -> float:
+    """Return the bytes of a GPU that training takes beside what is placed and kept there."""
+    sizes = prediction.tiers["gpu"]
+    return sum(size for what, size in sizes.items() if what in GPU_WORK)
+
+
+def places_table(prediction: Prediction) -> str:
+    """Return what goes where, of one rank, as a table with bars."""
+    places, trained = prediction.places, prediction.trainable
+    states, in_ram = places.states_in_hbm, places.states_in_ram
+    kinds = {
+        "weights": (prediction.itemsize, places.weights_in_hbm, trained - places.weights_in_hbm),
+        "gradients": (
+            prediction.grad_itemsize,
+            places.gradients_in_hbm,
+            trained - places.gradients_in_hbm,
+        ),
+        "states": (prediction.state_bytes, states, in_ram, prediction.on_nvme),
+    }
+    rows = [["", *TIERS.values(), "GiB of a rank", ""]]
+    for kind, (size, *elements) in kinds.items():
+        shares = [*elements, 0.0][:3]
+        cells = [_gib(share * size) if share else "-" for share in shares]
+        widths = [round(BAR * share / trained) for share in shares]
+        bar = "".join(mark * width for mark, width in zip("█▒░", widths, strict=True))
+        rows.append([kind, *cells, _gib(trained * size), bar])
+    return f"\nwhat is trained, by tier (█ GPU, ▒ RAM, ░ NVMe)\n{table(rows)}\n"
 
 
 def _by_mode(predictions: list[Prediction]) -> list[Prediction]:

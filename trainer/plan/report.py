@@ -15,11 +15,13 @@ from trainer.config.settings import Settings
 from trainer.console import say, table
 from trainer.distributed import all_gather_object, is_main_process
 from trainer.errors import RunError
-from trainer.plan.estimate import GIB, Prediction
+from trainer.plan import tiers
+from trainer.plan.estimate import GIB, SPARE_RAM, Prediction
 from trainer.plan.machine import probe
 from trainer.plan.model_shapes import ModelSpec
 from trainer.plan.workload import TrainingJob
 from trainer.run_dir import RunDirectory
+from trainer.system import hardware
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +45,7 @@ class PlannedRun:
 
     config: "auto" values resolved or not. world_size, ranks_here: ranks of all machines, and of
     this one. lengths: tokens of each training row. labelled_share: of tokens with a loss.
+    gpu_taken: bytes of a GPU that others use.
     """
 
     settings: Settings
@@ -54,18 +57,22 @@ class PlannedRun:
     ranks_here: int
     lengths: "np.ndarray"
     labelled_share: float
+    gpu_taken: float = 0
 
     def predict(self) -> Prediction:
         """Return the prediction. Raises RunError for adapters that the plan does not know."""
         settings = self.settings
         machine = probe(settings.nvme_path, self.ranks_here if self.gpu else 0)
         machine.cpu_ranks, machine.nodes = self.ranks_here, self.world_size // self.ranks_here
+        if self.config.places_by_value:  # not more than is free now
+            machine.gpu_memory -= self.gpu_taken
+            machine.ram = min(machine.ram, hardware.free_memory() / (1 - SPARE_RAM))
         if not self.gpu:  # its ranks share the CPU
             machine.flops /= self.ranks_here
         job = TrainingJob.of_run(settings, self.model, self.precision, self.gpu)
         job.longest = None if settings.packing else int(self.lengths.max())
         job.mean, job.labelled = self.mean_length(), self.labelled_share
-        return Prediction(job, machine, self.config, *_batch(settings))
+        return tiers.predict(job, machine, self.config, *_batch(settings))
 
     def mean_length(self) -> float:
         """Return the tokens of an average row with its padding."""

@@ -26,7 +26,8 @@ ADAPTER_MODULES = 4  # that PEFT adds to a map
 # moments, read and written. Where the fp32 weight is a whole one its 16-bit copy is written too.
 STEP_BYTES = 24
 # GPU memory traffic of a parameter in DeepSpeed's own step (stage3.py): norm of the gradient 10,
-# its flat copy 4 and fp32 copy 6, clipping 8, Adam 28, the new weight 6.
+# its flat copy 4 and fp32 copy 6, clipping 8, Adam 28, the new weight 6. Ours has STEP_BYTES there
+# too (engine/gpu_adam.py).
 GPU_STEP_BYTES = 62
 # GPU memory traffic of an element of the head's fp32 gradient, to which Liger's loss adds each
 # chunk. Fitted to the full fine-tunes among those runs: 3.6B with 4 to 16 rows has 24 or 32 chunks.
@@ -47,8 +48,9 @@ def step_seconds(work: Workload, kept: int, weights: int) -> tuple[dict[str, flo
     forward, backward, loss = _compute(work, kept)
     layers, embeddings = _fetch(work)
     gradients = read = host = 0.0
-    if work.job.full and work.on_gpu and work.optimizer_on != "none":
-        gradients = work.shapes.trainable * work.grad_itemsize / work.ranks / machine.pcie
+    if work.job.full and work.on_gpu:
+        to_host = work.trainable - work.places.gradients_in_hbm
+        gradients = to_host * work.grad_itemsize / machine.pcie
     if work.params_on == "nvme":
         read = work.model.parameters * itemsize * work.machine_share / machine.nvme_read
     if work.on_gpu:
@@ -58,18 +60,17 @@ def step_seconds(work: Workload, kept: int, weights: int) -> tuple[dict[str, flo
     back = max(layers * (1 - weights / work.model.layers), gradients)
     first_pass = max(forward, layers, read)
     micro_batch = first_pass + loss + 1.5 * embeddings + max(backward, back, read)
-    step, io = _optimizer(work)
-    exposed = step
-    overlaps = work.fused_step and work.job.overlap_step
-    if overlaps and work.params_on == work.optimizer_on == "cpu":
-        exposed = max(step - first_pass, 0)
+    on_gpu, on_cpu, io = _optimizer(work)
+    beside = max(on_cpu, io)
+    if work.fused_step and work.job.overlap_step and work.params_on != "nvme":
+        beside = max(beside - first_pass, 0)
     times = {
         "compute": accumulation * (forward + backward + loss),
         "transfer": accumulation * (layers + back + 1.5 * embeddings),
-        "optimizer": step + host,
+        "optimizer": on_gpu + on_cpu + host,
         "io": io + 2 * accumulation * read,
     }
-    return times, accumulation * micro_batch + max(exposed, io) + host
+    return times, accumulation * micro_batch + on_gpu + beside + host
 
 
 def _compute(work: Workload, kept: int) -> tuple[float, float, float]:
@@ -121,9 +122,11 @@ def _fetch(work: Workload) -> tuple[float, float]:
     embedding_bytes = work.model.embedding * itemsize
     layers = embeddings = 0.0
     if work.on_gpu and work.params_on != "none":
-        pcie = work.ranks * machine.pcie
-        layers = layer_bytes / pcie
-        embeddings = (2 - work.model.tied) * embedding_bytes / pcie
+        # The embedding comes first among what is on the GPU.
+        pcie, there = work.ranks * machine.pcie, work.ranks * work.places.weights_in_hbm
+        layers = max(0, layer_bytes - there * itemsize) / pcie
+        copied = 2 - work.model.tied - (there >= work.model.embedding)
+        embeddings = copied * embedding_bytes / pcie
     for rate, share in (  # the share of the weights that comes at this rate
         (machine.link, work.ranks > 1 and work.on_gpu),
         (machine.network, 1 - 1 / machine.nodes),  # what is on the other machines comes in once
@@ -133,16 +136,26 @@ def _fetch(work: Workload) -> tuple[float, float]:
     return layers, embeddings
 
 
-def _optimizer(work: Workload) -> tuple[float, float]:
-    """Return the time of the optimizer's arithmetic, and of its reads and writes on NVMe."""
-    machine, io = work.machine, 0.0
+def _optimizer(work: Workload) -> tuple[float, float, float]:
+    """Return the times of the optimizer: the GPU's part, the CPU's, and reads and writes on NVMe.
+
+    Weights and gradients on the GPU whose states are elsewhere go to the CPU's step and back.
+    """
+    machine, places, io = work.machine, work.places, 0.0
     traffic = STEP_BYTES + work.grad_itemsize + (work.itemsize if work.state_bytes == 12 else 0)
-    step = work.trainable * traffic * machine.ranks_here / machine.ram_rate
-    if work.on_gpu and work.optimizer_on == "none":
-        step = work.trainable * GPU_STEP_BYTES / HBM
-    if work.optimizer_on == "nvme":
+    on_cpu = (work.trainable - places.states_in_hbm) * traffic
+    on_cpu *= machine.ranks_here / machine.ram_rate
+    on_gpu = places.states_in_hbm * (traffic if work.fused_step else GPU_STEP_BYTES) / HBM
+    if not work.on_gpu:
+        on_gpu, on_cpu = 0.0, work.trainable * traffic * machine.ranks_here / machine.ram_rate
+    else:
+        weights = (places.weights_in_hbm - places.states_in_hbm) * 2 * work.itemsize
+        gradients = (places.gradients_in_hbm - places.states_in_hbm) * work.grad_itemsize
+        on_cpu = max(on_cpu, (weights + gradients) / machine.pcie)
+    if work.on_nvme:
         # Read and written at once, but by one disk: 57.7 GB each way took 47 s on one that alone
         # reads 1.91 and writes 2.96 GB/s.
-        read = work.state_bytes / machine.nvme_read
-        io = work.trainable * machine.ranks_here * (read + work.written_bytes / machine.nvme_write)
-    return step, io
+        read = work.state_bytes * work.on_nvme / machine.nvme_read
+        write = work.written_bytes * work.trainable / machine.nvme_write
+        io = machine.ranks_here * (read + write)
+    return on_gpu, on_cpu, io

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from trainer.config.device import choose_grad_accum_dtype
-from trainer.config.ds_config import DeepSpeedConfig, ZeroShapes
+from trainer.config.ds_config import DeepSpeedConfig, Tiers, ZeroShapes
 from trainer.config.settings import Settings
 from trainer.plan.machine import Machine
 from trainer.plan.matrices import Matrix
@@ -105,12 +105,14 @@ class TrainingJob:
 class Workload:
     """A job on a machine with a configuration. micro_batch: rows of one rank.
 
-    config: its "auto" values are resolved here. params_on, optimizer_on: "none" (the GPU), "cpu"
-    or "nvme". gathers: whether weights are copied to be used. grad_itemsize: bytes of a gradient in
+    config: its "auto" values are resolved here. placed: where a rank's trained elements are; None:
+    as config has it; places: as it came out. params_on, optimizer_on: "none" (the GPU), "cpu" or
+    "nvme". gathers: whether weights are copied to be used. grad_itemsize: bytes of a gradient in
     the buffer where micro-batches are added, as config says, or else job. locked, ring: bytes of
     one rank's buffers, for parameters and for states on NVMe. trainable: parameters that one rank's
-    optimizer has. machine_share: of all ranks, those of one machine. tokens: of the largest
-    micro-batch that comes. layer_bytes, mean_bytes, input_bytes: activations of the largest decoder
+    optimizer has; on_nvme: those whose states are there. machine_share: of all ranks, those of one
+    machine. tokens: of the largest micro-batch that comes. layer_bytes, mean_bytes, input_bytes:
+    activations of the largest decoder
     layer, of an average one, and of an input alone. state_bytes: of a trained parameter's states,
     in RAM or on NVMe. written_bytes: to NVMe, of a trained parameter in an optimizer step.
     """
@@ -120,6 +122,7 @@ class Workload:
     config: DeepSpeedConfig
     micro_batch: int
     accumulation: int = 1
+    placed: Tiers | None = None
 
     def __post_init__(self) -> None:
         job, machine = self.job, self.machine
@@ -134,13 +137,16 @@ class Workload:
         self.config.set_precision(job.precision)
         self.zero = {**DEFAULTS, **self.config.zero}
         self.locked = self.config.locked_bytes(self.shapes)
-        self.ring = self.config.ring_bytes(self.shapes, self.ranks)
+        self.trainable = self.shapes.trainable / self.ranks
         self.params_on, self.optimizer_on = map(self.config.device, ("param", "optimizer"))
         self.fused_step = job.fused_step or self.optimizer_on == "nvme"
+        self.places = self._places()
+        self.on_nvme = self.trainable - self.places.states_in_hbm - self.places.states_in_ram
+        self.ring = self.config.ring_bytes(self.shapes, self.ranks) if self.on_nvme else 0
         # Where one GPU holds all, or one CPU process has them in RAM, nothing is copied.
         self.gathers = self.ranks > 1 or self.params_on == "nvme"
-        self.gathers |= self.params_on == "cpu" and self.on_gpu
-        self.trainable = self.shapes.trainable / self.ranks
+        all_on_gpu = job.full and self.places.weights_in_hbm == self.trainable
+        self.gathers |= self.params_on == "cpu" and self.on_gpu and not all_on_gpu
         self.machine_share = machine.ranks_here / self.ranks
         length = min(job.longest or job.max_length, job.max_length)
         self.tokens = self.micro_batch * length
@@ -150,6 +156,18 @@ class Workload:
         # Weight and two moments. A step also writes the parameter, where parameters are on NVMe
         # (stage3.py, _partitioned_params_swap_out).
         self.state_bytes = self.config.state_bytes(self.shapes) if self.fused_step else 12
-        self.written_bytes = 0
-        if self.optimizer_on == "nvme":
-            self.written_bytes = self.state_bytes + self.itemsize * (self.params_on == "nvme")
+        self.written_bytes = 0.0
+        if self.on_nvme:
+            share = self.on_nvme / self.trainable
+            self.written_bytes = share * self.state_bytes
+            self.written_bytes += self.itemsize * (self.params_on == "nvme")
+
+    def _places(self) -> Tiers:
+        """Return where the trained elements of one rank are."""
+        trained, tiers = self.trainable, self.placed or self.config.tiers
+        if tiers is None:
+            here = trained * (self.optimizer_on == "none")
+            in_ram = trained * (self.optimizer_on == "cpu")
+            return Tiers(trained * (self.params_on == "none"), here, here, in_ram)
+        weights, gradients, states, in_ram = (min(size, trained) for size in tiers)
+        return Tiers(weights, gradients, states, min(in_ram, trained - states))

@@ -1,5 +1,6 @@
 """What the machine has. Does not import torch."""
 
+import math
 import os
 import re
 import resource
@@ -149,6 +150,35 @@ def free_memory() -> int:
     return min([available, *(free for _, free in _control_groups())])
 
 
+def gpu_taken(gpu: bool) -> int:
+    """Return the bytes of this rank's GPU that other processes use, 0 without one."""
+    if not gpu:
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return max(0, total - free - torch.cuda.memory_reserved() - CONTEXT)
+
+
+def limit_gpu(size: float) -> None:
+    """Let this process use so many bytes of its GPU, with what CUDA itself takes."""
+    import torch
+
+    global _gpu_limit
+    _gpu_limit = max(0, size - CONTEXT)
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, _gpu_limit / total))
+
+
+def gpu_room(spare: float = 0) -> float:
+    """Return the bytes of its GPU that this process has or may take, less a share of all."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    room = min(free + torch.cuda.memory_reserved(), _gpu_limit)
+    return room - spare * min(total, _gpu_limit)
+
+
 def container() -> str | None:
     """Return where this process runs.
 
@@ -225,6 +255,10 @@ def die_with_parent() -> None:
     import signal
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+CONTEXT = 2**29  # bytes of a GPU that a process takes at least before it has a tensor
+_gpu_limit = math.inf  # bytes of tensors, by limit_gpu
 
 
 def set_allocators(torch: Any) -> None:
