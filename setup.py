@@ -30,7 +30,8 @@ REQUIRES = [
     "ninja>=1.11",  # builds DeepSpeed's ops
 ]
 EXTRAS = {
-    "gpu": ["liger-kernel>=0.8,<0.9"],  # Triton kernels: norms, rotary embedding, gated MLP, loss
+    # Norms, rotary embedding, gated MLP and loss; and the optimizer step: torch brings Triton.
+    "gpu": ["liger-kernel>=0.8.5,<0.9", "triton>=3.2"],
     "plot": ["matplotlib>=3.8"],  # launch/plan.py --plot
     "notebook": ["jupyterlab>=4", "ipykernel>=6", "nbclient>=0.10", "matplotlib>=3.8", "pandas>=2"],
     "test": [

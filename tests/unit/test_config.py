@@ -27,9 +27,10 @@ def shipped(name="ds_z3_nvme.json"):
     return read(CONFIGS / name)
 
 
-def test_shipped_are_four():
+def test_shipped_are_five():
     assert SHIPPED == [
         "ds_z3.json",
+        "ds_z3_infinity.json",
         "ds_z3_nvme.json",
         "ds_z3_nvme_optimizer.json",
         "ds_z3_offload.json",

@@ -119,22 +119,23 @@ def take_over(zero: Any) -> bool:
 def tiers_of_weights(zero: Any, numels: list[int]) -> list[str]:
     """Return the tier of each sub-group's weights, of so many elements: HBM or RAM.
 
-    Nothing is there yet: what finds less memory than it was planned with moves down a tier.
+    Nothing is on the GPU yet: where less of it is free than was planned with, less will be there.
     """
     global _wanted
     if _wanted is None or _wanted.tiers is None or not applies(zero):
         return placement.place(numels, placement.of_engine(zero)).weights
-    itemsize = zero.dtype.itemsize
-    room = placement.Room(
-        sum(numels),
-        (itemsize, zero.gradient_accumulation_dtype.itemsize, 10 if itemsize == 2 else 12),
-        _wanted.gpu_work,
-    )
-    tiers, moved = placement.settle(_wanted.tiers, room, aio.watched is not None)
+    tiers, moved = _wanted.tiers, []
+    if torch.cuda.is_available():
+        tiers, moved = placement.fit_gpu(tiers, _sizes(zero), _wanted.gpu_work)
     for line in moved:
         say(line)
     _wanted = dataclasses.replace(_wanted, tiers=tiers)
     return placement.place(numels, tiers).weights
+
+
+def _sizes(zero: Any) -> placement.Sizes:
+    itemsize, state = zero.dtype.itemsize, 10 if zero.dtype == torch.bfloat16 else 12
+    return placement.Sizes(itemsize, zero.gradient_accumulation_dtype.itemsize, state)
 
 
 def finish(zero: Any) -> None:
@@ -583,13 +584,21 @@ def _count(update: Update, numel: int) -> None:
 
 
 def _placement(zero: Any, adam: ctypes.CDLL, wanted: Wanted) -> placement.Placement:
-    """Return the tiers of the sub-groups, with states on a GPU only if it makes their updates."""
-    tiers = wanted.tiers or placement.of_engine(zero)
-    asked = zero.offload_optimizer and tiers.states_in_hbm and torch.cuda.is_available()
-    if asked and (reason := _gpu_differs(zero, adam)):
+    """Return the tiers of the sub-groups. What one cannot take goes to the next, and it is said.
+
+    States are on a GPU only if it makes the CPU's updates.
+    """
+    numels, tiers = zero.fp16_partitioned_groups_flat_numel, wanted.tiers
+    if tiers is None:
+        return placement.place(numels, placement.of_engine(zero))
+    if tiers.states_in_hbm and torch.cuda.is_available() and (reason := _gpu_differs(zero, adam)):
         say(f"optimizer states: none on the GPU, as it cannot make their updates ({reason})")
         tiers = tiers._replace(states_in_hbm=0)
-    return placement.place(zero.fp16_partitioned_groups_flat_numel, tiers)
+    has_nvme = aio.watched is not None
+    tiers, moved = placement.fit_ram(tiers, _sizes(zero), sum(numels), has_nvme)
+    for line in moved:
+        say(line)
+    return placement.place(numels, tiers)
 
 
 def _join_neighbours(pairs: Iterable[tuple[torch.Tensor, Any]]) -> list[tuple[torch.Tensor, list]]:

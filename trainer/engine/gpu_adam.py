@@ -23,25 +23,25 @@ def _kernel() -> Any:
 
     @triton.jit
     def step(  # noqa: PLR0913
-        weight,
-        exp_avg,
-        exp_avg_sq,
-        grad,
-        param_lp,
-        size,
-        scale,
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        eps,
-        rate,
-        correction2,
-        kept,
+        weight: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        grad: Any,
+        param_lp: Any,
+        size: Any,
+        scale: Any,
+        beta1: Any,
+        rest1: Any,
+        beta2: Any,
+        rest2: Any,
+        eps: Any,
+        rate: Any,
+        correction2: Any,
+        kept: Any,
         HALVED: tl.constexpr,
         COPIED: tl.constexpr,
         BLOCK: tl.constexpr,
-    ):
+    ) -> None:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32) * scale
@@ -68,6 +68,10 @@ def _kernel() -> Any:
     return step
 
 
+def _rounded(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
 def run(
     weight: torch.Tensor,
     grad: torch.Tensor,
@@ -78,7 +82,6 @@ def run(
 ) -> None:
     """Make one update, in the current stream. The arguments are those of cpu_adam.update_of."""
     update = cpu_adam.update_of(weight, grad, state, group, scale, param_lp)
-    rounded = lambda value: ctypes.c_float(value).value  # noqa: E731
     size = weight.numel()
     _kernel()[(-(-size // BLOCK),)](
         weight,
@@ -89,13 +92,13 @@ def run(
         size,
         update.scale,
         update.beta1,
-        rounded(1 - update.beta1),
+        _rounded(1 - update.beta1),
         update.beta2,
-        rounded(1 - update.beta2),
+        _rounded(1 - update.beta2),
         update.eps,
-        rounded(update.lr / update.correction1),
+        _rounded(update.lr / update.correction1),
         update.correction2,
-        rounded(1 - rounded(update.lr * update.decay)),
+        _rounded(1 - _rounded(update.lr * update.decay)),
         HALVED=weight.dtype == torch.int16,
         COPIED=param_lp is not None,
         BLOCK=BLOCK,

@@ -25,6 +25,7 @@ from deepspeed.utils import z3_leaf_module
 
 from trainer.engine import all_gather, fused_step, placement
 from trainer.plan.estimate import LAYERS_AHEAD
+from trainer.system import hardware
 
 _stock_swap_in = AsyncPartitionedParameterSwapper.swap_in
 _stock_ensure_availability = Init._ensure_availability_of_partitioned_params
@@ -158,12 +159,13 @@ def setup_for_real_optimizer(self: Any) -> None:
     """Set up our optimizer step, or DeepSpeed's with less RAM.
 
     torch's pinned allocator keeps what the parameters had before they moved into one buffer: 2
-    bytes a parameter.
+    bytes a parameter; and glibc's what loading them took.
     """
     if torch.cuda.is_available():
         torch._C._host_emptyCache()
     if not fused_step.take_over(self):
         _stock_setup_for_real_optimizer(self)
+    hardware.trim_heap()
 
 
 def forget_releases() -> None:

@@ -71,50 +71,54 @@ def place(numels: list[int], tiers: Tiers) -> Placement:
     )
 
 
-class Room(NamedTuple):
-    """trained: elements of one rank. sizes: bytes of an element's weight, gradient and states.
+class Sizes(NamedTuple):
+    """Bytes of a trained element's weight, gradient and states."""
 
-    gpu_work: bytes that training takes of a GPU beside what is placed there.
+    weight: int
+    gradient: int
+    state: int
+
+
+def fit_gpu(tiers: Tiers, sizes: Sizes, work: float) -> tuple[Tiers, list[str]]:
+    """Return the places as far as the GPUs are free now, alike on all ranks, and what moved.
+
+    Nothing is placed yet. work: bytes that training takes of a GPU beside it.
     """
-
-    trained: int
-    sizes: tuple[int, int, int]
-    gpu_work: float
-
-
-def settle(tiers: Tiers, room: Room, has_nvme: bool) -> tuple[Tiers, list[str]]:
-    """Return the places as far as memory is free now, the same on all ranks, and what moved.
-
-    The weights are in RAM already, each rank's own. has_nvme: states can go there.
-    """
-    weight, gradient, state = room.sizes
+    placed = sum(size * elements for size, elements in zip(sizes, tiers))
+    lacking = placed + work - _least(hardware.gpu_room())
     moved = []
-    if torch.cuda.is_available() and (free := _least(hardware.gpu_room())):
-        placed = weight * tiers.weights_in_hbm + gradient * tiers.gradients_in_hbm
-        lacking = placed + state * tiers.states_in_hbm + room.gpu_work - free
-        if lacking > 0:
-            moved.append(f"the GPU has {lacking / 1e9:.2f} GB less than was planned with")
-        for kind, size in (("states", state), ("gradients", gradient), ("weights", weight)):
-            place = f"{kind}_in_hbm"
-            less = min(getattr(tiers, place), max(0, lacking) / size)
-            if less:
-                moved.append(f"{kind} of {less / 1e6:,.0f}M parameters go to RAM")
-                tiers = tiers._replace(**{place: getattr(tiers, place) - less})
-                lacking -= less * size
-    elsewhere = room.trained - tiers.states_in_hbm
-    tiers = tiers._replace(states_in_ram=min(tiers.states_in_ram, elsewhere))
-    if not has_nvme:
-        return tiers._replace(states_in_ram=elsewhere), moved
-    free = _least(hardware.free_memory() / ranks_on_this_machine())
-    new = gradient * (room.trained - tiers.gradients_in_hbm) - weight * tiers.weights_in_hbm
-    lacking = new + state * tiers.states_in_ram - free
-    if less := min(tiers.states_in_ram, max(0, lacking) / state):
-        moved.append(
-            f"the RAM has {lacking / 1e9:.2f} GB less than was planned with: states of "
-            f"{less / 1e6:,.0f}M parameters go to NVMe"
-        )
-        tiers = tiers._replace(states_in_ram=tiers.states_in_ram - less)
+    if placed and lacking > 0:
+        moved.append(f"the GPU has {lacking / 1e9:.2f} GB less than was planned with")
+    for kind, size in reversed([*zip(("weights", "gradients", "states"), sizes)]):
+        place = f"{kind}_in_hbm"
+        less = min(getattr(tiers, place), max(0, lacking) / size)
+        if less:
+            moved.append(f"{kind} of {less / 1e6:,.0f}M parameters go to RAM")
+            tiers = tiers._replace(**{place: getattr(tiers, place) - less})
+            lacking -= less * size
     return tiers, moved
+
+
+def fit_ram(tiers: Tiers, sizes: Sizes, trained: int, has_nvme: bool) -> tuple[Tiers, list[str]]:
+    """Return the places as far as RAM is free now, alike on all ranks, and what moved.
+
+    The weights are in their places. trained: elements of one rank. has_nvme: states can go there.
+    """
+    elsewhere = trained - tiers.states_in_hbm
+    if not has_nvme:
+        return tiers._replace(states_in_ram=elsewhere), []
+    in_ram = min(tiers.states_in_ram, elsewhere)
+    gradients = sizes.gradient * (trained - min(trained, tiers.gradients_in_hbm))
+    free = _least(hardware.free_memory() / ranks_on_this_machine())
+    lacking = gradients + sizes.state * in_ram - free
+    less = min(in_ram, max(0, lacking) / sizes.state)
+    if not less:
+        return tiers._replace(states_in_ram=in_ram), []
+    moved = (
+        f"the RAM has {lacking / 1e9:.2f} GB less than was planned with: states of "
+        f"{less / 1e6:,.0f}M parameters go to NVMe"
+    )
+    return tiers._replace(states_in_ram=in_ram - less), [moved]
 
 
 def _least(size: float) -> float:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from data.dataset import IGNORED
 from trainer.errors import RunError
+from trainer.plan.model_shapes import loss_widening
 
 CHUNK_BYTES = 2**28  # fp32 logits of one chunk; two more tensors of that size exist for a moment
 _OF_A_MATRIX = {"weight", "bias"}
@@ -84,8 +85,15 @@ def cross_entropy_sum(
     if liger and torch.is_grad_enabled() and len(positions):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
+        wider = loss_widening(len(rows), *weight.shape) if weight.requires_grad else 1
         loss = liger_fused_linear_cross_entropy(
-            rows, weight, targets, bias=bias, reduction="sum", accum_dtype=torch.float32
+            rows,
+            weight,
+            targets,
+            bias=bias,
+            reduction="sum",
+            accum_dtype=torch.float32,
+            chunk_mem_const=wider,
         )
         return loss, torch.zeros_like(loss)
     return _ChunkedCrossEntropy.apply(rows, weight, bias, targets)

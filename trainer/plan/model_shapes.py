@@ -93,6 +93,8 @@ NEEDED = "a model directory, a config.json, or one of " + ", ".join(BUILT_IN)
 # Modules of a Llama's layer: seven maps, attention, MLP, activation, two norms, itself.
 MODULES = 13
 
+LOSS_LOGITS = 2**29  # bytes of a chunk
+
 
 def flops_per_token(
     parameters: float, layers: int, hidden: int, length: float, method: str
@@ -103,6 +105,15 @@ def flops_per_token(
     row on average. length: tokens of a row.
     """
     return PASSES[method] * (2 * parameters + 2 * layers * length * hidden)
+
+
+def loss_widening(tokens: float, vocabulary: int, hidden: int) -> int:
+    """Return by how much a chunk of Liger's loss may be wider, for LOSS_LOGITS bytes of 16 bits.
+
+    Each chunk reads and writes the head's whole gradient.
+    """
+    rows = 2 ** int(math.log2(max(1, LOSS_LOGITS / 2 / vocabulary)))
+    return max(1, int(vocabulary * rows / max(1, tokens) / hidden))
 
 
 @dataclass
@@ -168,9 +179,13 @@ class ModelSpec:
         """The largest Layer.at_work."""
         return max(kind.at_work for kind in self.kinds)
 
-    def loss_chunk(self, tokens: float) -> int:
-        """Return the rows of a chunk of Liger's loss (fused_linear_cross_entropy.py)."""
-        rows = tokens / math.ceil(self.vocabulary / self.hidden)
+    def loss_chunk(self, tokens: float, trained: bool) -> int:
+        """Return the rows of a chunk of Liger's loss (fused_linear_cross_entropy.py).
+
+        trained: the head is.
+        """
+        wider = loss_widening(tokens, self.vocabulary, self.hidden) if trained else 1
+        rows = tokens / math.ceil(self.vocabulary / self.hidden / wider)
         return 2 ** math.ceil(math.log2(max(1, rows)))
 
     def adapted(self, targets: str) -> list[list[Matrix]]:

@@ -1,5 +1,6 @@
 """What the machine has. Does not import torch."""
 
+import ctypes
 import math
 import os
 import re
@@ -148,6 +149,12 @@ def free_memory() -> int:
     match = re.search(r"MemAvailable: *(\d+)", _read("/proc/meminfo"))
     available = int(match[1]) * 1024 if match else 0
     return min([available, *(free for _, free in _control_groups())])
+
+
+def trim_heap() -> None:
+    """Give memory back to the system that was freed; other C libraries than glibc do it at once."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def gpu_taken(gpu: bool) -> int:
