@@ -105,6 +105,9 @@ train-zero3: $(if $(AUTO),setup-aio,setup) ## ZeRO-3, parameters and optimizer i
 train-zero3-gpu: setup ## ZeRO-3 without offload
 	$(LAUNCH) --deepspeed ds_z3.json $(TRAIN_FLAGS)
 
+train-zero3-infinity: setup ## ZeRO-3 over GPU memory, RAM and NVMe at once, as the plan fills them
+	$(LAUNCH) --deepspeed ds_z3_infinity.json --nvme_path $(NVME) $(TRAIN_FLAGS)
+
 train-zero3-nvme-optimizer: setup ## ZeRO-3, parameters in CPU memory, optimizer on NVMe
 	$(LAUNCH) --deepspeed ds_z3_nvme_optimizer.json --nvme_path $(NVME) $(TRAIN_FLAGS)
 
@@ -210,5 +213,5 @@ clean: ## remove the environment and caches of this checkout; runs/ and swap fil
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: bench bench-machine bench-checkpoint bench-data bench-io clean data-check docker-build docker-lint docker-run doctor export help lint plan rebuild resume setup setup-aio status stop test \
-	 test-default test-docker test-faults test-families test-gpu test-long test-signals test-soak test-unit train-zero3 train-zero3-gpu train-zero3-nvme \
-	 train-zero3-nvme-optimizer
+	 test-default test-docker test-faults test-families test-gpu test-long test-signals test-soak test-unit train-zero3 train-zero3-gpu train-zero3-infinity \
+	 train-zero3-nvme train-zero3-nvme-optimizer

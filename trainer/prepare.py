@@ -8,6 +8,7 @@ from trainer.config import device, packages
 from trainer.config.ds_config import DeepSpeedConfig
 from trainer.config.flags import parse_size
 from trainer.config.settings import Settings, check_model
+from trainer.console import say
 from trainer.data_setup import DataPlan
 from trainer.distributed import check_launcher, world_size
 from trainer.doctor import cli as doctor
@@ -49,10 +50,10 @@ class Prepared:
     def fused_step(self) -> bool:
         """Whether gradients and the CPU's optimizer step go our way.
 
-        They do with the optimizer on NVMe: nothing else steps what our ring brings.
+        They do with the optimizer on NVMe, or placed by value: nothing else can step that.
         """
-        on_nvme = self.config.device("optimizer") == "nvme"
-        return on_nvme or self.settings.optimizes("fused_step")
+        needed = self.config.device("optimizer") == "nvme" or "tiers" in self.config.values
+        return needed or self.settings.optimizes("fused_step")
 
 
 def prepare(settings: Settings, world: int | None = None) -> Prepared:
@@ -80,12 +81,23 @@ def prepare(settings: Settings, world: int | None = None) -> Prepared:
         )
     resume.check_request(settings)
     if config.uses_nvme():
-        swap_dir.check_directory(settings.nvme_path, settings.allow_any_swap_filesystem)
+        _check_nvme(settings, config)
     doctor.quick(gpu, config.uses_nvme())
     data = data_setup.plan_data(settings, data_setup.progress("looking at rows"))
     prepared = Prepared(settings, config, data, gpu, precision, reason)
     check_kept_weights(prepared)
     return prepared
+
+
+def _check_nvme(settings: Settings, config: DeepSpeedConfig) -> None:
+    """Raise RunError where swap files cannot be; use none where the plan is free to do so."""
+    try:
+        swap_dir.check_directory(settings.nvme_path, settings.allow_any_swap_filesystem)
+    except RunError as error:
+        if not config.places_by_value or config.limit("nvme") or settings.given("nvme_path"):
+            raise
+        say(f"no NVMe: {error.what}{f', {error.found}' if error.found else ''}")
+        config.leave_nvme()
 
 
 def _choose_grad_accum_dtype(settings: Settings, precision: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from trainer import ROOT
 from trainer.config import ds_reader, ds_recipe
 from trainer.config.ds_reader import TIERS, read
-from trainer.config.ds_schema import PLACES
+from trainer.config.ds_schema import LIMITS, PLACES
 from trainer.config.flags import parse_size
 from trainer.config.settings import Settings, find_shipped
 from trainer.errors import RunError
@@ -71,6 +71,8 @@ class DeepSpeedConfig:
     def __init__(self, values: dict[str, Any], where: str | Path) -> None:
         """Raises RunError for what DeepSpeed would silently ignore, or this trainer cannot run."""
         self.values, self.where = ds_reader.checked(values, where), where
+        if "tiers" in self.values:
+            self._check_tiers()
 
     @classmethod
     def load(cls, name: str | Path | dict[str, Any]) -> "DeepSpeedConfig":
@@ -118,6 +120,39 @@ class DeepSpeedConfig:
         if not made._states_on_nvme(shapes, ranks):
             made.leave_nvme()
         return made
+
+    def _check_tiers(self) -> None:
+        """Raise RunError for other keys that contradict the block tiers, and let 0GB be no disk."""
+        places = self.values["tiers"]
+        needed = {
+            "offload_param": ("cpu",),
+            "offload_optimizer": ("cpu", "nvme"),
+        }
+        for block, devices in needed.items():
+            if (found := (self.zero.get(block) or {}).get("device", "none")) not in devices:
+                raise RunError(
+                    f"{self.where}: tiers and zero_optimization.{block} contradict each other",
+                    found=f'"device": "{found}"',
+                    needed=" or ".join(devices),
+                    fix="leave the block tiers out, where each kind is to be whole in one tier",
+                )
+        given = [place for place in PLACES if places.get(place, "auto") != "auto"]
+        if given and len(given) < len(PLACES):
+            missing = [place for place in PLACES if place not in given]
+            raise RunError(
+                f"{self.where}: tiers says where a part is",
+                found=", ".join(given),
+                needed=f"all four places or none: {', '.join(missing)} too",
+                fix='"auto" in all of them, and limits: "hbm", "ram", "nvme"',
+            )
+        for tier in LIMITS:
+            if self.limit(tier) == 0 and tier == "ram":
+                raise RunError(
+                    f"{self.where}: tiers.ram is 0",
+                    needed="a size: weights pass through RAM, and the CPU's step works there",
+                )
+        if self.device("optimizer") == "nvme" and self.limit("nvme") == 0:
+            self.leave_nvme()
 
     def leave_nvme(self) -> None:
         """Let states be in RAM that would be on NVMe."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from data.dataset import IGNORED
 from trainer.errors import RunError
 from trainer.plan.model_shapes import loss_widening
+from trainer.system import hardware
 
 CHUNK_BYTES = 2**28  # fp32 logits of one chunk; two more tensors of that size exist for a moment
 _OF_A_MATRIX = {"weight", "bias"}
@@ -85,7 +86,8 @@ def cross_entropy_sum(
     if liger and torch.is_grad_enabled() and len(positions):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        wider = loss_widening(len(rows), *weight.shape) if weight.requires_grad else 1
+        vocabulary, width = weight.shape
+        memory = hardware.gpu_size() if weight.requires_grad else 0
         loss = liger_fused_linear_cross_entropy(
             rows,
             weight,
@@ -93,7 +95,7 @@ def cross_entropy_sum(
             bias=bias,
             reduction="sum",
             accum_dtype=torch.float32,
-            chunk_mem_const=wider,
+            chunk_mem_const=loss_widening(len(rows), vocabulary, width, memory),
         )
         return loss, torch.zeros_like(loss)
     return _ChunkedCrossEntropy.apply(rows, weight, bias, targets)

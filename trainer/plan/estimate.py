@@ -263,7 +263,8 @@ def loss_bytes(work: Workload) -> float:
     if model.whole_logits:
         return work.tokens * model.vocabulary * WHOLE_LOGITS * work.itemsize
     if work.on_gpu:
-        logits = model.loss_chunk(tokens, work.job.full) * model.vocabulary * (4 + work.itemsize)
+        chunk = model.loss_chunk(tokens, work.job.full * work.machine.gpu_memory)
+        logits = chunk * model.vocabulary * (4 + work.itemsize)
     else:
         logits = min(tokens, CPU_LOGITS / 4 / model.vocabulary) * model.vocabulary * 12
     head = model.embedding * 4 if work.job.full else 0

@@ -93,7 +93,7 @@ NEEDED = "a model directory, a config.json, or one of " + ", ".join(BUILT_IN)
 # Modules of a Llama's layer: seven maps, attention, MLP, activation, two norms, itself.
 MODULES = 13
 
-LOSS_LOGITS = 2**29  # bytes of a chunk
+LOSS_LOGITS = 1 / 256  # of a GPU's memory
 
 
 def flops_per_token(
@@ -107,12 +107,14 @@ def flops_per_token(
     return PASSES[method] * (2 * parameters + 2 * layers * length * hidden)
 
 
-def loss_widening(tokens: float, vocabulary: int, hidden: int) -> int:
-    """Return by how much a chunk of Liger's loss may be wider, for LOSS_LOGITS bytes of 16 bits.
+def loss_widening(tokens: float, vocabulary: int, hidden: int, gpu_memory: float) -> int:
+    """Return by how much a chunk of Liger's loss may be wider than Liger would have it.
 
-    Each chunk reads and writes the head's whole gradient.
+    Each chunk reads and writes the head's whole gradient, so where the head is trained fewer ones
+    are better: the 16-bit logits of one get a share of the GPU's memory.
     """
-    rows = 2 ** int(math.log2(max(1, LOSS_LOGITS / 2 / vocabulary)))
+    logits = LOSS_LOGITS * gpu_memory / 2
+    rows = 2 ** int(math.log2(max(1, logits / vocabulary)))
     return max(1, int(vocabulary * rows / max(1, tokens) / hidden))
 
 
@@ -179,12 +181,12 @@ class ModelSpec:
         """The largest Layer.at_work."""
         return max(kind.at_work for kind in self.kinds)
 
-    def loss_chunk(self, tokens: float, trained: bool) -> int:
+    def loss_chunk(self, tokens: float, gpu_memory: float) -> int:
         """Return the rows of a chunk of Liger's loss (fused_linear_cross_entropy.py).
 
-        trained: the head is.
+        gpu_memory: 0 where the head is not trained.
         """
-        wider = loss_widening(tokens, self.vocabulary, self.hidden) if trained else 1
+        wider = loss_widening(tokens, self.vocabulary, self.hidden, gpu_memory)
         rows = tokens / math.ceil(self.vocabulary / self.hidden / wider)
         return 2 ** math.ceil(math.log2(max(1, rows)))
 

@@ -94,7 +94,15 @@ def places_table(prediction: Prediction) -> str:
         widths = [round(BAR * share / trained) for share in shares]
         bar = "".join(mark * width for mark, width in zip("█▒░", widths, strict=True))
         rows.append([kind, *cells, _gib(trained * size), bar])
-    return f"\nwhat is trained, by tier (█ GPU, ▒ RAM, ░ NVMe)\n{table(rows)}\n"
+    slow = ""
+    if (io := prediction.time["io"]) > prediction.step_s / 3:
+        machine = prediction.machine
+        slow = (
+            f"note: the disk, {machine.nvme_read / 1e9:.1f} GB/s read and "
+            f"{machine.nvme_write / 1e9:.1f} written, takes {io:.3g} s of a step's "
+            f"{prediction.step_s:.3g}\n"
+        )
+    return f"\nwhat is trained, by tier (█ GPU, ▒ RAM, ░ NVMe)\n{table(rows)}\n{slow}"
 
 
 def _by_mode(predictions: list[Prediction]) -> list[Prediction]:

@@ -99,7 +99,7 @@ def _compute(work: Workload, kept: int) -> tuple[float, float, float]:
     adapters = traffic * itemsize * sum(widths)
     loss = tokens * 2 * model.embedding * (3 if job.full else 2) / rate
     if job.full and work.on_gpu:
-        chunks = math.ceil(tokens / model.loss_chunk(tokens, True))
+        chunks = math.ceil(tokens / model.loss_chunk(tokens, machine.gpu_memory))
         loss += chunks * model.embedding * HEAD_BYTES / HBM
     forward = matrices + attention + adapters
     last = product * total(kinds, lambda kind: kind.last)

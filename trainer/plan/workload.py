@@ -139,7 +139,8 @@ class Workload:
         self.locked = self.config.locked_bytes(self.shapes)
         self.trainable = self.shapes.trainable / self.ranks
         self.params_on, self.optimizer_on = map(self.config.device, ("param", "optimizer"))
-        self.fused_step = job.fused_step or self.optimizer_on == "nvme"
+        ours = self.optimizer_on == "nvme" or "tiers" in self.config.values
+        self.fused_step = job.fused_step or ours
         self.places = self._places()
         self.on_nvme = self.trainable - self.places.states_in_hbm - self.places.states_in_ram
         self.ring = self.config.ring_bytes(self.shapes, self.ranks) if self.on_nvme else 0

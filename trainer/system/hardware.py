@@ -181,9 +181,18 @@ def gpu_room(spare: float = 0) -> float:
     """Return the bytes of its GPU that this process has or may take, less a share of all."""
     import torch
 
-    free, total = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info()
     room = min(free + torch.cuda.memory_reserved(), _gpu_limit)
-    return room - spare * min(total, _gpu_limit)
+    return room - spare * gpu_size()
+
+
+def gpu_size() -> float:
+    """Return the bytes of its GPU that this process could have."""
+    import torch
+
+    return min(
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, _gpu_limit
+    )
 
 
 def container() -> str | None:
