@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from trainer.config.settings import resolve
-from trainer.plan import cli, estimate, micro_batch, model_shapes
+from trainer.plan import cli, estimate, micro_batch, model_shapes, tiers
 from trainer.plan.remedy import remedy
 from trainer.plan.timing import TENSOR
 from trainer.plan.workload import TrainingJob
@@ -29,7 +29,7 @@ def machine(text):
 
 
 def predict(job, spec, mode, micro_batch):
-    return estimate.Prediction(job, spec, estimate.config_of(mode), micro_batch)
+    return tiers.predict(job, spec, estimate.config_of(mode), micro_batch, 1)
 
 
 H100 = machine(

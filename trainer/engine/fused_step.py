@@ -542,12 +542,14 @@ class FusedStep:
         ring: Any = self.ring
         try:
             in_ram = [i for i in jobs if not self.is_on_nvme(i)]
+            if len(in_ram) < len(jobs):
+                ring.begin([i for i in jobs if self.is_on_nvme(i)])
             for piece in (piece for i in in_ram for piece in state_ring.pieces(i, self.numels[i])):
                 make_piece(piece, self._tensors(piece))
             if len(updates):
                 cpu_adam.run(self.adam, updates, self.threads)
             if len(in_ram) < len(jobs):
-                ring.step([i for i in jobs if self.is_on_nvme(i)], make_piece)
+                ring.go_on(make_piece)
             self.staging.finish()
         except BaseException as error:
             self.failure = error  # before anybody who waits goes on

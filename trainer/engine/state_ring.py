@@ -34,6 +34,7 @@ class Piece(NamedTuple):
 
 
 Tensors = dict[str, torch.Tensor]  # a piece's, by state key
+Transfers = list[Future[None]]
 Slot = tuple[memoryview, dict[str, int]]  # its bytes, and where those of each state key begin
 
 
@@ -76,35 +77,47 @@ class StateRing:
         read: False leaves the pieces as they are in the buffers, for a `make` that fills them.
         Raises RunError where a transfer fails, or what was read is not what was written.
         """
-        groups = list(groups)
-        waiting = deque(piece for group in groups for piece in pieces(group, self.sizes[group]))
-        for group in groups:
+        self.begin(groups, read)
+        self.go_on(make)
+
+    def begin(self, groups: Iterable[int], read: bool = True) -> None:
+        """Begin to read these sub-groups' pieces, as many as there are slots; `go_on` follows."""
+        self.groups, self.read = list(groups), read
+        self.waiting = deque(p for group in self.groups for p in pieces(group, self.sizes[group]))
+        self.free, self.reading = deque(self.slots), deque[tuple[Piece, Slot, Transfers]]()
+        for group in self.groups:
             for key, dtype in self.dtypes.items():
                 path, size = self.path(group, key), _rounded(self.sizes[group] * dtype.itemsize)
                 if group not in self.on_disk:
                     self.space.prepare(path, size)
                 elif read:
                     self.space.check(path)
-        free = deque(self.slots)
-        reading: deque[tuple[Piece, Slot, list[Future[None]]]] = deque()
-        writing: deque[tuple[Slot, list[Future[None]]]] = deque()
-        while waiting or reading:
-            while waiting and free:
-                piece, slot = waiting.popleft(), free.popleft()
-                reading.append((piece, slot, self._read(piece, slot) if read else []))
-            if reading:
-                piece, slot, transfers = reading.popleft()
-                _wait_for(transfers)
-                make(piece, self._tensors(piece, slot))
-                writing.append((slot, self._transfer(self._write_block, piece, slot)))
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self.waiting and self.free:
+            piece, slot = self.waiting.popleft(), self.free.popleft()
+            self.reading.append((piece, slot, self._read(piece, slot) if self.read else []))
+
+    def go_on(self, make: Callable[[Piece, Tensors], None]) -> None:
+        """Make and write all pieces of the sub-groups that were begun."""
+        writing: deque[tuple[Slot, Transfers]] = deque()
+        while self.reading:
+            piece, slot, transfers = self.reading.popleft()
+            _wait_for(transfers)
+            make(piece, self._tensors(piece, slot))
+            writing.append((slot, self._transfer(self._write_block, piece, slot)))
             # A slot is free once it is written; one is waited for only where none is left.
-            while writing and (not free and not reading or _are_done(writing[0][1])):
+            while writing and (
+                (self.waiting and not self.free and not self.reading) or _are_done(writing[0][1])
+            ):
                 slot, transfers = writing.popleft()
                 _wait_for(transfers)
-                free.append(slot)
+                self.free.append(slot)
+            self._read_ahead()
         for _, transfers in writing:
             _wait_for(transfers)
-        self.on_disk.update(groups)
+        self.on_disk.update(self.groups)
 
     def _slot(self, numel: int) -> Slot:
         begins, size = {}, 0
@@ -120,7 +133,7 @@ class StateRing:
             for key, dtype in self.dtypes.items()
         }
 
-    def _read(self, piece: Piece, slot: Slot) -> list[Future[None]]:
+    def _read(self, piece: Piece, slot: Slot) -> Transfers:
         if piece.group in self.on_disk:
             return self._transfer(self._read_block, piece, slot)
         for tensor in self._tensors(piece, slot).values():
@@ -129,7 +142,7 @@ class StateRing:
 
     def _transfer(
         self, transfer: Callable[[str, memoryview, int], None], piece: Piece, slot: Slot
-    ) -> list[Future[None]]:
+    ) -> Transfers:
         """Begin the transfers of a piece, a block each."""
         buffer, begins = slot
         transfers = []
@@ -167,10 +180,10 @@ def _call(
         raise damaged(path, found, f"a transfer of {len(block):,} bytes at {offset:,}")
 
 
-def _are_done(transfers: list[Future[None]]) -> bool:
+def _are_done(transfers: Transfers) -> bool:
     return all(transfer.done() for transfer in transfers)
 
 
-def _wait_for(transfers: list[Future[None]]) -> None:
+def _wait_for(transfers: Transfers) -> None:
     for transfer in transfers:
         transfer.result()

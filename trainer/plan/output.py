@@ -261,7 +261,7 @@ def draw(predictions: list[Prediction], path: str) -> None:
             axis.bar(ticks, heights, 0.6, tops, label=what, color=color)
             tops = [top + height for top, height in zip(tops, heights)]
         axis.axhline(room / GIB, color="black", linestyle="--", linewidth=1)
-        axis.tick_params("x", rotation=20, labelsize=8)
+        axis.set_xticks(range(len(ticks)), ticks, rotation=25, ha="right", fontsize=8)
         axis.set_ylim(0, 1.15 * max(*tops, min(room / GIB, 3 * max(tops))))
         axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     figure.suptitle(f"{best.model.name}, {best.job.method}, rows of {best.job.max_length} tokens")
