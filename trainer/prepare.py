@@ -94,7 +94,7 @@ def _check_nvme(settings: Settings, config: DeepSpeedConfig) -> None:
     try:
         swap_dir.check_directory(settings.nvme_path, settings.allow_any_swap_filesystem)
     except RunError as error:
-        if not config.places_by_value or config.limit("nvme") or settings.given("nvme_path"):
+        if not config.places_by_value or config.limit("nvme"):
             raise
         say(f"no NVMe: {error.what}{f', {error.found}' if error.found else ''}")
         config.leave_nvme()

@@ -365,7 +365,7 @@ class Attempt:
             kernel = f"killed {kills} process(es) for want of memory"
             fix = (
                 "fewer ranks, or a configuration that keeps less in RAM "
-                "(ds_z3_nvme_optimizer.json, ds_z3_nvme.json)"
+                "(ds_z3_infinity.json, ds_z3_nvme.json)"
             )
         memory = f"MemAvailable fell to {free:.2f} GiB, the rank held {size:.2f} GiB"
         return RunError(what, found=f"{memory}; the kernel {kernel}", fix=fix)

@@ -7,6 +7,7 @@ import hjson
 import pytest
 from conftest import ROOT, inputs, make_model, make_tokenizer, only, train
 from test_parity import close
+from tiny import SPLITS, tiers_flags
 
 STEPS = "--max_steps 12 --max_grad_norm 0.5".split()
 BATCH = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()
@@ -223,11 +224,12 @@ state_ring._call = call
 """
 
 
-@pytest.mark.parametrize("beside", ["none", "auto"])
-def test_a_failing_disk(tiny_model, rows_file, tmp_path, beside):
+@pytest.mark.parametrize("beside, split", [("none", None), ("auto", None), ("none", SPLITS[4])])
+def test_a_failing_disk(tiny_model, rows_file, tmp_path, beside, split):
     """It ends the run before a layer is computed with weights that were not made."""
     script = changed(tmp_path / "failing_disk.py", FAILING_DISK)
-    flags = [*inputs(tiny_model, rows_file, tmp_path), *ON_NVME, *STEPS, *BATCH]
+    config = tiers_flags(tmp_path, split, 3_213_056) if split else ON_NVME
+    flags = [*inputs(tiny_model, rows_file, tmp_path), *config, *STEPS, *BATCH]
     flags += ["--precision", "fp32", "--max_length", 96, "--disable_optimizations", beside]
     calm = train(tmp_path / "calm", *flags, launcher=False)
     assert calm.code == 0, calm.output[-3000:]

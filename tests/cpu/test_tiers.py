@@ -53,6 +53,19 @@ def test_splits(trains, tmp_path, precision, ranks, splits):
         before = run
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=long)])
+def test_nothing_offloaded(trains, ranks):
+    """The step of ds_z3.json is the same one in bf16, and goes on where offload has been."""
+    flags = ["--precision", "bf16"]
+    offload = trains("offload", *flags, "--deepspeed", "ds_z3_offload.json", ranks=ranks)
+    gpu = [*flags, "--deepspeed", "ds_z3.json"]
+    run = trains("gpu", *gpu, ranks=ranks)
+    assert "in one pass" in run.output
+    same(run, offload)
+    saved = ["--resume_from_checkpoint", offload.directory / f"checkpoint-{CUT}"]
+    same(trains("goes on", *gpu, *saved, ranks=ranks), offload, slice(CUT, None))
+
+
 @pytest.mark.long
 def test_adapters(trains, tmp_path):
     """Few are trained: where their states are changes nothing."""

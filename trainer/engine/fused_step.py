@@ -451,7 +451,7 @@ class FusedStep:
         }
         buffers: dict[str, torch.Tensor] = {
             HBM: torch.zeros(of_tier[HBM], dtype=dtype, device=self._device(HBM)),
-            RAM: pinned.zeros(of_tier[RAM], dtype, self),
+            RAM: pinned.zeros(of_tier[RAM], dtype, self, zero.offload_optimizer_pin_memory),
         }
         ends: dict[str, int] = dict.fromkeys(buffers, 0)
         self.grads: list[torch.Tensor] = []

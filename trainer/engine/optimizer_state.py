@@ -196,7 +196,7 @@ class OptimizerState:
     def _scalar(self, value: float) -> Any:
         """Return an Adam counter as the optimizer at hand keeps it."""
         optimizer = self.zero.optimizer
-        if isinstance(optimizer, DeepSpeedCPUAdam):
+        if isinstance(optimizer, DeepSpeedCPUAdam) or isinstance(self.zero, FusedStepOptimizer):
             return int(value)
         device = self._flat(0).device if optimizer.param_groups[0].get("fused") else "cpu"
         return torch.tensor(value, dtype=torch.float32, device=device)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 
-def zeros(numel: int, dtype: torch.dtype, owner: Any) -> torch.Tensor:
-    """Return a flat tensor of zeros in RAM, touched by all cores, and locked on a CUDA machine.
+def zeros(numel: int, dtype: torch.dtype, owner: Any, lock: bool = True) -> torch.Tensor:
+    """Return a flat tensor of zeros in RAM, touched by all cores.
 
-    It is unlocked when `owner` ends. Where it cannot be locked, it is as it is: copies are slower.
+    lock: on a CUDA machine it is locked until `owner` ends. Where that fails copies are slower.
     """
     tensor = torch.empty(numel, dtype=dtype)
     tensor.zero_()
-    if not numel or not torch.cuda.is_available():
+    if not (numel and lock and torch.cuda.is_available()):
         return tensor
     runtime: Any = torch.cuda.cudart()
     address = tensor.data_ptr()
