@@ -190,9 +190,7 @@ def gpu_size() -> float:
     """Return the bytes of its GPU that this process could have."""
     import torch
 
-    return min(
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, _gpu_limit
-    )
+    return min(torch.cuda.mem_get_info()[1], _gpu_limit)
 
 
 def container() -> str | None:
