@@ -30,6 +30,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from trainer.config.ds_config import Tiers
 from trainer.console import say
+from trainer.distributed import all_gather_object
 from trainer.engine import (
     aio,
     all_gather,
@@ -89,31 +90,51 @@ def take_over(zero: Any) -> bool:
     """Make a ZeRO-3 optimizer that is being set up a FusedStepOptimizer, and say so.
 
     Its parameters are in their places, and nothing else is there. Returns False where DeepSpeed's
-    own goes on. Raises RunError where an optimizer on NVMe cannot be taken over.
+    own goes on. Raises RunError where that cannot be, as states are on NVMe or placed by value.
     """
-    if _wanted is None or not applies(zero):
+    if _wanted is None:
         return False
-    try:
-        adam = ops.adam()
-        reason = _why_not(zero, adam)
-    except RunError as error:
-        reason = str(error)
-    if reason is None:
+    reason, on_gpu = (
+        next(filter(None, reasons), "") for reasons in zip(*all_gather_object(_why_not(zero)))
+    )
+    if not zero.offload_optimizer:
+        reason = reason or on_gpu
+    if not reason:
         zero.__class__ = FusedStepOptimizer
-        zero.fused_step = FusedStep(zero, adam, _wanted)
-        zero.swap_optimizer = (
-            False  # or DeepSpeed would tell a swapper when the backward pass begins
-        )
+        zero.fused_step = FusedStep(zero, ops.adam(), _wanted, on_gpu)
+        # Or DeepSpeed would tell a swapper when the backward pass begins.
+        zero.swap_optimizer = False
         say(zero.fused_step.describe())
-    elif zero.swap_optimizer:
+        return True
+    if zero.swap_optimizer or _wanted.tiers:
         raise RunError(
-            "the fused optimizer step does not fit this run, whose optimizer is on NVMe",
+            "the fused optimizer step, which this configuration needs, does not fit this run",
             found=reason,
             fix="--deepspeed ds_z3_offload.json, with the optimizer in RAM",
         )
-    else:
+    if applies(zero):
         say(f"optimizer step: DeepSpeed's own, {reason}")
-    return reason is None
+    return False
+
+
+def _why_not(zero: Any) -> tuple[str, str]:
+    """Return why our step cannot be made, and why not on this rank's GPU; "" where it can."""
+    if not applies(zero):
+        return type(zero.optimizer).__name__, ""
+    try:
+        adam = ops.adam()
+    except RunError as error:
+        return str(error), ""
+    if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
+        return "this C compiler does not know fp16", ""
+    if zero.gradient_accumulation_dtype not in (torch.float32, zero.dtype):
+        return f"gradients are added in {zero.gradient_accumulation_dtype}", ""
+    tiers = _wanted.tiers if _wanted else None
+    on_gpu = tiers.states_in_hbm > 0 if tiers else not zero.offload_optimizer
+    if not (on_gpu and torch.cuda.is_available()):
+        return "", ""
+    halved = split_master.applies(zero)
+    return "", gpu_adam.differs(adam, zero.dtype, zero.gradient_accumulation_dtype, halved)
 
 
 def tiers_of_weights(zero: Any, numels: list[int]) -> list[str]:
@@ -160,25 +181,6 @@ def applies(zero: Any) -> bool:
         and zero.partial_offload == 1.0
         and zero.master_weights_and_grads_dtype == torch.float32
     )
-
-
-def _why_not(zero: Any, adam: ctypes.CDLL) -> str | None:
-    if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
-        return "this C compiler does not know fp16"
-    if zero.gradient_accumulation_dtype not in (torch.float32, zero.dtype):
-        return f"gradients are added in {zero.gradient_accumulation_dtype}"
-    if not zero.offload_optimizer and torch.cuda.is_available():
-        return _gpu_differs(zero, adam) or None
-    return None
-
-
-def _gpu_differs(zero: Any, adam: ctypes.CDLL) -> str:
-    """Return why the GPU cannot make the CPU's updates, on any rank, or ""."""
-    halved = split_master.applies(zero)
-    reason = gpu_adam.differs(adam, zero.dtype, zero.gradient_accumulation_dtype, halved)
-    reasons: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    return next(filter(None, reasons), "")
 
 
 class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
@@ -363,13 +365,14 @@ class FusedStep:
     them.
     """
 
-    def __init__(self, zero: Any, adam: ctypes.CDLL, wanted: Wanted) -> None:
+    def __init__(self, zero: Any, adam: ctypes.CDLL, wanted: Wanted, not_on_gpu: str) -> None:
+        """not_on_gpu: why the GPU cannot make the CPU's updates, or ""."""
         self.adam = adam
         self.zero: Any = weakref.proxy(zero)
         self.numels = zero.fp16_partitioned_groups_flat_numel
         self.weights: list[Any] = zero.fp16_partitioned_groups_flat
         self.halved = split_master.applies(zero)
-        self.placement = _placement(zero, adam, wanted)
+        self.placement = _placement(zero, wanted, not_on_gpu)
         params = [(i, param) for i, group in enumerate(zero.fp16_groups) for param in group]
         # Of the smallest parameters some ranks hold padding alone.
         self.real = {
@@ -585,7 +588,7 @@ def _count(update: Update, numel: int) -> None:
     update.left -= numel
 
 
-def _placement(zero: Any, adam: ctypes.CDLL, wanted: Wanted) -> placement.Placement:
+def _placement(zero: Any, wanted: Wanted, not_on_gpu: str) -> placement.Placement:
     """Return the tiers of the sub-groups. What one cannot take goes to the next, and it is said.
 
     States are on a GPU only if it makes the CPU's updates.
@@ -593,8 +596,8 @@ def _placement(zero: Any, adam: ctypes.CDLL, wanted: Wanted) -> placement.Placem
     numels, tiers = zero.fp16_partitioned_groups_flat_numel, wanted.tiers
     if tiers is None:
         return placement.place(numels, placement.of_engine(zero))
-    if tiers.states_in_hbm and torch.cuda.is_available() and (reason := _gpu_differs(zero, adam)):
-        say(f"optimizer states: none on the GPU, as it cannot make their updates ({reason})")
+    if not_on_gpu:
+        say(f"optimizer states: none on the GPU, as it cannot make their updates ({not_on_gpu})")
         tiers = tiers._replace(states_in_hbm=0)
     has_nvme = aio.watched is not None
     tiers, moved = placement.fit_ram(tiers, _sizes(zero), sum(numels), has_nvme)
