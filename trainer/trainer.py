@@ -161,8 +161,6 @@ class OffloadTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the micro-batches of the next optimizer step; the wait for them is measured."""
-        if self.parts.selective:
-            self.parts.selective.before_step()
         begin = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
         self.telemetry.clock.add("data_wait", time.perf_counter() - begin)
@@ -211,17 +209,20 @@ class OffloadTrainer(Trainer):
             patches.time_step(self.model_wrapped, self.telemetry.clock)
             self.timed_engine = self.model_wrapped
             self.telemetry.restart_window()
+        selective, last = self.parts.selective, self.accelerator.gradient_state.sync_gradients
+        if selective:
+            selective.before_pass(last)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.telemetry.clock.stop("backward")
-        if self.accelerator.gradient_state.sync_gradients:
+        if selective:
+            selective.after_pass(inputs["labels"].numel(), last)
+        if last:
             self._step_ended()
         return torch.nan_to_num(loss)
 
     def _step_ended(self) -> None:
         """After an optimizer step, or one that DeepSpeed has skipped."""
         step, optimizer = self.state.global_step + 1, self.model_wrapped.optimizer
-        if self.parts.selective:
-            self.parts.selective.after_step(max(b["labels"].numel() for b in self.batches))
         self.telemetry.step_done(self.tokens_of_step)
         if not getattr(optimizer, "overflow", False):
             if not self.audited:

@@ -91,11 +91,11 @@ def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(gpu, capsys):
     counts = []
     for step, retries in enumerate([0, 0, 0, 0, 3, 2, 1, 1, 0, 0, 5, 5], 1):
         gpu["num_alloc_retries"] += 7  # an evaluation's, which do not count
-        selective.before_step()
+        selective.before_pass(True)
         if step == kept_layers.MEASURE:
             layers[-1](torch.ones(1, 16))
         gpu["num_alloc_retries"] += retries
-        selective.after_step(10)
+        selective.after_pass(10, True)
         counts.append(len(kept_by(layers)))
     # Not in the step after a change; an eighth, rounded up, each time; and no longer than WATCHED
     # steps after the last change.
@@ -104,6 +104,23 @@ def test_as_many_as_fit_and_fewer_where_the_allocator_runs_short(gpu, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 4 and "9 of 20" in said[0] and "ran short 2 times, so 7" in said[1]
     layers[-1](torch.ones(1, 16))  # after the measurement nothing looks at the memory any more
+
+
+def test_passes_of_long_optimizer_steps(gpu):
+    """Of four micro-batches: measured where the second one is made, and watched after it."""
+    layers = [Layer() for _ in range(20)]
+    selective = SelectiveCheckpointing(layers, AUTO, 10, False)
+    counts = []
+    for micro_batch in range(24):
+        last = micro_batch % 4 == 3
+        selective.before_pass(last)
+        if micro_batch == 7:
+            layers[-1](torch.ones(1, 16))
+        gpu["num_alloc_retries"] += micro_batch in (8, 12, 20)
+        selective.after_pass(10, last)
+        counts.append(len(kept_by(layers)))
+    # The first pass after the change does not count, and those after three optimizer steps do not.
+    assert counts == [0] * 4 + [1] * 3 + [9] * 5 + [7] * 8 + [6] * 4
 
 
 def test_weights_stay_where_all_layers_fit(gpu, capsys):
@@ -115,11 +132,11 @@ def test_weights_stay_where_all_layers_fit(gpu, capsys):
     weights.keep_last = lambda count: said.append(count) or setattr(weights, "kept", count)
     selective = SelectiveCheckpointing(layers, AUTO, 10, False, weights)
     for step, retries in enumerate([0, 0, 0, 0, 0, 2, 0, 1, 0, 0], 1):
-        selective.before_step()
+        selective.before_pass(True)
         if step == kept_layers.MEASURE:
             layers[-1](torch.ones(1, 16))
         gpu["num_alloc_retries"] += retries
-        selective.after_step(10)
+        selective.after_pass(10, True)
     # They are the first to go.
     assert said == [3, 0] and len(kept_by(layers)) == 5
     assert "weights: 3 of 6 decoder layers" in capsys.readouterr().out
@@ -132,10 +149,10 @@ def test_no_weights_stay_where_layers_are_recomputed(gpu):
     weights.layer_bytes = 4
     selective = SelectiveCheckpointing([Layer() for _ in range(20)], AUTO, 10, False, weights)
     for step in range(1, 8):
-        selective.before_step()
+        selective.before_pass(True)
         if step == kept_layers.MEASURE:
             selective.layers[-1](torch.ones(1, 16))
-        selective.after_step(10)
+        selective.after_pass(10, True)
     assert selective.kept == 9 and weights.kept == 0
 
 
@@ -144,8 +161,8 @@ def test_a_number_stays():
     selective = SelectiveCheckpointing(layers, 3, 10, False)
     assert kept_by(layers) == []
     for _ in range(9):
-        selective.before_step()
-        selective.after_step(10)
+        selective.before_pass(True)
+        selective.after_pass(10, True)
         assert kept_by(layers) == [1, 2, 3]
     with pytest.raises(RunError, match="more than there are"):
         SelectiveCheckpointing(layers, 5, 10, False)
@@ -154,5 +171,5 @@ def test_a_number_stays():
 def test_models_without_such_layers():
     selective = SelectiveCheckpointing([torch.nn.Linear(1, 1)], AUTO, 10, False)
     for _ in range(9):
-        selective.before_step()
-        selective.after_step(10)
+        selective.before_pass(True)
+        selective.after_pass(10, True)

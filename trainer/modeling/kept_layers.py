@@ -18,15 +18,17 @@ from trainer.errors import RunError
 from trainer.plan.estimate import SPARE_GPU
 from trainer.system import hardware
 
-# The optimizer steps in which AUTO acts, counted from 1. The first one recomputes all layers. A new
-# number of kept layers changes the order in which modules run. ZeRO-3 then drops its record of that
-# order, makes a new one during the next step, and fetches no parameters ahead until it is complete.
-# So the second step after KEEP_ONE is the first that uses as much memory as the later steps.
+# The passes in which AUTO acts, counted from 1. A pass is a micro-batch, forward and backward; the
+# first optimizer step counts as one, in which the optimizer makes its state. It recomputes all
+# layers. A new number of kept layers changes the order in which modules run. ZeRO-3 then drops its
+# record of that order, makes a new one during the next pass, and fetches no parameters ahead until
+# it is complete. So the second pass after KEEP_ONE is the first that uses as much memory as the
+# later ones.
 KEEP_ONE = 2
 MEASURE = KEEP_ONE + 2
-# The last step after a change in which the allocator is watched. The first is the second step after
-# it: in the step right after the change, the allocator may have to make room for other blocks.
-WATCHED = 4
+# The optimizer steps after a change in which the allocator is watched, from the second pass on: in
+# the one right after the change, the allocator may have to make room for other blocks.
+WATCHED = 3
 
 
 class SelectiveCheckpointing:
@@ -36,13 +38,14 @@ class SelectiveCheckpointing:
     are fewer layers. largest_batch_tokens: tokens of the largest micro-batch that can come.
     quadratic: activations grow with the square of the tokens, not in proportion.
 
-    A number is set before the first step and stays. AUTO goes through these states:
+    A number is set before the first pass and stays. AUTO goes through these states:
 
-    - before step KEEP_ONE: keep one layer.
-    - in step MEASURE: measure that layer's bytes and the peak. After it: keep as many as fit.
-    - 2 to WATCHED steps after each change: watch the allocator. Where it ran short, keep an eighth
-      fewer, which is a change again.
-    - done: in all other steps nothing happens.
+    - before pass KEEP_ONE: keep one layer.
+    - from pass MEASURE on, in the first one with an optimizer step at its end: measure that layer's
+      bytes and the peak. After it: keep as many as fit.
+    - from the second pass after each change, for WATCHED optimizer steps: watch the allocator.
+      Where it ran short, keep an eighth fewer, which is a change again.
+    - done: in all other passes nothing happens.
 
     weights: where all layers fit and memory is left, their weights stay as well. Where the
     allocator ran short, they are the first to go.
@@ -61,8 +64,9 @@ class SelectiveCheckpointing:
         self.keep = keep if self.layers or keep != AUTO else 0
         self.largest_batch_tokens, self.quadratic = largest_batch_tokens, quadratic
         self.weights = weights
-        self.step = self.kept = self.layer_bytes = self.retries = 0
-        self.watched_steps = range(0)
+        self.passes = self.kept = self.layer_bytes = self.retries = 0
+        self.stepped = self.measured = self.acts = False
+        self.watch_from = self.watched = 0
         if isinstance(self.keep, int) and self.keep > len(self.layers):
             raise RunError(
                 "--kept_layers is more than there are",
@@ -70,36 +74,44 @@ class SelectiveCheckpointing:
                 needed=f"at most {len(self.layers)}, or auto",
             )
 
-    def before_step(self) -> None:
-        """Prepare the next optimizer step. Call it before the step's first micro-batch."""
-        self.step += 1
+    def before_pass(self, last: bool) -> None:
+        """Prepare the next micro-batch. last: the optimizer step is made after it."""
+        if self.passes and not self.stepped:
+            return
+        self.passes += 1
+        self.acts = False
         if isinstance(self.keep, int):
             # Not earlier: when training begins, transformers makes all layers recompute.
-            if self.step == 1:
+            if self.passes == 1:
                 self._keep_last(self.keep)
-        elif self.step == KEEP_ONE:
+        elif self.passes == KEEP_ONE:
             self._keep_last(1)
-        elif self.step == MEASURE:
-            self._start_measuring()
-        elif self.step in self.watched_steps:
-            # Read anew before each step: an evaluation between steps may have run short too.
-            self.retries = _allocator_retries()
+        elif self.passes >= MEASURE and not self.measured:
+            if last:
+                self._start_measuring()
+                self.acts = True
+        elif self.passes >= self.watch_from and self.watched:
+            # Read anew before each pass: an evaluation in between may have run short too.
+            self.retries, self.acts = _allocator_retries(), True
 
-    def after_step(self, tokens: int) -> None:
-        """Decide after an optimizer step. tokens: of its largest micro-batch, with padding."""
-        if self.keep != AUTO:
+    def after_pass(self, tokens: int, last: bool) -> None:
+        """Decide after a micro-batch of so many tokens, with padding."""
+        self.stepped |= last
+        if not self.acts:
             return
-        if self.step == MEASURE:
+        if not self.measured:
             self._keep_as_many_as_fit(tokens)
-        elif self.step in self.watched_steps:
-            self._keep_fewer_if_short()
+            self.measured = True
+            return
+        self.watched -= last
+        self._keep_fewer_if_short()
 
     def _keep_last(self, count: int) -> None:
         # The backward pass frees the last layers first, before a recomputed layer needs room.
         for i, layer in enumerate(self.layers):
             layer.gradient_checkpointing = i < len(self.layers) - count
         self.kept = count
-        self.watched_steps = range(self.step + 2, self.step + WATCHED + 1)
+        self.watch_from, self.watched = self.passes + 2, WATCHED
 
     def _start_measuring(self) -> None:
         layer = self.layers[-1]
