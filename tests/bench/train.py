@@ -45,6 +45,7 @@ SHAPES = {
     "1b": built_in_config("llama-3.2-1b"),
     "3b": built_in_config("llama-3.2-3b"),
     "8b": built_in_config("llama-3-8b"),
+    "14b": built_in_config("qwen2.5-14b"),
     "70b": built_in_config("llama-3-70b"),
     "30b-a3b": built_in_config("qwen3-30b-a3b"),
 }
@@ -74,6 +75,7 @@ class Case:
     uncounted: int = UNCOUNTED
 
 
+ACCUMULATION = "--gradient_accumulation_steps"
 CASES = {
     "tiny": Case("tiny", "full", 4, max_length=64, flags=["--learning_rate", "1e-3"]),
     "1b-full": Case("1b", "full", 16),
@@ -88,8 +90,22 @@ CASES = {
     "8b-lora-8k": Case("8b", "lora", 4, max_length=8192),
     "8b-lora-64k": Case("8b", "lora", 1, max_length=65536),
     "8b-full": Case("8b", "full", 8, gpus=2),
-    # 64k tokens a step.
-    "8b-one": Case("8b", "full", 8, flags=["--gradient_accumulation_steps", "4"], uncounted=2),
+    # 64k, 524k and 131k tokens a step.
+    "8b-full-one": Case("8b", "full", 8, flags=[ACCUMULATION, "4"], uncounted=2),
+    "14b-infinity": Case(
+        "14b",
+        "full",
+        4,
+        "ds_z3_infinity.json",
+        flags=[ACCUMULATION, "64", "--grad_accum_dtype", "bf16"],
+        uncounted=1,
+    ),
+    "70b-infinity": Case(
+        "70b", "full", 2, "ds_z3_infinity.json", gpus=4, flags=[ACCUMULATION, "8"], uncounted=1
+    ),
+    "70b-quarter-infinity": Case(
+        "70b", "full", 2, "ds_z3_infinity.json", layers=20, flags=[ACCUMULATION, "8"], uncounted=1
+    ),
     "30b-a3b-lora": Case("30b-a3b", "lora", 4, layers=12),
     "30b-a3b-experts": Case(
         "30b-a3b", "lora", 4, layers=12, flags=["--lora_target_modules", "attention,experts"]

@@ -29,6 +29,14 @@ part() {
     io) python3 -m trainer.system.ops async_io && python3 launch/bench.py io /tmp/bench-work --bytes 4GB --seconds 40 ;;
     3b-nvme) bench 3b-full-nvme --only ours --steps 5 --timeout 380; rm -rf /tmp/bench-work/swap ;;
     1b) bench 1b-full --only ours --steps 12 --timeout 120 ;;
+    8b-one) bench 8b-full-one --only ours --steps 6 --timeout 200 ;;
+    14b) bench 14b-infinity --only ours --steps "${STEPS:-3}" --timeout "${LIMIT:-560}" --flags="${FLAGS:-}"; rm -rf /tmp/bench-work/swap ;;
+    70b-quarter) bench 70b-quarter-infinity --only ours --steps 4 --timeout 300; rm -rf /tmp/bench-work/swap ;;
+    70b-full) bench 70b-infinity --only ours --steps 4 --timeout 560; rm -rf /tmp/bench-work/swap ;;
+    disk) mkdir -p /tmp/bench-work && python3 tests/bench/disk.py /tmp/bench-work/disk ;;
+    timeline) TIMELINE=$out/timeline.json TIMELINE_AT=4 BENCH_SCRIPT=tests/bench/timeline.py \
+        bench 70b-quarter-infinity --only ours --steps 6 --timeout 300; rm -rf /tmp/bench-work/swap ;;
+    tiers) timeout 400 python3 -m pytest -q -s -p no:cacheprovider tests/gpu/test_tiers.py ;;
     70b) bench 70b-lora --only ours --micro_batches 4 16 --steps 11 --timeout 300 ;;
     70b-tuned) bench 70b-lora --baseline tuned --only baseline --steps 10 --timeout 280 ;;
     70b-layers) bench 70b-layers-full --only ours --steps 12 --timeout 200 ;;
