@@ -32,6 +32,7 @@ from trainer.modeling.skeleton import describe
 from trainer.monitor.stopping import dump_stacks_on_signal
 from trainer.monitor.telemetry import RamSampler
 from trainer.plan import output
+from trainer.plan.micro_batch import smaller_batch
 from trainer.plan.model_shapes import ModelSpec
 from trainer.plan.remedy import remedy
 from trainer.plan.report import PlannedRun, PlanReport
@@ -260,7 +261,7 @@ def _places(planned: PlannedRun) -> tuple[Tiers, float]:
             found="; ".join(
                 f"{size / 1e9:,.1f} GB of {what} short" for what, size in prediction.short.items()
             ),
-            needed=remedy(job, machine) or "another machine",
+            needed=smaller_batch(prediction) or remedy(job, machine) or "another machine",
             fix=f"larger limits in the block tiers, if there are any; {script_line('plan')}",
             code=DOES_NOT_FIT,
         )

@@ -7,6 +7,7 @@ import hjson
 import pytest
 from conftest import ROOT
 from test_resume import CUT, FLAGS, LORA, STEPS
+from test_speed import changed as changed_script
 from tiny import SPLITS, tiers_flags
 
 MODEL = 3_213_056  # trained elements of the tiny model
@@ -51,6 +52,31 @@ def test_splits(trains, tmp_path, precision, ranks, splits):
         saved = ["--resume_from_checkpoint", before.directory / f"checkpoint-{CUT}"]
         same(trains(f"{name} goes on", *flags, *saved, ranks=ranks), ram, slice(CUT, None))
         before = run
+
+
+SLOW_DISK = """
+import time
+from trainer.engine import state_ring
+
+plain = state_ring.StateRing._write_block
+
+def write(self, *args):
+    time.sleep(0.3)
+    plain(self, *args)
+
+state_ring.StateRing._write_block = write
+"""
+
+
+def test_a_slow_disk(trains, tmp_path):
+    """It still writes when the backward pass is over: the next step, saves and the end wait."""
+    flags = ["--precision", "bf16", "--gradient_accumulation_steps", 1, "--eval_strategy", "steps"]
+    flags += ["--eval_steps", CUT]
+    script = changed_script(tmp_path / "slow_disk.py", SLOW_DISK)
+    ram = trains("ram", *flags)
+    slow = trains("slow", *flags, *tiers_flags(tmp_path, SPLITS[1], MODEL), script=script)
+    same(slow, ram)
+    assert slow.parts(CUT) == ram.parts(CUT)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=long)])

@@ -91,7 +91,8 @@ def test_limits():
     none = planned("llama-3-8b", hbm="30GB", ram="80GB", nvme="0GB")
     assert none.short.keys() == {"NVMe"} or none.short.keys() == {"RAM"}
     with pytest.raises(RunError, match="more than a GPU has"):
-        planned("llama-3-8b", hbm="90GB")
+        tiers.check_limits(BOX, config(hbm="90GB"))
+    tiers.check_limits(replace(BOX, gpus=0, gpu_memory=0), config(hbm="90GB"))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,8 @@ def test_limits():
     [
         ({"hbm": "lots"}, "tiers.hbm is not a size"),
         ({"ram": "0GB"}, "tiers.ram is 0"),
+        ({"hbm": "0 GB"}, "tiers.hbm is 0"),
+        (dict(zip(Tiers._fields, (8, 0, 8, 0))), "without their weights and gradients"),
         ({"hmb": "1GB"}, "did you mean hbm"),
         ({"weights_in_hbm": 5}, "all four places or none"),
         ({"states_in_ram": -1}, "out of range"),
@@ -143,10 +146,10 @@ def test_a_gpu_with_less_memory_than_planned(monkeypatch):
 
     assert fit(17e9) == (Tiers(1e9, 1e9, 1e9, 0), [])
     found, said = fit(12e9)
-    assert found == Tiers(1e9, 1e9, 0.5e9, 0) and "5.00 GB less" in said[0]
-    assert fit(6e9)[0] == Tiers(1e9, 0.5e9, 0, 0)
-    assert fit(4e9)[0] == Tiers(0.5e9, 0, 0, 0)
-    assert fit(1e9)[0] == Tiers(0, 0, 0, 0)
+    assert found == Tiers(1e9, 1e9, 0.5e9, 0.5e9) and "5.00 GB less" in said[0]
+    assert fit(6e9)[0] == Tiers(1e9, 0.5e9, 0, 1e9)
+    assert fit(4e9)[0] == Tiers(0.5e9, 0, 0, 1e9)
+    assert fit(1e9)[0] == Tiers(0, 0, 0, 1e9)
 
 
 def test_less_ram_than_planned(monkeypatch):
@@ -155,9 +158,61 @@ def test_less_ram_than_planned(monkeypatch):
 
     def fit(free, has_nvme=True):
         monkeypatch.setattr(placement.hardware, "free_memory", lambda: 2 * free)
-        return placement.fit_ram(Tiers(0, 0.5e9, 0, 0.8e9), SIZES, 10**9, has_nvme)
+        tiers = Tiers(0.3e9, 0.5e9, 0.3e9, 0.5e9)
+        return placement.fit_ram(tiers, SIZES, [10**8] * 9 + [10**8 - 1, 1], has_nvme)
 
-    assert fit(9e9) == (Tiers(0, 0.5e9, 0, 0.8e9), [])
-    found, said = fit(5e9)
+    slots = 2**23 * (4 * 4 + 12 * 10)
+    assert fit(6e9 + slots) == (Tiers(0.3e9, 0.5e9, 0.3e9, 0.5e9), [])
+    found, said = fit(5e9 + slots)
     assert found.states_in_ram == pytest.approx(0.4e9) and "go to NVMe" in said[0]
-    assert fit(5e9, has_nvme=False)[0].states_in_ram == 10**9  # there is nowhere else
+    slots = 2**23 * 4 * 4
+    assert fit(8e9 + slots, has_nvme=False)[0].states_in_ram == 0.7e9  # there is nowhere else
+    with pytest.raises(RunError, match="do not fit into what is free") as error:
+        fit(7e9, has_nvme=False)
+    assert error.value.code == 3
+
+
+def test_what_is_cut_off_on_the_gpu_goes_to_ram(monkeypatch):
+    """Half a sub-group has no place on a GPU, and was not counted in RAM: no disk because of it."""
+    monkeypatch.setattr(placement, "_least", lambda size: size)
+    monkeypatch.setattr(placement, "ranks_on_this_machine", lambda: 1)
+    monkeypatch.setattr(placement.hardware, "free_memory", lambda: 1e12)
+    numels, planned = [10**8] * 10, Tiers(1e9, 1e9, 0.55e9, 0.45e9)
+    for has_nvme in (True, False):
+        found, moved = placement.fit_ram(planned, SIZES, numels, has_nvme)
+        assert placement.place(numels, found).states == [HBM] * 5 + [RAM] * 5 and not moved
+    # Norms come last, and are stepped before the forward pass begins.
+    on_disk = Tiers(0, 0, 0, 0.5e9)
+    assert placement.place(numels, on_disk, {9}).states == [RAM] * 5 + [NVME] * 4 + [RAM]
+
+
+def test_a_plan_without_a_disk_takes_none():
+    found = planned("llama-3-8b", replace(BOX, gpu_memory=150e9), 8, 1)
+    assert found.on_nvme == 0
+    shapes = found.job.shapes
+    made = found.config.placed(found.places, shapes, 1)
+    assert not made.uses_nvme() and made.tiers.states_in_ram == shapes.trainable
+    del made.zero["sub_group_size"]  # DeepSpeed's own, then
+    assert made.placed(Tiers(0, 0, 0, 0), shapes, 1).swap_bytes(0, shapes, 1)
+
+
+def test_kept_layers_are_counted_first():
+    for kept in (0, 4, 8):
+        job = TrainingJob(model_shapes.built_in("qwen2.5-14b"), kept_layers=kept)
+        found = tiers.predict(job, BOX, config(), 4, 8)
+        assert found.fits and found.kept_layers == kept
+
+
+def test_the_remedy_of_too_many_rows_is_fewer():
+    large = planned("qwen2.5-14b", rows=64, accumulation=2)
+    assert not large.fits
+    flags = micro_batch.smaller_batch(large).split()
+    assert flags[::2] == ["--per_device_train_batch_size", "--gradient_accumulation_steps"]
+    rows, accumulation = map(int, flags[1::2])
+    assert rows * accumulation == 128 and planned("qwen2.5-14b", BOX, rows, accumulation).fits
+
+
+def test_nothing_crosses_pcie_from_a_gpu_that_holds_all():
+    """Also where the head is a matrix of its own."""
+    found = planned("llama-3-8b", replace(BOX, gpu_memory=200e9))
+    assert not found.gathers and found.time["transfer"] == 0

@@ -28,6 +28,8 @@ SWAPPED = 2**20
 # The ring of optimizer states on NVMe (engine/state_ring.py): elements of a piece, and pieces. With
 # half as many a disk turned more often between reading and writing, and took 13 % longer.
 RING_PIECE, RING_SLOTS = 2**23, 12
+# Such pieces of weights and gradients that are between GPU and CPU at a time (engine/staging.py).
+STAGED_PIECES = 4
 
 
 class Tiers(NamedTuple):
@@ -112,9 +114,11 @@ class DeepSpeedConfig:
 
     def placed(self, tiers: Tiers, shapes: ZeroShapes, ranks: int) -> "DeepSpeedConfig":
         """Return a copy with these places, without NVMe where nothing is there."""
-        made = copy.deepcopy(self)
+        made, trained = copy.deepcopy(self), -(-shapes.trainable // ranks)
+        if trained - tiers.states_in_hbm - tiers.states_in_ram < 1:
+            tiers = tiers._replace(states_in_ram=trained)
         made.values["tiers"] |= {
-            place: int(min(elements, -(-shapes.trainable // ranks)))
+            place: int(min(elements, trained))
             for place, elements in zip(PLACES, tiers, strict=True)
         }
         if not made._states_on_nvme(shapes, ranks):
@@ -145,11 +149,18 @@ class DeepSpeedConfig:
                 needed=f"all four places or none: {', '.join(missing)} too",
                 fix='"auto" in all of them, and limits: "hbm", "ram", "nvme"',
             )
+        if self.tiers and self.tiers.states_in_hbm > min(self.tiers[:2]):
+            raise RunError(
+                f"{self.where}: tiers has states on the GPU without their weights and gradients",
+                found=f"states_in_hbm {self.tiers.states_in_hbm:,}",
+                needed=f"at most {int(min(self.tiers[:2])):,}, as of the others",
+            )
         for tier in LIMITS:
-            if self.limit(tier) == 0 and tier == "ram":
+            if self.limit(tier) == 0 and tier != "nvme":
                 raise RunError(
-                    f"{self.where}: tiers.ram is 0",
-                    needed="a size: weights pass through RAM, and the CPU's step works there",
+                    f"{self.where}: tiers.{tier} is 0",
+                    needed="a size: layers are computed on the GPU, and what goes there passes "
+                    "through RAM",
                 )
         if self.device("optimizer") == "nvme" and self.limit("nvme") == 0:
             self.leave_nvme()
@@ -333,6 +344,7 @@ class DeepSpeedConfig:
         if self.tiers is None:
             return trained
         # A sub-group that a tier has no room for goes whole to the next one.
-        group = int(self.zero["sub_group_size"]) + -(-shapes.largest_trainable // ranks)
+        group = int(self.zero.get("sub_group_size", SUB_GROUP_SIZE))
+        group += -(-shapes.largest_trainable // ranks)
         below = trained - int(self.tiers.states_in_hbm + self.tiers.states_in_ram)
         return min(trained, below + 2 * group) if below > 0 else 0

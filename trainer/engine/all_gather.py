@@ -80,10 +80,14 @@ def all_gather_coalesced(
     return AllGatherHandle(params, work)
 
 
-def wait_for_updates() -> None:
-    """Let the copies that follow wait for what the GPU has been given: updates of its shards."""
+def wait_for_updates(gathers: Any) -> None:
+    """Let copies and gathering that follow wait for what the GPU has been given: updates of shards.
+
+    gathers: the stream in which DeepSpeed gathers.
+    """
     if stream := _copy_stream():
-        stream.wait_stream(torch.cuda.current_stream())
+        for other in (stream, gathers):
+            other.wait_stream(torch.cuda.current_stream())
 
 
 @functools.cache

@@ -125,6 +125,8 @@ def _why_not(zero: Any) -> tuple[str, str]:
         adam = ops.adam()
     except RunError as error:
         return str(error), ""
+    if zero.offload_param and not zero.offload_optimizer:
+        return "as parameters are in RAM and their states on the GPU", ""
     if zero.dtype == torch.float16 and not adam.adam_knows_fp16():
         return "this C compiler does not know fp16", ""
     if zero.gradient_accumulation_dtype not in (torch.float32, zero.dtype):
@@ -195,7 +197,7 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         params: parameters whose gradient is complete. partitions: this rank's shard of each.
         """
         step = self.fused_step
-        step.wait_for_all()  # the last step still reads its gradients
+        step.wait_for_gradients()
         copies = {}
         for param, shard in zip(params, partitions):
             if param.ds_id in step.real:
@@ -252,6 +254,8 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
     def _optimizer_step(self, sub_group_id: int) -> None:
         """Make the update of sub-group i on the GPU, or queue it; the last one starts the queue."""
         step, i = self.fused_step, sub_group_id
+        if i == 0:
+            step.wait_for_all()  # of the last step: ring and staging are one step's at a time
         flat, flat_lp = self.fp32_partitioned_groups_flat[i], self.fp16_partitioned_groups_flat[i]
         group = self.optimizer.param_groups[self.sub_group_to_group_id[i]]
         state, tier = self.optimizer.state[flat], step.placement.states[i]
@@ -325,7 +329,8 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         ]
         super()._post_step(timer_names)
         self.reset_cpu_buffers()
-        all_gather.wait_for_updates()
+        coordinator: Any = self._get_param_coordinator()
+        all_gather.wait_for_updates(coordinator._PartitionedParameterCoordinator__allgather_stream)
         self._refresh(stayed)
 
     @torch.no_grad()
@@ -391,7 +396,10 @@ class FusedStep:
         overlap &= any(tier != HBM for tier in self.placement.states)
         # Beside the forward pass one core is left to launch the GPU's work.
         self.threads = max(1, torch.get_num_threads() - overlap)
-        self.worker = ThreadPoolExecutor(1, "optimizer") if overlap else None
+        self.worker = None
+        if overlap:
+            device = torch.cuda.current_device() if torch.cuda.is_available() else -1  # none
+            self.worker = ThreadPoolExecutor(1, "optimizer", torch.cuda.set_device, (device,))
         self.made: Future[None] | None = None
         self.failure: BaseException | None = None
         if overlap:
@@ -572,16 +580,25 @@ class FusedStep:
     def wait_for(self, params: Iterable[Any]) -> None:
         """Wait until these parameters have their new values."""
         # The group of a frozen parameter is None.
-        for group in self.pending.keys() & {self.group_of.get(p.ds_id) for p in params}:
+        self.wait_for_groups(self.pending.keys() & {self.group_of.get(p.ds_id) for p in params})
+
+    def wait_for_groups(self, groups: Iterable[int]) -> None:
+        """Wait until the updates of these sub-groups are made."""
+        for group in groups:
             self.adam.adam_wait(ctypes.byref(self.pending.pop(group)))
             if self.failure:
                 raise self.failure
 
+    def wait_for_gradients(self) -> None:
+        """Wait until no update reads a gradient any more; the disk may still be written."""
+        self.wait_for_groups(list(self.pending))
+
     def wait_for_all(self) -> None:
-        """Wait until every update is made."""
-        if self.pending and self.made:
-            self.made.result()
-            self.pending.clear()
+        """Wait until every update is made, and is on disk where it goes there."""
+        made, self.made = self.made, None
+        self.pending.clear()
+        if made:
+            made.result()
 
 
 def _count(update: Update, numel: int) -> None:
@@ -591,19 +608,20 @@ def _count(update: Update, numel: int) -> None:
 def _placement(zero: Any, wanted: Wanted, not_on_gpu: str) -> placement.Placement:
     """Return the tiers of the sub-groups. What one cannot take goes to the next, and it is said.
 
-    States are on a GPU only if it makes the CPU's updates.
+    States are on a GPU only if it makes the CPU's updates. Those of what stays gathered (norms) are
+    stepped before the forward pass: they are not on NVMe.
     """
     numels, tiers = zero.fp16_partitioned_groups_flat_numel, wanted.tiers
+    stay = {i for i, params in enumerate(zero.fp16_groups) if all(p.ds_persist for p in params)}
     if tiers is None:
-        return placement.place(numels, placement.of_engine(zero))
+        return placement.place(numels, placement.of_engine(zero), stay)
     if not_on_gpu:
         say(f"optimizer states: none on the GPU, as it cannot make their updates ({not_on_gpu})")
-        tiers = tiers._replace(states_in_hbm=0)
-    has_nvme = aio.watched is not None
-    tiers, moved = placement.fit_ram(tiers, _sizes(zero), sum(numels), has_nvme)
+        tiers = placement.without_states_in_hbm(tiers)
+    tiers, moved = placement.fit_ram(tiers, _sizes(zero), numels, aio.watched is not None)
     for line in moved:
         say(line)
-    return placement.place(numels, tiers)
+    return placement.place(numels, tiers, stay)
 
 
 def _join_neighbours(pairs: Iterable[tuple[torch.Tensor, Any]]) -> list[tuple[torch.Tensor, list]]:

@@ -163,6 +163,7 @@ def setup_for_real_optimizer(self: Any) -> None:
     """
     if torch.cuda.is_available():
         torch._C._host_emptyCache()
+    hardware.trim_heap()  # before anybody looks at what is free
     self.param_groups_fp16_flat_cpu_memory.clear()  # each sub-group has its part
     if not fused_step.take_over(self):
         _stock_setup_for_real_optimizer(self)

@@ -6,16 +6,19 @@ states, those on NVMe. So the GPU makes its own updates while the CPU makes thos
 next forward pass needs later, and those that wait for a disk are needed last.
 """
 
+import itertools
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from trainer.config.ds_config import SWAPPED, Tiers
+from trainer.config.ds_config import RING_PIECE, RING_SLOTS, STAGED_PIECES, SWAPPED, Tiers
 from trainer.distributed import all_gather_object, ranks_on_this_machine
 from trainer.engine import pinned
+from trainer.errors import DOES_NOT_FIT, RunError
 from trainer.system import hardware
 
 HBM, RAM, NVME = "hbm", "ram", "nvme"
@@ -42,15 +45,15 @@ def of_engine(zero: Any) -> Tiers:
     )
 
 
-def place(numels: list[int], tiers: Tiers) -> Placement:
+def place(numels: list[int], tiers: Tiers, stay: Container[int] = ()) -> Placement:
     """Return the placement of sub-groups of so many elements.
 
     A sub-group is on the GPU if all of it is within what `tiers` allows there. States are there
-    only beside their weights and gradients. Small ones are not on NVMe.
+    only beside their weights and gradients. Small ones, and those of `stay`, are not on NVMe.
     """
 
     def on_gpu(elements: float) -> list[bool]:
-        ends = [sum(numels[: i + 1]) for i in range(len(numels))]
+        ends = itertools.accumulate(numels)
         return [end <= elements for end in ends]
 
     weights, gradients = on_gpu(tiers.weights_in_hbm), on_gpu(tiers.gradients_in_hbm)
@@ -58,7 +61,9 @@ def place(numels: list[int], tiers: Tiers) -> Placement:
     for i, here in enumerate(on_gpu(tiers.states_in_hbm)):
         if here and weights[i] and gradients[i]:
             states.append(HBM)
-        elif numels[i] <= left or 4 * numels[i] < SWAPPED:
+        elif 4 * numels[i] < SWAPPED or i in stay:
+            states.append(RAM)
+        elif numels[i] <= left:
             states.append(RAM)
             left -= numels[i]
         else:
@@ -96,22 +101,46 @@ def fit_gpu(tiers: Tiers, sizes: Sizes, work: float) -> tuple[Tiers, list[str]]:
             moved.append(f"{kind} of {less / 1e6:,.0f}M parameters go to RAM")
             tiers = tiers._replace(**{place: getattr(tiers, place) - less})
             lacking -= less * size
+            if kind == "states":
+                tiers = tiers._replace(states_in_ram=tiers.states_in_ram + less)
     return tiers, moved
 
 
-def fit_ram(tiers: Tiers, sizes: Sizes, trained: int, has_nvme: bool) -> tuple[Tiers, list[str]]:
+def without_states_in_hbm(tiers: Tiers) -> Tiers:
+    """Return the places with the states of the GPU in RAM."""
+    in_ram = tiers.states_in_ram + tiers.states_in_hbm
+    return tiers._replace(states_in_hbm=0, states_in_ram=in_ram)
+
+
+def fit_ram(
+    tiers: Tiers, sizes: Sizes, numels: list[int], has_nvme: bool
+) -> tuple[Tiers, list[str]]:
     """Return the places as far as RAM is free now, alike on all ranks, and what moved.
 
-    The weights are in their places. trained: elements of one rank. has_nvme: states can go there.
+    The weights are in their places. What a GPU has no whole sub-group for goes to RAM. has_nvme:
+    states can go there. Raises RunError (DOES_NOT_FIT) where they would have to and cannot.
     """
-    elsewhere = trained - tiers.states_in_hbm
-    if not has_nvme:
-        return tiers._replace(states_in_ram=elsewhere), []
-    in_ram = min(tiers.states_in_ram, elsewhere)
-    gradients = sizes.gradient * (trained - min(trained, tiers.gradients_in_hbm))
+    trained, placed = sum(numels), place(numels, tiers)
+    in_hbm = {
+        kind: sum(n for n, tier in zip(numels, kinds, strict=True) if tier == HBM)
+        for kind, kinds in (("gradients", placed.gradients), ("states", placed.states))
+    }
+    in_ram = tiers.states_in_hbm + tiers.states_in_ram - in_hbm["states"]
+    in_ram = min(in_ram, trained - in_hbm["states"]) if has_nvme else trained - in_hbm["states"]
+    buffers = RING_PIECE * (STAGED_PIECES * (sizes.weight + sizes.gradient))
+    buffers += RING_PIECE * RING_SLOTS * sizes.state * has_nvme
     free = _least(hardware.free_memory() / ranks_on_this_machine())
-    lacking = gradients + sizes.state * in_ram - free
+    gradients = sizes.gradient * (trained - in_hbm["gradients"])
+    lacking = gradients + sizes.state * in_ram + buffers - free
     less = min(in_ram, max(0, lacking) / sizes.state)
+    if less and not has_nvme:
+        raise RunError(
+            "the optimizer states do not fit into what is free of RAM",
+            found=f"{free / 1e9:.2f} GB free for a rank",
+            needed=f"{(lacking + free) / 1e9:.2f} GB",
+            fix="--nvme_path on a local NVMe, fewer rows, or less that runs beside it",
+            code=DOES_NOT_FIT,
+        )
     if not less:
         return tiers._replace(states_in_ram=in_ram), []
     moved = (

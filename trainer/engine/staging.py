@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainer.config.ds_config import RING_PIECE
+from trainer.config.ds_config import RING_PIECE, STAGED_PIECES
 from trainer.engine.placement import HBM, Placement
 from trainer.engine.state_ring import Piece
-
-SLOTS = 4  # pieces under way: two that come, the one that is stepped, one that goes
 
 
 class Slot(NamedTuple):
@@ -25,9 +23,10 @@ class Slot(NamedTuple):
 
 
 class Staging:
-    """Moves pieces. grads, weights: flat tensors by sub-group, weights None where it is on NVMe.
+    """Moves pieces: two come, one is stepped, one goes.
 
-    halved: whether a weight is read too, as the half of a master weight.
+    grads, weights: flat tensors by sub-group, weights None where it is on NVMe. halved: whether a
+    weight is read too, as the half of a master weight.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Staging:
         dtype = next((w.dtype for w in weights if w is not None), torch.float32)
         self.free = deque(
             Slot(*(torch.empty(numel, dtype=d, pin_memory=cuda) for d in (grads[0].dtype, dtype)))
-            for _ in range(SLOTS if numel else 0)
+            for _ in range(STAGED_PIECES if numel else 0)
         )
         self.coming: deque[Piece] = deque()
         self.here: deque[tuple[Slot, Any]] = deque()

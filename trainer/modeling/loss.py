@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from data.dataset import IGNORED
 from trainer.errors import RunError
 from trainer.plan.model_shapes import loss_widening
-from trainer.system import hardware
 
 CHUNK_BYTES = 2**28  # fp32 logits of one chunk; two more tensors of that size exist for a moment
 _OF_A_MATRIX = {"weight", "bias"}
@@ -87,7 +86,7 @@ def cross_entropy_sum(
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         vocabulary, width = weight.shape
-        memory = hardware.gpu_size() if weight.requires_grad else 0
+        memory = torch.cuda.mem_get_info()[1] if weight.requires_grad else 0
         loss = liger_fused_linear_cross_entropy(
             rows,
             weight,

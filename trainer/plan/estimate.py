@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from trainer.config.ds_config import CONFIGS, SWAPPED, DeepSpeedConfig
+from trainer.config.ds_config import CONFIGS, RING_PIECE, STAGED_PIECES, SWAPPED, DeepSpeedConfig
 from trainer.plan.layers import total
 from trainer.plan.timing import step_seconds
 from trainer.plan.workload import Workload
+from trainer.system.hardware import CONTEXT
 
 GIB = 2**30
 MODES = ("ds_z3", "ds_z3_offload", "ds_z3_infinity", "ds_z3_nvme_optimizer", "ds_z3_nvme")
@@ -27,8 +28,6 @@ LAYERS_GATHERED = 2 + LAYERS_AHEAD  # the one at work and the next, each once
 # allocate by themselves. The run keeps to it too (modeling/kept_layers.py).
 SPARE_GPU = 0.05
 SPARE_RAM = 0.03
-# NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.
-CONTEXT = 0.9 * GIB
 CONTEXT_MORE = 1.0 * GIB  # NCCL's buffers, with more than one rank
 BASE_RAM = 2.5 * GIB  # of a GPU rank's process with all libraries
 BASE_RAM_CPU = 0.42 * GIB
@@ -156,6 +155,7 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
     in_ram = work.params_on == "cpu" and parameters * share - places.weights_in_hbm * ranks_here
     gradients = (trainable - places.gradients_in_hbm) * (work.grad_itemsize + 4 * stock)
     states = work.state_bytes * places.states_in_ram
+    staged = on_gpu and max(places[:2]) > places.states_in_hbm
     # What goes to the GPUs is loaded into RAM first.
     to_gpu = on_gpu and itemsize * max(places.weights_in_hbm, places.states_in_hbm)
     inputs = work.model.layers - kept if job.activation_offload and on_gpu else 0
@@ -167,10 +167,16 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
             "optimizer": states * ranks_here,
             "gradients": gradients * ranks_here,
             "NVMe buffers": (work.locked + work.ring) * ranks_here,
+            "staging": staged and staging_bytes(work) * ranks_here,
             START: max(0, to_gpu - gradients - states) * ranks_here,
             "inputs of layers": inputs * work.input_bytes * ranks_here,
         }
     )
+
+
+def staging_bytes(work: Workload) -> float:
+    """Return one rank's buffers of weights and gradients between GPU and CPU (staging.py)."""
+    return STAGED_PIECES * RING_PIECE * (work.itemsize + work.grad_itemsize)
 
 
 @functools.cache

@@ -37,3 +37,19 @@ def compare(job: TrainingJob, machine: Machine) -> list[Prediction]:
     """
     predictions = (evaluate(job, machine, mode) for mode in MODES)
     return sorted(predictions, key=lambda prediction: prediction.score, reverse=True)
+
+
+def smaller_batch(prediction: Prediction) -> str | None:
+    """Return the flags with which fewer rows at a time would fit, None where none would.
+
+    The rows of an optimizer step stay what they are.
+    """
+    job, machine, config = prediction.job, prediction.machine, prediction.config
+    rows, step = prediction.micro_batch, prediction.micro_batch * prediction.accumulation
+    for fewer in (size for size in range(rows - 1, 0, -1) if step % size == 0):
+        if tiers.predict(job, machine, config, fewer, step // fewer).fits:
+            return (
+                f"--per_device_train_batch_size {fewer} "
+                f"--gradient_accumulation_steps {step // fewer}"
+            )
+    return None

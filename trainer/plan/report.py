@@ -64,9 +64,11 @@ class PlannedRun:
         settings = self.settings
         machine = probe(settings.nvme_path, self.ranks_here if self.gpu else 0)
         machine.cpu_ranks, machine.nodes = self.ranks_here, self.world_size // self.ranks_here
-        if self.config.places_by_value:  # not more than is free now
+        tiers.check_limits(machine, self.config)
+        if self.config.places_by_value:  # not more than is free now, and what the ranks have
             machine.gpu_memory -= self.gpu_taken
-            machine.ram = min(machine.ram, hardware.free_memory() / (1 - SPARE_RAM))
+            ours = self.ranks_here * hardware.own_memory()
+            machine.ram = min(machine.ram, (hardware.free_memory() + ours) / (1 - SPARE_RAM))
         if not self.gpu:  # its ranks share the CPU
             machine.flops /= self.ranks_here
         job = TrainingJob.of_run(settings, self.model, self.precision, self.gpu)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from trainer.config.ds_config import DeepSpeedConfig, Tiers
 from trainer.errors import RunError
-from trainer.plan.estimate import SPARE_GPU, SPARE_RAM, Prediction
+from trainer.plan.estimate import SPARE_GPU, SPARE_RAM, Prediction, staging_bytes
 from trainer.plan.machine import Machine
 from trainer.plan.workload import TrainingJob
 
@@ -28,8 +28,8 @@ def predict(
         machine = limited(machine, config)
     if not config.places_by_value:
         return Prediction(job, machine, config, rows, accumulation)
-    bare = Prediction(replace(job, kept_layers=0, kept_weights=0), machine, config, rows,
-                      accumulation, Tiers(0, 0, 0, 0))  # fmt: skip
+    alone = replace(job, kept_layers=job.kept_layers or 0, kept_weights=job.kept_weights or 0)
+    bare = Prediction(alone, machine, config, rows, accumulation, Tiers(0, 0, 0, 0))
 
     def tried(order: str, share: float) -> Prediction:
         places = _fill(bare, order, share)
@@ -53,25 +53,27 @@ def _better(other: Prediction, best: Prediction) -> bool:
     return other.fits and (other.step_s, other.on_nvme) < (best.step_s * 0.999, best.on_nvme)
 
 
-def limited(machine: Machine, config: DeepSpeedConfig) -> Machine:
-    """Return the machine as far as the configuration allows it to be used.
-
-    Raises RunError for a limit that is larger than a GPU.
-    """
-    hbm, ram, nvme = map(config.limit, ("hbm", "ram", "nvme"))
-    if hbm is not None and hbm > machine.gpu_memory:
+def check_limits(machine: Machine, config: DeepSpeedConfig) -> None:
+    """Raise RunError for a limit that is larger than a GPU of the machine, with all its memory."""
+    hbm = config.limit("hbm")
+    if hbm is not None and machine.gpus and hbm > machine.gpu_memory:
         raise RunError(
             f"{config.where}: tiers.hbm is more than a GPU has",
             found=f"{hbm / 1e9:.1f} GB",
             needed=f"at most {machine.gpu_memory / 1e9:.1f} GB ({machine.name})",
             fix='"hbm": "auto"',
         )
-    return replace(
-        machine,
-        gpu_memory=machine.gpu_memory if hbm is None else hbm,
-        ram=machine.ram if ram is None else min(ram, machine.ram),
-        nvme=machine.nvme if nvme is None else min(nvme, machine.nvme),
+
+
+def limited(machine: Machine, config: DeepSpeedConfig) -> Machine:
+    """Return the machine as far as the configuration allows it to be used."""
+    sizes = (machine.gpu_memory, machine.ram, machine.nvme)
+    limits = (config.limit(tier) for tier in ("hbm", "ram", "nvme"))
+    hbm, ram, nvme = (
+        size if limit is None else min(size, limit)
+        for size, limit in zip(sizes, limits, strict=True)
     )
+    return replace(machine, gpu_memory=hbm, ram=ram, nvme=nvme)
 
 
 def _fill(bare: Prediction, order: str, share: float) -> Tiers:
@@ -93,6 +95,8 @@ def _fill(bare: Prediction, order: str, share: float) -> Tiers:
             room -= here[kind] * sizes[kind]
     ram = machine.ram * (1 - SPARE_RAM) - bare.totals["host"]
     ram += machine.ranks_here * sum(here[kind] * sizes[kind] for kind in ("weights", "gradients"))
+    if max(here["weights"], here["gradients"]) > here["states"]:
+        ram -= machine.ranks_here * staging_bytes(work)
     left = trained - here["states"]
     if left * work.state_bytes * machine.ranks_here <= ram + bare.ring * machine.ranks_here:
         in_ram = left  # and no buffers of a ring

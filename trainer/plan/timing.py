@@ -122,11 +122,13 @@ def _fetch(work: Workload) -> tuple[float, float]:
     embedding_bytes = work.model.embedding * itemsize
     layers = embeddings = 0.0
     if work.on_gpu and work.params_on != "none":
-        # The embedding comes first among what is on the GPU.
-        pcie, there = work.ranks * machine.pcie, work.ranks * work.places.weights_in_hbm
-        layers = max(0, layer_bytes - there * itemsize) / pcie
-        copied = 2 - work.model.tied - (there >= work.model.embedding)
-        embeddings = copied * embedding_bytes / pcie
+        # Of what is on the GPU the embedding is the first, and a head of its own the last.
+        pcie, there = work.ranks * machine.pcie, work.ranks * work.places.weights_in_hbm * itemsize
+        first = min(there, embedding_bytes)
+        in_layers = min(there - first, layer_bytes)
+        layers = (layer_bytes - in_layers) / pcie
+        outside = (2 - work.model.tied) * embedding_bytes
+        embeddings = (outside - min(outside, there - in_layers)) / pcie
     for rate, share in (  # the share of the weights that comes at this rate
         (machine.link, work.ranks > 1 and work.on_gpu),
         (machine.network, 1 - 1 / machine.nodes),  # what is on the other machines comes in once

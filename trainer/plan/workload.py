@@ -141,6 +141,8 @@ class Workload:
         self.params_on, self.optimizer_on = map(self.config.device, ("param", "optimizer"))
         ours = self.optimizer_on == "nvme" or "tiers" in self.config.values
         self.fused_step = job.fused_step or ours
+        if self.optimizer_on == "none":  # without offload our step is one in bf16
+            self.fused_step &= job.precision == "bf16" and self.params_on == "none"
         self.places = self._places()
         self.on_nvme = self.trainable - self.places.states_in_hbm - self.places.states_in_ram
         self.ring = self.config.ring_bytes(self.shapes, self.ranks) if self.on_nvme else 0

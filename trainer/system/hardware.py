@@ -151,6 +151,12 @@ def free_memory() -> int:
     return min([available, *(free for _, free in _control_groups())])
 
 
+def own_memory() -> int:
+    """Return the anonymous and shared bytes of this process."""
+    sizes = re.findall(r"Rss(?:Anon|Shmem): *(\d+)", _read("/proc/self/status"))
+    return 1024 * sum(map(int, sizes))
+
+
 def trim_heap() -> None:
     """Give memory back to the system that was freed; other C libraries than glibc do it at once."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -271,7 +277,8 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-CONTEXT = 2**29  # bytes of a GPU that a process takes at least before it has a tensor
+# NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.
+CONTEXT = int(0.9 * 2**30)
 _gpu_limit = math.inf  # bytes of tensors, by limit_gpu
 
 
