@@ -28,7 +28,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from trainer.config.ds_config import Tiers
+from trainer.config.ds_config import RING_PIECE, Tiers
 from trainer.console import say
 from trainer.distributed import all_gather_object
 from trainer.engine import (
@@ -261,8 +261,9 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         state, tier = self.optimizer.state[flat], step.placement.states[i]
         numel = self.fp16_partitioned_groups_flat_numel[i]
         if not state:
-            here = 0 if tier == NVME else numel
-            moments = (torch.zeros(here, device=flat.device) for _ in range(2))
+            moments = step.moments.pop(i, None)
+            if moments is None:
+                moments = _moments(0 if tier == NVME else numel, flat.device)
             state.update(zip(("step", "exp_avg", "exp_avg_sq"), (0, *moments)))
         state["step"] += 1
         for param in self.fp16_groups[i]:
@@ -363,7 +364,8 @@ class FusedStep:
     """What FusedStepOptimizer knows beside DeepSpeed.
 
     placement: the tiers of each sub-group. low: {sub-group: low halves of its master weights},
-    where the high ones are its bf16 weights and there is no fp32 tensor. grads: each sub-group's
+    where the high ones are its bf16 weights and there is no fp32 tensor. moments: those on the GPU
+    before the first step. grads: each sub-group's
     flat gradient; gradient_of: {ds_id: a parameter's part of it}. queue, pending: {sub-group: its
     update}, to be made and being made. worker: the thread of steps beside the forward pass, or
     None. norms: {ds_id of a parameter: norm} of one step's gradients so far; total_norm: of all of
@@ -387,6 +389,7 @@ class FusedStep:
         }
         self.scale = 1.0
         self.low: dict[int, torch.Tensor] = {}
+        self.moments: dict[int, tuple[torch.Tensor, ...]] = {}
         self.queue: dict[int, Update | Job] = {}
         self.pending: dict[int, Update] = {}
         self.group_of = {param.ds_id: i for i, param in params}
@@ -436,6 +439,8 @@ class FusedStep:
                     flat.copy_(weight)
                 if tier == NVME:
                     flat = self._write(i, flat)
+            if flat.is_cuda:  # now: a GPU that is too small for them shows it at the start
+                self.moments[i] = _moments(self.numels[i], flat.device)
             flat.requires_grad = True
             zero.fp32_partitioned_groups_flat.append(flat)
         for group in zero.optimizer.param_groups:
@@ -542,10 +547,9 @@ class FusedStep:
             update = cpu_adam.update_of(master, grad, state, job.group, job.scale, param_lp)
             cpu_adam.run(self.adam, (Update * 1)(update), self.threads)
             if param_lp is None:  # the parameters are on NVMe too
-                whole = masters.setdefault(i, torch.empty(0))
-                if not len(whole):
-                    whole = masters[i] = torch.empty(self.numels[i])
-                whole[piece.begin : piece.begin + piece.numel] = master
+                if i not in masters:
+                    masters[i] = torch.empty(self.numels[i])
+                masters[i][piece.begin : piece.begin + piece.numel] = master
                 if piece.begin + piece.numel == self.numels[i]:
                     self.zero.publish(i, masters.pop(i))
             self.staging.give(piece, functools.partial(_count, counts[i], piece.numel))
@@ -601,6 +605,10 @@ class FusedStep:
             made.result()
 
 
+def _moments(numel: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    return torch.zeros(numel, device=device), torch.zeros(numel, device=device)
+
+
 def _count(update: Update, numel: int) -> None:
     update.left -= numel
 
@@ -608,26 +616,30 @@ def _count(update: Update, numel: int) -> None:
 def _placement(zero: Any, wanted: Wanted, not_on_gpu: str) -> placement.Placement:
     """Return the tiers of the sub-groups. What one cannot take goes to the next, and it is said.
 
-    States are on a GPU only if it makes the CPU's updates. Those of what stays gathered (norms) are
-    stepped before the forward pass: they are not on NVMe.
+    States are on a GPU only if it makes the CPU's updates.
     """
     numels, tiers = zero.fp16_partitioned_groups_flat_numel, wanted.tiers
-    stay = {i for i, params in enumerate(zero.fp16_groups) if all(p.ds_persist for p in params)}
     if tiers is None:
-        return placement.place(numels, placement.of_engine(zero), stay)
+        return placement.place(numels, placement.of_engine(zero))
     if not_on_gpu:
         say(f"optimizer states: none on the GPU, as it cannot make their updates ({not_on_gpu})")
         tiers = placement.without_states_in_hbm(tiers)
     tiers, moved = placement.fit_ram(tiers, _sizes(zero), numels, aio.watched is not None)
     for line in moved:
         say(line)
-    return placement.place(numels, tiers, stay)
+    # Norms, which stay gathered, are stepped before the forward pass begins: not on NVMe.
+    norms = {
+        i
+        for i, params in enumerate(zero.fp16_groups)
+        if numels[i] < RING_PIECE and all(param.ds_persist for param in params)
+    }
+    return placement.place(numels, tiers, norms)
 
 
 def _join_neighbours(pairs: Iterable[tuple[torch.Tensor, Any]]) -> list[tuple[torch.Tensor, list]]:
-    """Join small tensors that are neighbours in one host buffer.
+    """Join small tensors that are neighbours in one buffer.
 
-    pairs: (host tensor, what belongs to it). Returns (host tensor, all that belongs to it).
+    pairs: (tensor, what belongs to it). Returns (tensor, all that belongs to it).
     """
     joined, end = [], None
     for tensor, other in sorted(pairs, key=lambda pair: pair[0].data_ptr()):

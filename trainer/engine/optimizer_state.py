@@ -174,6 +174,8 @@ class OptimizerState:
         if len(state_keys) > 1:
             state[flat] = {key: self._scalar(value) for key, value in scalars.items()}
             numel = 0 if swapped else self.zero.fp16_partitioned_groups_flat_numel[i]
+            if isinstance(self.zero, FusedStepOptimizer):
+                self.zero.fused_step.moments.pop(i, None)
             for key in state_keys[1:]:
                 state[flat][key] = flat.new_zeros(numel)
         if swapped:
