@@ -66,7 +66,8 @@ def test_four_configurations_and_plain_torch(trains, tiny_model, rows_file):
         if "nvme" in config:
             read = [s["nvme_read_bytes"] for s in run.steps]
             written = [s["nvme_written_bytes"] for s in run.steps]
-            assert all(b > a for a, b in zip(read, read[1:])) and read[0] > 0, read
+            # The first step has no states to read yet.
+            assert all(b > a for a, b in zip(read, read[1:])), read
             assert all(b > a for a, b in zip(written, written[1:])) and written[0] > 0, written
 
 
