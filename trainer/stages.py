@@ -162,9 +162,8 @@ def load_inputs(run: Run) -> Inputs:
 class EnginePlan:
     """What follows from the model's shapes. parameters: all of them; attention: the backend.
 
-    gpu_work: bytes of a GPU beside what is placed there by value; 0 where nothing is.
-
-    active: parameters that compute a token, of the routed experts those it goes to. model: as the
+    gpu_work: bytes of a GPU beside what is placed there by value; 0 where nothing is. active:
+    parameters that compute a token, of the routed experts those it goes to. model: as the
     plan sees it. definition: what it computes, for every manifest.
     """
 

@@ -36,7 +36,6 @@ from trainer.engine import (
     all_gather,
     cpu_adam,
     gpu_adam,
-    pinned,
     placement,
     split_master,
     state_ring,
@@ -459,26 +458,19 @@ class FusedStep:
         return torch.empty(0)
 
     def _make_gradients(self) -> None:
-        zero, dtype = self.zero, self.zero.gradient_accumulation_dtype
-        tiers = self.placement.gradients
-        of_tier: dict[str, int] = {
-            tier: sum(n for n, t in zip(self.numels, tiers, strict=True) if t == tier)
-            for tier in (HBM, RAM)
-        }
-        buffers: dict[str, torch.Tensor] = {
-            HBM: torch.zeros(of_tier[HBM], dtype=dtype, device=self._device(HBM)),
-            RAM: pinned.zeros(of_tier[RAM], dtype, self, zero.offload_optimizer_pin_memory),
-        }
-        ends: dict[str, int] = dict.fromkeys(buffers, 0)
-        self.grads: list[torch.Tensor] = []
+        zero = self.zero
+        self.grads = placement.flat_parts(
+            self.numels,
+            self.placement.gradients,
+            zero.gradient_accumulation_dtype,
+            self,
+            zero.offload_optimizer_pin_memory,
+        )
         self.gradient_of: dict[int, torch.Tensor] = {}
-        for group, numel, tier in zip(zero.fp16_groups, self.numels, tiers, strict=True):
-            flat = buffers[tier].narrow(0, ends[tier], numel)
-            ends[tier] += numel
-            self.grads.append(flat)
+        for group, flat in zip(zero.fp16_groups, self.grads, strict=True):
             parts = flat.split([param.partition_numel() for param in group])
             self.gradient_of.update(zip((param.ds_id for param in group), parts, strict=True))
-        zero.grad_partitions_flat_buffer = buffers[RAM]
+        zero.grad_partitions_flat_buffer = None  # partition_grads and the step use the parts
         zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = self.gradient_of
         for of_type, bucket in zero.ipg_buckets.items() if zero.contiguous_gradients else ():
             bucket.buffer = torch.empty(

@@ -154,6 +154,26 @@ def _least(size: float) -> float:
     return min(all_gather_object(size))
 
 
+def flat_parts(
+    numels: list[int], tiers: list[str], dtype: torch.dtype, owner: Any, lock: bool = True
+) -> list[torch.Tensor]:
+    """Return a flat tensor of zeros for each sub-group, in its tier, HBM or RAM.
+
+    Those of a tier lie in one buffer, in their order. owner, lock: see pinned.zeros.
+    """
+    sizes: dict[str, int] = dict.fromkeys((HBM, RAM), 0)
+    starts = []
+    for numel, tier in zip(numels, tiers, strict=True):
+        starts.append(sizes[tier])
+        sizes[tier] += numel
+    buffers: dict[str, torch.Tensor] = {
+        HBM: torch.zeros(sizes[HBM], dtype=dtype, device=accelerator.current_device_name()),
+        RAM: pinned.zeros(sizes[RAM], dtype, owner, lock),
+    }
+    places = zip(numels, tiers, starts, strict=True)
+    return [buffers[tier].narrow(0, start, numel) for numel, tier, start in places]
+
+
 class FlatWeights:
     """The trained weights of a parameter group, each sub-group's in its tier: HBM or RAM.
 
@@ -161,20 +181,9 @@ class FlatWeights:
     """
 
     def __init__(self, zero: Any, numels: list[int], tiers: list[str]) -> None:
-        sums: dict[str, int] = {
-            tier: sum(n for n, t in zip(numels, tiers, strict=True) if t == tier)
-            for tier in (HBM, RAM)
-        }
-        buffers: dict[str, torch.Tensor] = {
-            HBM: torch.empty(sums[HBM], dtype=zero.dtype, device=accelerator.current_device_name()),
-            RAM: pinned.zeros(sums[RAM], zero.dtype, zero),
-        }
-        self.parts: dict[int, torch.Tensor] = {}
-        at, ends = 0, dict.fromkeys(buffers, 0)
-        for numel, tier in zip(numels, tiers, strict=True):
-            self.parts[at] = buffers[tier].narrow(0, ends[tier], numel)
-            ends[tier] += numel
-            at += numel
+        starts = itertools.accumulate(numels[:-1], initial=0)
+        parts = flat_parts(numels, tiers, zero.dtype, zero)
+        self.parts = dict(zip(starts, parts, strict=True))
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """Return the sub-group that begins at this element of the parameter group."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import threading
 import time
 from collections import defaultdict
@@ -18,6 +17,7 @@ from trainer.console import say
 from trainer.distributed import all_reduce_sum, is_main_process
 from trainer.run_dir import RunDirectory
 from trainer.system import hardware
+from trainer.system.hardware import ram_in_use
 
 GIB = 2**30
 Measures = dict[str, float]  # key in metrics.jsonl: number
@@ -128,15 +128,6 @@ class GpuSampler:
             key: max(values) if key == "gpu_mem_gib" else sum(values) / len(values)
             for key, values in samples.items()
         }
-
-
-def ram_in_use() -> int:
-    """Return the bytes of RAM that this process needs: anonymous and shared memory.
-
-    Mapped files are left out: their pages are the page cache's, which gives way to others.
-    """
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", status, re.MULTILINE)))
 
 
 class RamSampler:

@@ -67,7 +67,7 @@ class PlannedRun:
         tiers.check_limits(machine, self.config)
         if self.config.places_by_value:  # not more than is free now, and what the ranks have
             machine.gpu_memory -= self.gpu_taken
-            ours = self.ranks_here * hardware.own_memory()
+            ours = self.ranks_here * hardware.ram_in_use()
             machine.ram = min(machine.ram, (hardware.free_memory() + ours) / (1 - SPARE_RAM))
         if not self.gpu:  # its ranks share the CPU
             machine.flops /= self.ranks_here

@@ -31,6 +31,9 @@ CONTROL_GROUPS = (
 )
 MACHINE_RAM = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 GIB = 2**30
+# NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.
+CONTEXT = int(0.9 * GIB)
+_gpu_limit = math.inf  # bytes of tensors, by limit_gpu
 
 
 def _devices() -> list[str]:
@@ -151,10 +154,13 @@ def free_memory() -> int:
     return min([available, *(free for _, free in _control_groups())])
 
 
-def own_memory() -> int:
-    """Return the anonymous and shared bytes of this process."""
-    sizes = re.findall(r"Rss(?:Anon|Shmem): *(\d+)", _read("/proc/self/status"))
-    return 1024 * sum(map(int, sizes))
+def ram_in_use() -> int:
+    """Return the bytes of RAM that this process needs: anonymous and shared memory.
+
+    Mapped files are left out: their pages are the page cache's, which gives way to others.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", status, re.MULTILINE)))
 
 
 def trim_heap() -> None:
@@ -271,15 +277,9 @@ def check_buffers(parameter_bytes: int, optimizer_bytes: int, ranks_here: int) -
 
 def die_with_parent() -> None:
     """Let the kernel kill this child when its parent ends. Call it in the child, before exec."""
-    import ctypes
     import signal
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-# NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.
-CONTEXT = int(0.9 * 2**30)
-_gpu_limit = math.inf  # bytes of tensors, by limit_gpu
 
 
 def set_allocators(torch: Any) -> None:
