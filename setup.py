@@ -47,6 +47,8 @@ EXTRAS = {
         "ipykernel>=6",
         "matplotlib>=3.8",
         "pandas>=2",
+        # Compiles the GPU's kernels, and interprets them, without a GPU.
+        "triton>=3.2; sys_platform == 'linux'",
     ],
 }
 

@@ -24,6 +24,7 @@ LANES = (
     ("NVMe read", "#5aa469"),
     ("NVMe written", "#9a7fb8"),
 )
+MICRO_BATCHES = 4  # of the next step, or all where it has fewer
 FINEST = 1 / 3000  # of the picture: spans that are nearer to each other are one
 
 
@@ -101,7 +102,7 @@ def merge(spans, finest):
 
 
 def install(path, at):
-    """Record from the last micro-batch of optimizer step `at` to the end of the next step."""
+    """Record from the last micro-batch of optimizer step `at` on, for MICRO_BATCHES of the next."""
     import torch
 
     from trainer import trainer
@@ -120,7 +121,7 @@ def install(path, at):
         plain_ended(self)
         steps["made"] += 1
         steps["micro"] = 0
-        if steps["made"] == at + 1:
+        if steps["made"] == at + 1 and recorder.on:
             recorder.stop(path)
 
     def training_step(self, *args, **kwargs):
@@ -130,7 +131,10 @@ def install(path, at):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             recorder.start()
-        return plain_step(self, *args, **kwargs)
+        loss = plain_step(self, *args, **kwargs)
+        if recorder.on and steps["made"] == at and steps["micro"] == MICRO_BATCHES and not last:
+            recorder.stop(path)
+        return loss
 
     accelerator._step_ended, accelerator.training_step = ended, training_step
     if not torch.cuda.is_available():

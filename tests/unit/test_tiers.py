@@ -157,7 +157,7 @@ def test_less_ram_than_planned(monkeypatch):
     monkeypatch.setattr(placement, "ranks_on_this_machine", lambda: 2)
 
     def fit(free, has_nvme=True):
-        monkeypatch.setattr(placement.hardware, "free_memory", lambda: 2 * free)
+        monkeypatch.setattr(placement.hardware, "ram_room", lambda: 2 * free)
         tiers = Tiers(0.3e9, 0.5e9, 0.3e9, 0.5e9)
         return placement.fit_ram(tiers, SIZES, [10**8] * 9 + [10**8 - 1, 1], has_nvme)
 
@@ -176,7 +176,7 @@ def test_what_is_cut_off_on_the_gpu_goes_to_ram(monkeypatch):
     """Half a sub-group has no place on a GPU, and was not counted in RAM: no disk because of it."""
     monkeypatch.setattr(placement, "_least", lambda size: size)
     monkeypatch.setattr(placement, "ranks_on_this_machine", lambda: 1)
-    monkeypatch.setattr(placement.hardware, "free_memory", lambda: 1e12)
+    monkeypatch.setattr(placement.hardware, "ram_room", lambda: 1e12)
     numels, planned = [10**8] * 10, Tiers(1e9, 1e9, 0.55e9, 0.45e9)
     for has_nvme in (True, False):
         found, moved = placement.fit_ram(planned, SIZES, numels, has_nvme)

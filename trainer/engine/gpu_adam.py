@@ -21,27 +21,28 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
+    # Without annotations: Triton looks each one up, and compiles none but tl.constexpr.
     @triton.jit
     def step(  # noqa: PLR0913
-        weight: Any,
-        exp_avg: Any,
-        exp_avg_sq: Any,
-        grad: Any,
-        param_lp: Any,
-        size: Any,
-        scale: Any,
-        beta1: Any,
-        rest1: Any,
-        beta2: Any,
-        rest2: Any,
-        eps: Any,
-        rate: Any,
-        correction2: Any,
-        kept: Any,
+        weight,
+        exp_avg,
+        exp_avg_sq,
+        grad,
+        param_lp,
+        size,
+        scale,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        eps,
+        rate,
+        correction2,
+        kept,
         HALVED: tl.constexpr,
         COPIED: tl.constexpr,
         BLOCK: tl.constexpr,
-    ) -> None:
+    ):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32) * scale
@@ -111,13 +112,15 @@ def differs(adam: ctypes.CDLL, dtype: torch.dtype, grad_dtype: torch.dtype, halv
 
     dtype: of the weights that the layers use. halved: whether a master weight is two halves.
     """
-    numbers = torch.Generator().manual_seed(0)
+    numbers, size = torch.Generator().manual_seed(0), 2**16 + 3
+    # Half of the numbers are smaller by up to 10^-40: denormal ones too.
+    smaller = 10 ** -(80 * torch.rand(size, generator=numbers) - 40).clamp(min=0)
 
     def normal(scale: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return (torch.randn(2**16 + 3, generator=numbers) * scale).to(dtype)
+        return (torch.randn(size, generator=numbers) * scale * smaller).to(dtype)
 
     state = {"exp_avg": normal(1e-3), "exp_avg_sq": normal(1e-3).square_(), "step": 3}
-    weight = torch.randint(-(2**15), 2**15, (2**16 + 3,), generator=numbers).short()
+    weight = torch.randint(-(2**15), 2**15, (size,), generator=numbers).short()
     tensors = [weight if halved else normal(0.02), normal(0.1, grad_dtype), normal(0.02, dtype)]
     group = {"betas": (0.9, 0.95), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.1}
     try:
@@ -126,7 +129,7 @@ def differs(adam: ctypes.CDLL, dtype: torch.dtype, grad_dtype: torch.dtype, halv
         run(there[0], there[1], state_there, group, 0.7, there[2])
         back = [t.cpu() for t in (*there, state_there["exp_avg"], state_there["exp_avg_sq"])]
     except Exception as error:  # a dozen kinds, by Triton's version, compiler and driver
-        return f"Triton: {type(error).__name__}"
+        return f"Triton: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
     update = cpu_adam.update_of(tensors[0], tensors[1], state, group, 0.7, tensors[2])
     cpu_adam.run(adam, (cpu_adam.Update * 1)(update), 1)
     here = (*tensors, state["exp_avg"], state["exp_avg_sq"])

@@ -129,7 +129,7 @@ def fit_ram(
     in_ram = min(in_ram, trained - in_hbm["states"]) if has_nvme else trained - in_hbm["states"]
     buffers = RING_PIECE * (STAGED_PIECES * (sizes.weight + sizes.gradient))
     buffers += RING_PIECE * RING_SLOTS * sizes.state * has_nvme
-    free = _least(hardware.free_memory() / ranks_on_this_machine())
+    free = _least(hardware.ram_room() / ranks_on_this_machine())
     gradients = sizes.gradient * (trained - in_hbm["gradients"])
     lacking = gradients + sizes.state * in_ram + buffers - free
     less = min(in_ram, max(0, lacking) / sizes.state)

@@ -68,7 +68,7 @@ class PlannedRun:
         if self.config.places_by_value:  # not more than is free now, and what the ranks have
             machine.gpu_memory -= self.gpu_taken
             ours = self.ranks_here * hardware.ram_in_use()
-            machine.ram = min(machine.ram, (hardware.free_memory() + ours) / (1 - SPARE_RAM))
+            machine.ram = min(machine.ram, (hardware.ram_room() + ours) / (1 - SPARE_RAM))
         if not self.gpu:  # its ranks share the CPU
             machine.flops /= self.ranks_here
         job = TrainingJob.of_run(settings, self.model, self.precision, self.gpu)

@@ -33,6 +33,7 @@ MACHINE_RAM = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 GIB = 2**30
 # NVML's memory of a process before it has a tensor: CUDA, cuBLAS, Triton.
 CONTEXT = int(0.9 * GIB)
+SPARE_FREE = 0.01  # of the RAM, when a run fills what is free
 _gpu_limit = math.inf  # bytes of tensors, by limit_gpu
 
 
@@ -152,6 +153,14 @@ def free_memory() -> int:
     match = re.search(r"MemAvailable: *(\d+)", _read("/proc/meminfo"))
     available = int(match[1]) * 1024 if match else 0
     return min([available, *(free for _, free in _control_groups())])
+
+
+def ram_room() -> float:
+    """Return the bytes of RAM that may be filled now: SPARE_FREE of the machine's stay free.
+
+    What starts later takes them: compilers, libraries, the kernel's tables.
+    """
+    return free_memory() - SPARE_FREE * ram()
 
 
 def ram_in_use() -> int:
