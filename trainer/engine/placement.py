@@ -3,12 +3,14 @@
 ZeRO-3 puts each of the three kinds whole into one tier. Here each has a line of sub-groups, in the
 order of the forward pass: the first ones are on the GPU, then come those in RAM, and then, of the
 states, those on NVMe. So the GPU makes its own updates while the CPU makes those of layers that the
-next forward pass needs later, and those that wait for a disk are needed last.
+next forward pass needs later, and those that wait for a disk are needed last. A sub-group that is
+too large for what is left of a tier (one may be an embedding, of eight times the size) goes to the
+next one, and smaller ones after it take the rest.
 """
 
 import itertools
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from trainer.system import hardware
 
 HBM, RAM, NVME = "hbm", "ram", "nvme"
 accelerator: Any = get_accelerator()
+GROWTH = 1.2 * hardware.GIB  # of a process with a GPU, in its first step: kernels are loaded
 
 
 @dataclass(frozen=True)
@@ -48,31 +51,28 @@ def of_engine(zero: Any) -> Tiers:
 def place(numels: list[int], tiers: Tiers, stay: Container[int] = ()) -> Placement:
     """Return the placement of sub-groups of so many elements.
 
-    A sub-group is on the GPU if all of it is within what `tiers` allows there. States are there
-    only beside their weights and gradients. Small ones, and those of `stay`, are not on NVMe.
+    A sub-group is whole in one tier. States are on the GPU only beside their weights and gradients.
+    Small ones, and those of `stay`, are not on NVMe.
     """
+    indices = range(len(numels))
 
-    def on_gpu(elements: float) -> list[bool]:
-        ends = itertools.accumulate(numels)
-        return [end <= elements for end in ends]
+    def first(among: Iterable[int], elements: float) -> set[int]:
+        chosen = set()
+        for i in among:
+            if numels[i] <= elements:
+                chosen.add(i)
+                elements -= numels[i]
+        return chosen
 
-    weights, gradients = on_gpu(tiers.weights_in_hbm), on_gpu(tiers.gradients_in_hbm)
-    states, left = [], tiers.states_in_ram
-    for i, here in enumerate(on_gpu(tiers.states_in_hbm)):
-        if here and weights[i] and gradients[i]:
-            states.append(HBM)
-        elif 4 * numels[i] < SWAPPED or i in stay:
-            states.append(RAM)
-        elif numels[i] <= left:
-            states.append(RAM)
-            left -= numels[i]
-        else:
-            states.append(NVME)
-            left = 0  # what follows is needed later still
+    weights, gradients = first(indices, tiers.weights_in_hbm), first(indices, tiers.gradients_in_hbm)
+    on_gpu = first(sorted(weights & gradients), tiers.states_in_hbm)
+    always = {i for i in indices if 4 * numels[i] < SWAPPED or i in stay} - on_gpu
+    others = (i for i in indices if i not in on_gpu | always)
+    in_ram = always | first(others, tiers.states_in_ram)
     return Placement(
-        [HBM if here else RAM for here in weights],
-        [HBM if here else RAM for here in gradients],
-        states,
+        [HBM if i in weights else RAM for i in indices],
+        [HBM if i in gradients else RAM for i in indices],
+        [HBM if i in on_gpu else RAM if i in in_ram else NVME for i in indices],
     )
 
 
@@ -130,6 +130,7 @@ def fit_ram(
     buffers = RING_PIECE * (STAGED_PIECES * (sizes.weight + sizes.gradient))
     buffers += RING_PIECE * RING_SLOTS * sizes.state * has_nvme
     free = _least(hardware.ram_room() / ranks_on_this_machine())
+    free -= GROWTH * torch.cuda.is_available()
     gradients = sizes.gradient * (trained - in_hbm["gradients"])
     lacking = gradients + sizes.state * in_ram + buffers - free
     less = min(in_ram, max(0, lacking) / sizes.state)

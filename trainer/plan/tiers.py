@@ -93,6 +93,8 @@ def _fill(bare: Prediction, order: str, share: float) -> Tiers:
         for kind in dict.fromkeys((order, *sizes)):
             here[kind] = min(trained, room / sizes[kind])
             room -= here[kind] * sizes[kind]
+            if kind == "weights" and here[kind] == trained and work.ranks == 1:
+                room += share * work.tiers["gpu"].get("gathered layers", 0)  # nothing is, then
     ram = machine.ram * (1 - SPARE_RAM) - bare.totals["host"]
     ram += machine.ranks_here * sum(here[kind] * sizes[kind] for kind in ("weights", "gradients"))
     if max(here["weights"], here["gradients"]) > here["states"]:
