@@ -70,7 +70,9 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-OPTIMIZATIONS = ("fused_loss fused_linear fused_step overlap_step leaf_modules fetch_ahead").split()
+OPTIMIZATIONS = (
+    "fused_loss fused_linear fused_step overlap_step leaf_modules resident_weights fetch_ahead"
+).split()
 
 
 def only(*names):

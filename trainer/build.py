@@ -112,7 +112,8 @@ def _step(parts: RunParts) -> Wanted | None:
     if not prepared.fused_step:
         return None
     overlap = settings.optimizes("overlap_step", gains=prepared.gpu)
-    return Wanted(overlap, parts.plan.config.tiers, parts.plan.gpu_work)
+    stay = settings.optimizes("resident_weights")
+    return Wanted(overlap, parts.plan.config.tiers, parts.plan.gpu_work, stay)
 
 
 def load_model(parts: RunParts) -> PreTrainedModel:

@@ -16,7 +16,8 @@ FLAGS = [*STEPS, *BATCH, *QUIET]
 LORA = ["--method", "lora", "--lora_r", 8]
 STOCK = ["--disable_optimizations", "all", "--kept_layers", "0"]
 long = pytest.mark.long
-OURS = only("fused_loss", "fused_linear", "fused_step", "leaf_modules")  # beside the two of a GPU
+# Beside the two of a GPU.
+OURS = only("fused_loss", "fused_linear", "fused_step", "leaf_modules", "resident_weights")
 
 
 @long
@@ -29,6 +30,7 @@ def test_each_alone(trains, method):
         "step": only("fused_step"),
         "leaf": only("leaf_modules"),
         "kept": [*only(), "--kept_layers", "2"],
+        "resident": only("fused_step", "resident_weights"),
         "linear": only("fused_linear", "leaf_modules"),
         "all": [*OURS, "--kept_layers", "1"],
     }

@@ -31,6 +31,8 @@ OPTIMIZATIONS = {
     "(always, with the optimizer on NVMe)",
     "overlap_step": "the CPU's optimizer step beside the next forward pass (needs fused_step)",
     "leaf_modules": "each decoder layer is fetched as one unit",
+    "resident_weights": "weights that are whole where they are used are never fetched or released "
+    "(one rank; needs fused_step)",
     "fetch_ahead": "the host does not wait for a layer's copy to the GPU (needs leaf_modules)",
 }
 

@@ -28,7 +28,7 @@ def convert_to_deepspeed_param(self: Init, param: Any) -> None:
     )
 
 
-def _is_plain(param: Any) -> bool:
+def is_plain(param: Any) -> bool:
     """Return whether a parameter is not quantized, and gathered in its own type."""
     return (
         param.ds_secondary_tensor is None
@@ -50,7 +50,7 @@ def all_gather_coalesced(
         safe_mode
         or quantize
         or ranks == 1
-        or not all(map(_is_plain, params))
+        or not all(map(is_plain, params))
         or all(param.ds_tensor.is_cuda for param in params)
         or init.use_all_reduce_for_fetch_params
     ):

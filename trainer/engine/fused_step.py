@@ -37,6 +37,7 @@ from trainer.engine import (
     cpu_adam,
     gpu_adam,
     placement,
+    resident,
     split_master,
     state_ring,
 )
@@ -63,12 +64,13 @@ class Job(NamedTuple):
 class Wanted:
     """overlap: the CPU's step runs in a thread beside the next forward pass, whose layers wait for
     their own update only. tiers: None: as DeepSpeed's keys have it. gpu_work: bytes that the plan
-    wants on the GPU beside what is placed there.
+    wants on the GPU beside what is placed there. resident: see resident.settle.
     """
 
     overlap: bool
     tiers: Tiers | None = None
     gpu_work: float = 0
+    resident: bool = True
 
 
 _wanted: Wanted | None = None
@@ -103,6 +105,8 @@ def take_over(zero: Any) -> bool:
         zero.fused_step = FusedStep(zero, ops.adam(), _wanted, on_gpu)
         # Or DeepSpeed would tell a swapper when the backward pass begins.
         zero.swap_optimizer = False
+        if _wanted.resident:
+            resident.settle(zero)
         say(zero.fused_step.describe())
         return True
     if zero.swap_optimizer or _wanted.tiers:
@@ -319,12 +323,17 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
             if not param.ds_persist:
                 release(param)
 
+    def empty_partition_cache(self) -> None:
+        """Release what is gathered, but for what stays."""
+        self._partition_all_parameters()
+
     def _post_step(self, timer_names: Any) -> None:
         stayed = [
             param
             for param in self.persistent_parameters
             if param.requires_grad
             and param.ds_status == ZeroParamStatus.AVAILABLE
+            and not resident.is_resident(param)
             and not self.params_in_nvme_and_cpu
         ]
         super()._post_step(timer_names)

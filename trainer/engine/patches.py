@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import z3_leaf_module
 
-from trainer.engine import all_gather, fused_step, placement
+from trainer.engine import all_gather, fused_step, placement, resident
 from trainer.plan.estimate import LAYERS_AHEAD
 from trainer.system import hardware
 
@@ -47,6 +47,7 @@ def apply(fetch_ahead: bool) -> None:
     """
     AsyncPartitionedParameterSwapper.swap_in = swap_in
     Init._ensure_availability_of_partitioned_params = ensure_availability
+    Init._partition = resident.partition
     NoGatherHandle.__init__ = no_gather_init
     NoGatherCoalescedHandle.__init__ = no_gather_coalesced_init
     DeepSpeedZeroOptimizer_Stage3._configure_tensor_swapping = configure_tensor_swapping

@@ -64,7 +64,8 @@ def place(numels: list[int], tiers: Tiers, stay: Container[int] = ()) -> Placeme
                 elements -= numels[i]
         return chosen
 
-    weights, gradients = first(indices, tiers.weights_in_hbm), first(indices, tiers.gradients_in_hbm)
+    weights = first(indices, tiers.weights_in_hbm)
+    gradients = first(indices, tiers.gradients_in_hbm)
     on_gpu = first(sorted(weights & gradients), tiers.states_in_hbm)
     always = {i for i in indices if 4 * numels[i] < SWAPPED or i in stay} - on_gpu
     others = (i for i in indices if i not in on_gpu | always)
