@@ -1,7 +1,7 @@
 """The model in ZeRO-3's shards, and the trainer around it."""
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from trainer.checkpoint.base import fingerprint
 from trainer.checkpoint.files import SavedCheckpoint
 from trainer.checkpoint.save import Checkpointer
 from trainer.console import say
-from trainer.distributed import is_main_process, on_all_ranks
+from trainer.distributed import all_gather_object, is_main_process, on_all_ranks
+from trainer.engine import loading
 from trainer.engine.fused_step import Wanted
 from trainer.engine.kept_weights import KeptWeights
 from trainer.errors import RunError
@@ -24,9 +25,11 @@ from trainer.modeling.survey import read_past_forward
 from trainer.monitor.stopping import PreemptionCallback
 from trainer.monitor.telemetry import Telemetry
 from trainer.monitor.tracking import Tracker
+from trainer.plan.estimate import SPARE_GPU
 from trainer.plan.model_shapes import flops_per_token
 from trainer.run_dir import versions
 from trainer.stages import EnginePlan, Inputs, Run, trackers
+from trainer.system import hardware
 from trainer.system.swap_dir import SwapSpace
 from trainer.trainer import OffloadTrainer, TrainerParts
 
@@ -116,16 +119,27 @@ def _step(parts: RunParts) -> Wanted | None:
     return Wanted(overlap, parts.plan.config.tiers, parts.plan.gpu_work, stay)
 
 
+def _load_to_gpu(parts: RunParts) -> bool:
+    """Return whether all ranks have their weights on the GPU, and room for them twice."""
+    tiers, shapes = parts.plan.config.tiers, parts.plan.shapes
+    own = shapes.trainable / parts.run.ranks.world
+    if not (parts.run.prepared.gpu and tiers and tiers.weights_in_hbm >= own):
+        return False
+    return all(all_gather_object(2 * own * shapes.itemsize <= hardware.gpu_room(SPARE_GPU)))
+
+
 def load_model(parts: RunParts) -> PreTrainedModel:
     """Load the model, and replace its experts and linear layers. Leaf modules come before that."""
     prepared, settings = parts.run.prepared, parts.run.settings
-    model = modeling.build(
-        parts.run.model,
-        parts.inputs.model_config,
-        settings,
-        prepared.precision,
-        parts.plan.attention,
-    )
+    full = settings.method == "full"
+    with loading.trained_weights(_load_to_gpu(parts)) if full else nullcontext():
+        model = modeling.build(
+            parts.run.model,
+            parts.inputs.model_config,
+            settings,
+            prepared.precision,
+            parts.plan.attention,
+        )
     layers = modeling.decoder_layers(model)
     # Else ZeRO-3 does not gather all that such a layer reads.
     needed = any(read_past_forward(module) for layer in layers for module in layer.modules())

@@ -156,8 +156,12 @@ def ram_bytes(work: Workload, kept: int) -> Bytes:
     gradients = (trainable - places.gradients_in_hbm) * (work.grad_itemsize + 4 * stock)
     states = work.state_bytes * places.states_in_ram
     staged = on_gpu and max(places[:2]) > places.states_in_hbm
-    # What goes to the GPUs is loaded into RAM first.
-    to_gpu = on_gpu and itemsize * max(places.weights_in_hbm, places.states_in_hbm)
+    # What goes to the GPUs is loaded into RAM first, but where all weights are there, and twice
+    # their size is free (build.py).
+    to_gpu = on_gpu and itemsize * places.weights_in_hbm
+    if job.full and places.weights_in_hbm == trainable:
+        room = work.machine.gpu_memory * (1 - SPARE_GPU) - CONTEXT
+        to_gpu *= 2 * to_gpu > room
     inputs = work.model.layers - kept if job.activation_offload and on_gpu else 0
     return _counted(
         {

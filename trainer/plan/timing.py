@@ -16,6 +16,11 @@ EFFICIENCY_CPU = 0.7
 # Seconds of the host for each trained tensor in an optimizer step on a GPU. DeepSpeed goes through
 # all gradients in Python: it hooks, gathers, norms and clears them one by one, and the GPU waits.
 TENSOR = 0.34e-3
+# Seconds of the host for a decoder layer in a micro-batch on a GPU, forward, again and backward: a
+# micro-batch takes no less. Qwen2.5-14B, one row, all weights on the GPU (docs/infinity.md), whose
+# layers had ZeRO-3's hooks then; the share of the hooks was measured on a CPU.
+HOST_LAYER = 11e-3
+HOST_LAYER_RESIDENT = 5.5e-3
 # Of the bf16 rate: fp32 products without TF32, 67 of 990 TFLOP/s (NVIDIA's H100 data sheet).
 FP32 = 1 / 15
 # Seconds of Python that ZeRO-3's hooks take for a module and pass on a CPU (135M and tiny Llamas).
@@ -60,6 +65,9 @@ def step_seconds(work: Workload, kept: int, weights: int) -> tuple[dict[str, flo
     back = max(layers * (1 - weights / work.model.layers), gradients)
     first_pass = max(forward, layers, read)
     micro_batch = first_pass + loss + 1.5 * embeddings + max(backward, back, read)
+    if work.on_gpu:
+        launches = HOST_LAYER if work.gathers else HOST_LAYER_RESIDENT
+        micro_batch = max(micro_batch, launches * work.model.layers)
     on_gpu, on_cpu, io = _optimizer(work)
     beside = max(on_cpu, io)
     if work.fused_step and work.job.overlap_step and work.params_on != "nvme":
