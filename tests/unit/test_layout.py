@@ -117,6 +117,8 @@ def test_functions_are_short_and_typed(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             where = f"{path}:{node.lineno} {node.name}"
             assert node.end_lineno - node.lineno < 80, f"{where} is too long"
+            if "triton.jit" in map(ast.unparse, node.decorator_list):
+                continue  # not Python: annotations do not compile
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             named = [a for a in arguments if a.arg not in ("self", "cls")]
             assert node.returns and all(a.annotation for a in named), f"{where} has no types"
