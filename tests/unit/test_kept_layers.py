@@ -144,16 +144,18 @@ def test_weights_stay_where_all_layers_fit(gpu, capsys):
         KeptWeights(layers, None, 7)
 
 
-def test_no_weights_stay_where_layers_are_recomputed(gpu):
+@pytest.mark.parametrize("layers, moves, kept", [(20, True, 9), (6, False, 6)])
+def test_no_weights_stay(gpu, layers, moves, kept):
+    """Where layers are recomputed, and where none is fetched."""
     weights = KeptWeights([Layer()], None, AUTO)
-    weights.layer_bytes = 4
-    selective = SelectiveCheckpointing([Layer() for _ in range(20)], AUTO, 10, False, weights)
+    weights.layer_bytes, weights.moves = 4, moves
+    selective = SelectiveCheckpointing([Layer() for _ in range(layers)], AUTO, 10, False, weights)
     for step in range(1, 8):
         selective.before_pass(True)
         if step == kept_layers.MEASURE:
             selective.layers[-1](torch.ones(1, 16))
         selective.after_pass(10, True)
-    assert selective.kept == 9 and weights.kept == 0
+    assert selective.kept == kept and weights.kept == 0
 
 
 def test_a_number_stays():

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from trainer.engine import patches
+from trainer.engine.resident import is_resident
 from trainer.errors import RunError
 
 AUTO = "auto"
@@ -30,12 +31,14 @@ class KeptWeights:
     def __init__(
         self, layers: Sequence[nn.Module], head: nn.Module | None, keep: int | str
     ) -> None:
+        self.layers = layers
         self.sizes = [_elements(layer) for layer in layers]
         self.head = _elements(head) if head else 0
         parameters = [p for layer in layers for p in layer.parameters()]
         itemsize = max((p.element_size() for p in parameters), default=0)
         self.layer_bytes = max(self.sizes, default=0) * itemsize
         self.keep, self.kept = keep, 0
+        self.moves = True  # whether any layer is fetched and released at all
         if isinstance(keep, int) and keep > len(layers):
             raise RunError(
                 "--kept_weights is more than there are layers",
@@ -48,6 +51,7 @@ class KeptWeights:
         self.coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         self.distance = getattr(self.coordinator, _DISTANCE)
         self.live = getattr(self.coordinator, _LIVE)
+        self.moves = not all(is_resident(p) for layer in self.layers for p in layer.parameters())
         if isinstance(self.keep, int) and self.keep:
             self.keep_last(self.keep)
 

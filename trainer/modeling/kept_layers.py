@@ -144,7 +144,9 @@ class SelectiveCheckpointing:
         # One layer is kept already, and part of the peak.
         fitting = max(1 + int((limit - peak) / max(layer_bytes, 1)), 0)
         left = limit - peak - (len(self.layers) - 1) * layer_bytes
-        weights = int(left / self.weights.layer_bytes) if self.weights else 0
+        weights = 0
+        if self.weights and self.weights.moves:
+            weights = int(left / self.weights.layer_bytes)
         # ZeRO-3 needs the same order of modules on all ranks.
         fits = [min(those) for those in zip(*all_gather_object((fitting, weights)))]
         self._keep_last(min(fits[0], len(self.layers)))
