@@ -317,7 +317,7 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         inflight = coordinator._PartitionedParameterCoordinator__inflight_param_registry
         release = coordinator._PartitionedParameterCoordinator__release_param
         for param in self.parameter_offload.module.parameters():
-            if param.ds_status == ZeroParamStatus.INFLIGHT:
+            if param in inflight:
                 inflight.pop(param).wait()
             param.ds_active_sub_modules.clear()
             if not param.ds_persist:

@@ -31,14 +31,12 @@ class KeptWeights:
     def __init__(
         self, layers: Sequence[nn.Module], head: nn.Module | None, keep: int | str
     ) -> None:
-        self.layers = layers
-        self.sizes = [_elements(layer) for layer in layers]
-        self.head = _elements(head) if head else 0
+        self.layers, self.after = layers, head or nn.Identity()
+        self._measure()
         parameters = [p for layer in layers for p in layer.parameters()]
         itemsize = max((p.element_size() for p in parameters), default=0)
         self.layer_bytes = max(self.sizes, default=0) * itemsize
         self.keep, self.kept = keep, 0
-        self.moves = True  # whether any layer is fetched and released at all
         if isinstance(keep, int) and keep > len(layers):
             raise RunError(
                 "--kept_weights is more than there are layers",
@@ -51,9 +49,14 @@ class KeptWeights:
         self.coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         self.distance = getattr(self.coordinator, _DISTANCE)
         self.live = getattr(self.coordinator, _LIVE)
-        self.moves = not all(is_resident(p) for layer in self.layers for p in layer.parameters())
+        self._measure()  # it is known now what is resident
         if isinstance(self.keep, int) and self.keep:
             self.keep_last(self.keep)
+
+    def _measure(self) -> None:
+        self.sizes = [_elements(layer) for layer in self.layers]
+        self.head = _elements(self.after)
+        self.moves = any(self.sizes)  # whether any layer is fetched and released at all
 
     def keep_last(self, count: int) -> None:
         """Let the weights of the last `count` layers stay from now on."""
@@ -67,5 +70,7 @@ class KeptWeights:
 
 
 def _elements(module: nn.Module) -> int:
-    # One that ZeRO-3 has partitioned is empty.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    """Return the elements that ZeRO-3 fetches for a module."""
+    params = (p for p in module.parameters() if not is_resident(p))
+    # One that it has partitioned is empty.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in params)

@@ -13,6 +13,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
     AsyncPartitionedParameterSwapper,
     PartitionedParamStatus,
 )
+from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import (
     Init,
     NoGatherCoalescedHandle,
@@ -48,6 +49,7 @@ def apply(fetch_ahead: bool) -> None:
     AsyncPartitionedParameterSwapper.swap_in = swap_in
     Init._ensure_availability_of_partitioned_params = ensure_availability
     Init._partition = resident.partition
+    ZeROOrderedDict.__getitem__ = resident.get_parameter
     NoGatherHandle.__init__ = no_gather_init
     NoGatherCoalescedHandle.__init__ = no_gather_coalesced_init
     DeepSpeedZeroOptimizer_Stage3._configure_tensor_swapping = configure_tensor_swapping

@@ -5,12 +5,13 @@ release. The stock engine does both all the same, in Python, around each decoder
 half of the host's time, and with small micro-batches the GPU waits for the host (docs/speed.md).
 """
 
-import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
 from torch import nn
@@ -19,6 +20,7 @@ from trainer.engine.all_gather import is_plain
 
 accelerator: Any = get_accelerator()
 _stock_partition = Init._partition
+_stock_get: Any = ZeROOrderedDict.__getitem__
 
 
 def is_resident(param: Any) -> bool:
@@ -31,13 +33,26 @@ def partition(self: Init, param_list: list[Any], *args: Any, **kwargs: Any) -> N
     _stock_partition(self, [p for p in param_list if not is_resident(p)], *args, **kwargs)
 
 
+def get_parameter(self: ZeROOrderedDict, key: str) -> Any:
+    """Return a parameter to its module, once its update is made. In place of __getitem__.
+
+    What is fetched waits there (patches.ensure_availability); a resident parameter waits here.
+    """
+    param: Any = OrderedDict.__getitem__(self, key)
+    if not is_resident(param):
+        return _stock_get(self, key)
+    step = getattr(param, "pending_step", None)
+    if step is not None and step.pending:
+        step.wait_for([param])
+    return param
+
+
 def settle(zero: Any) -> None:
     """Make parameters resident that are whole on this rank's device, and unhook their modules.
 
-    zero: a FusedStepOptimizer whose tensors are in their places. A module's forward pass still
-    waits for the optimizer step of its parameters, where that runs beside it.
+    zero: a FusedStepOptimizer whose tensors are in their places.
     """
-    model, step = zero.module, zero.fused_step
+    model = zero.module
     if zero.partition_count > 1 or zero.params_in_nvme_and_cpu:
         return
     for param in model.parameters():
@@ -50,14 +65,9 @@ def settle(zero: Any) -> None:
     hooks = zip(*2 * [iter(zero.parameter_offload.forward_hooks)], strict=True)
     backward_hooks = zip(*2 * [iter(zero.parameter_offload.backward_hooks)], strict=True)
     for module, *own_hooks in zip(_hooked_modules(model), hooks, backward_hooks, strict=True):
-        params = list(module.parameters())
-        if not all(map(is_resident, params)):
-            continue
-        for hook in itertools.chain(*own_hooks):
-            hook.remove()
-        own = params if z3_leaf_module(module) else list(module.parameters(recurse=False))
-        if step.worker and own:
-            module.register_forward_pre_hook(functools.partial(_wait, step, own))
+        if all(map(is_resident, module.parameters())):
+            for hook in itertools.chain(*own_hooks):
+                hook.remove()
 
 
 def _hooked_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -66,8 +76,3 @@ def _hooked_modules(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():
             yield from _hooked_modules(child)
     yield module
-
-
-def _wait(step: Any, params: list[Any], *_: Any) -> None:
-    if step.pending:
-        step.wait_for(params)

@@ -18,6 +18,7 @@ from transformers.utils import is_liger_kernel_available
 from data.template import prepare_tokenizer
 from trainer.config.ds_config import SWAPPED, ZeroShapes
 from trainer.config.settings import Settings
+from trainer.engine import shard_reader
 from trainer.errors import RunError, make_line, named, one_line
 from trainer.modeling import experts, weights
 from trainer.modeling.adapters import add_adapters
@@ -129,13 +130,14 @@ def build(
             model = AutoModelForCausalLM.from_config(config, **options)
             _randomize(model)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                revision=settings.model_revision,
-                config=config,
-                output_loading_info=True,
-                **options,
-            )
+            with shard_reader.own_shards(weights.folder(name, settings.model_revision)):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    name,
+                    revision=settings.model_revision,
+                    config=config,
+                    output_loading_info=True,
+                    **options,
+                )
             model, info = loaded
             weights.check_loaded(name, info)
     except weights.LOAD_ERRORS as error:

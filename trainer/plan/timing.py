@@ -66,7 +66,8 @@ def step_seconds(work: Workload, kept: int, weights: int) -> tuple[dict[str, flo
     first_pass = max(forward, layers, read)
     micro_batch = first_pass + loss + 1.5 * embeddings + max(backward, back, read)
     if work.on_gpu:
-        launches = HOST_LAYER if work.gathers else HOST_LAYER_RESIDENT
+        resident = work.fused_step and work.job.resident_weights and not work.gathers
+        launches = HOST_LAYER_RESIDENT if resident else HOST_LAYER
         micro_batch = max(micro_batch, launches * work.model.layers)
     on_gpu, on_cpu, io = _optimizer(work)
     beside = max(on_cpu, io)

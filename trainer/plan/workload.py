@@ -54,6 +54,7 @@ class TrainingJob:
     overlap_step: bool = True
     gradient_checkpointing: bool = True
     fused_step: bool = True
+    resident_weights: bool = True
     kept_layers: int | None = None
     kept_weights: int | None = None
     longest: int | None = None
@@ -76,6 +77,7 @@ class TrainingJob:
             kept_weights=kept(settings.kept_weights),
             gradient_checkpointing=settings.gradient_checkpointing,
             fused_step=settings.optimizes("fused_step"),
+            resident_weights=settings.optimizes("resident_weights"),
             overlap_step=settings.optimizes("overlap_step", gains=gpu),
             **{flag: settings.values[flag] for flag in JOB_FLAGS},
         )

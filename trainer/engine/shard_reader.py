@@ -1,0 +1,193 @@
+"""Each rank reads its own shards of a checkpoint's weights from the files, in parallel.
+
+transformers lets rank 0 read every weight, one after the other: it is copied into the gathered
+parameter, sent to all ranks and cut again (integrations/deepspeed.py,
+_load_state_dict_into_zero3_model). Here the bytes of a shard go from the file to where the shard
+is, in several threads. What is renamed by a pattern, joined or converted, and buffers, take the
+other way still.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import modeling_utils
+
+from trainer.console import say
+from trainer.distributed import on_all_ranks
+from trainer.errors import RunError
+
+PIECE = 2**24  # bytes of one read
+THREADS = 8
+QUIET = 10.0  # seconds without a line about the progress
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file. begin: of its bytes in the file."""
+
+    path: Path
+    begin: int
+    dtype: torch.dtype
+    shape: list[int]
+
+
+class Weight(NamedTuple):
+    """A parameter of the model, its name there, and where it is stored."""
+
+    name: str
+    param: Any
+    stored: Stored
+
+
+@dataclass
+class Read:
+    """One read: so many bytes of a file, from `begin` on, to a part of a shard."""
+
+    path: Path
+    begin: int
+    dtype: torch.dtype
+    place: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """The bytes in the file."""
+        return self.place.numel() * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def own_shards(folder: Path) -> Iterator[None]:
+    """Let a from_pretrained of this directory, under ZeRO-3, read this way."""
+    stock = modeling_utils._load_state_dict_into_zero3_model
+
+    def load(model: Any, state: dict[str, Any], load_config: Any = None) -> tuple[Any, set[str]]:
+        transforms = getattr(load_config, "weight_mapping", None) or []
+        direct = _direct(model, state, transforms, _stored(folder))
+        reads = [read for w in direct.values() for read in _reads(w.param, w.stored)]
+        on_all_ranks(lambda: _run(reads))
+        for weight in direct.values():
+            weight.param._is_hf_initialized = True
+        rest = {key: value for key, value in state.items() if key not in direct}
+        errors, missing = stock(model, rest, load_config)
+        return errors, missing - {weight.name for weight in direct.values()}
+
+    setattr(modeling_utils, stock.__name__, load)
+    try:
+        yield
+    finally:
+        setattr(modeling_utils, stock.__name__, stock)
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    """Return {name: its place} of the floating-point tensors in a directory's safetensors files."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    found = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            begin = 8 + size + tensor["data_offsets"][0]
+            if dtype := DTYPES.get(tensor["dtype"]):
+                found[name] = Stored(path, begin, dtype, tensor["shape"])
+    return found
+
+
+def _direct(
+    model: Any, state: dict[str, Any], transforms: list[Any], stored: dict[str, Stored]
+) -> dict[str, Weight]:
+    """Return {key of the checkpoint: what it is} of what is one parameter as it is stored."""
+    transforms = copy.deepcopy(transforms)  # they remember what they have met
+    params = dict(model.named_parameters(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}."
+    special = {
+        name
+        for name, module in model.named_modules()
+        if type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        or module._load_state_dict_pre_hooks
+    }
+    found = {}
+    for key in state:
+        if any(t.rename_source_key(key) != (key, None) for t in transforms):
+            continue
+        names = (key, prefix + key, key.removeprefix(prefix))
+        name = next((n for n in names if n in params), None)
+        place = stored.get(key)
+        if name is None or place is None or name.rpartition(".")[0] in special:
+            continue
+        param = params[name]
+        plain = param.ds_tensor.final_location is None and param.ds_secondary_tensor is None
+        if plain and list(param.ds_shape) == place.shape:
+            found[key] = Weight(name, param, place)
+    return found
+
+
+def _reads(param: Any, stored: Stored) -> Iterator[Read]:
+    """Yield the reads of this rank's shard of a parameter, each of at most PIECE bytes."""
+    shard, dtype = param.ds_tensor.data, stored.dtype
+    begin = shard.numel() * dist.get_rank(param.ds_process_group)
+    own = max(0, min(shard.numel(), param.ds_numel - begin))
+    shard[own:].zero_()  # what rounds it up
+    step = PIECE // dtype.itemsize
+    for at in range(0, own, step):
+        place = shard[at : min(at + step, own)]
+        yield Read(stored.path, stored.begin + (begin + at) * dtype.itemsize, dtype, place)
+
+
+def _run(reads: list[Read]) -> None:
+    """Make the reads. Raises RunError where a file cannot be read, or ends too early."""
+    files = {path: os.open(path, os.O_RDONLY) for path in {read.path for read in reads}}
+    total, made, began = sum(read.size for read in reads), 0, time.monotonic()
+    said = began
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for size in pool.map(lambda read: _read(files[read.path], read), reads):
+                made += size
+                now = time.monotonic()
+                if now - said > QUIET:
+                    said, rate = now, made / (now - began)
+                    say(f"weights: {made / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s")
+    finally:
+        for handle in files.values():
+            os.close(handle)
+
+
+def _read(handle: int, read: Read) -> int:
+    """Read it, and return its bytes."""
+    place = read.place
+    direct = place.dtype == read.dtype and place.device.type == "cpu"
+    into = place if direct else torch.empty(place.numel(), dtype=read.dtype)
+    array: Any = into.view(torch.uint8).numpy()
+    view, done = memoryview(array), 0
+    try:
+        while done < read.size:
+            count = os.preadv(handle, [view[done:]], read.begin + done)
+            if not count:
+                raise OSError(f"it ends {read.size - done} bytes too early")
+            done += count
+    except OSError as error:
+        raise RunError(
+            f"{read.path} is not readable",
+            found=str(error),
+            needed="the weights as safetensors",
+            fix="download it again",
+        ) from None
+    if not direct:
+        place.copy_(into)
+    return read.size
