@@ -10,9 +10,11 @@ other way still.
 import contextlib
 import copy
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +27,11 @@ from transformers import modeling_utils
 
 from trainer.console import say
 from trainer.distributed import on_all_ranks
-from trainer.errors import RunError
+from trainer.errors import RunError, named
 
 PIECE = 2**24  # bytes of one read
 THREADS = 8
+SAMPLE = 64  # bytes of a weight, by which machines are compared
 QUIET = 10.0  # seconds without a line about the progress
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -66,45 +69,94 @@ class Read:
 
 
 @contextlib.contextmanager
-def own_shards(folder: Path) -> Iterator[None]:
-    """Let a from_pretrained of this directory, under ZeRO-3, read this way."""
+def own_shards() -> Iterator[None]:
+    """Let from_pretrained, under ZeRO-3, read this way."""
     stock = modeling_utils._load_state_dict_into_zero3_model
+    stock_open = modeling_utils.load_state_dict
+    files: list[Path] = []  # those that transformers takes, in its order
+
+    def open_file(file: Any, *args: Any, **kwargs: Any) -> Any:
+        files.append(Path(file))
+        return stock_open(file, *args, **kwargs)
 
     def load(model: Any, state: dict[str, Any], load_config: Any = None) -> tuple[Any, set[str]]:
         transforms = getattr(load_config, "weight_mapping", None) or []
-        direct = _direct(model, state, transforms, _stored(folder))
+        found: dict[str, Weight] = {}
+
+        def look() -> dict[str, bytes]:
+            found.update(_direct(model, state, transforms, _stored(files)))
+            return {key: _sample(weight.stored) for key, weight in found.items()}
+
+        direct = {key: found[key] for key in _agreed(on_all_ranks(lambda: _refused(look)))}
+        files.clear()
         reads = [read for w in direct.values() for read in _reads(w.param, w.stored)]
-        on_all_ranks(lambda: _run(reads))
+        on_all_ranks(lambda: _refused(lambda: _run(reads)))
         for weight in direct.values():
             weight.param._is_hf_initialized = True
         rest = {key: value for key, value in state.items() if key not in direct}
         errors, missing = stock(model, rest, load_config)
         return errors, missing - {weight.name for weight in direct.values()}
 
-    setattr(modeling_utils, stock.__name__, load)
+    modeling_utils._load_state_dict_into_zero3_model = load
+    modeling_utils.load_state_dict = open_file
     try:
         yield
     finally:
-        setattr(modeling_utils, stock.__name__, stock)
+        modeling_utils._load_state_dict_into_zero3_model = stock
+        modeling_utils.load_state_dict = stock_open
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-    """Return {name: its place} of the floating-point tensors in a directory's safetensors files."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    found = {}
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            continue
+def _refused(step: Callable[[], Any]) -> Any:
+    """Return the step's result. Raise RunError for what the others would wait for in vain."""
+    try:
+        return step()
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        raise RunError(
+            "the weights cannot be read", found=named(error), needed="the weights as safetensors"
+        ) from None
+
+
+def _agreed(samples: list[dict[str, bytes]]) -> list[str]:
+    """Return the keys that all ranks have, in one order. Raise RunError where weights differ.
+
+    samples: {key: a few bytes of the weight} of each rank.
+    """
+    keys = sorted(set.intersection(*map(set, samples)))
+    for key in keys:
+        if len({sample[key] for sample in samples}) > 1:
+            raise RunError(
+                "the machines have other weights under the same name",
+                found=key,
+                needed="the same checkpoint on all machines",
+            )
+    return keys
+
+
+def _sample(stored: Stored) -> bytes:
+    """Return the middle bytes of a tensor."""
+    size = math.prod(stored.shape) * stored.dtype.itemsize
+    with open(stored.path, "rb") as file:
+        file.seek(stored.begin + size // 2)
+        return file.read(min(size - size // 2, SAMPLE))
+
+
+def _stored(files: Iterable[Path]) -> dict[str, Stored]:
+    """Return {name: its place} of the floating-point tensors in these safetensors files.
+
+    {} where one of the files is another kind. Of tensors with the same name the last one counts.
+    """
+    found: dict[str, Stored] = {}
+    for path in files:
+        if path.suffix != ".safetensors":
+            return {}
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         for name, tensor in header.items():
-            begin = 8 + size + tensor["data_offsets"][0]
+            found.pop(name, None)
             if dtype := DTYPES.get(tensor["dtype"]):
+                begin = 8 + size + tensor["data_offsets"][0]
                 found[name] = Stored(path, begin, dtype, tensor["shape"])
     return found
 
@@ -112,7 +164,10 @@ def _stored(folder: Path) -> dict[str, Stored]:
 def _direct(
     model: Any, state: dict[str, Any], transforms: list[Any], stored: dict[str, Stored]
 ) -> dict[str, Weight]:
-    """Return {key of the checkpoint: what it is} of what is one parameter as it is stored."""
+    """Return {key of the checkpoint: what it is} of what is one parameter as it is stored.
+
+    A parameter that has several keys, or that ZeRO-3 has not partitioned yet, is none.
+    """
     transforms = copy.deepcopy(transforms)  # they remember what they have met
     params = dict(model.named_parameters(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}."
@@ -122,20 +177,22 @@ def _direct(
         if type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
         or module._load_state_dict_pre_hooks
     }
-    found = {}
+    found, times = {}, Counter[int]()
     for key in state:
         if any(t.rename_source_key(key) != (key, None) for t in transforms):
             continue
         names = (key, prefix + key, key.removeprefix(prefix))
         name = next((n for n in names if n in params), None)
-        place = stored.get(key)
-        if name is None or place is None or name.rpartition(".")[0] in special:
+        if name is None:
             continue
-        param = params[name]
+        param, place = params[name], stored.get(key)
+        times[id(param)] += 1
+        if place is None or name.rpartition(".")[0] in special or not hasattr(param, "ds_tensor"):
+            continue
         plain = param.ds_tensor.final_location is None and param.ds_secondary_tensor is None
         if plain and list(param.ds_shape) == place.shape:
             found[key] = Weight(name, param, place)
-    return found
+    return {key: weight for key, weight in found.items() if times[id(weight.param)] == 1}
 
 
 def _reads(param: Any, stored: Stored) -> Iterator[Read]:
@@ -152,20 +209,20 @@ def _reads(param: Any, stored: Stored) -> Iterator[Read]:
 
 def _run(reads: list[Read]) -> None:
     """Make the reads. Raises RunError where a file cannot be read, or ends too early."""
-    files = {path: os.open(path, os.O_RDONLY) for path in {read.path for read in reads}}
     total, made, began = sum(read.size for read in reads), 0, time.monotonic()
     said = began
-    try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            for size in pool.map(lambda read: _read(files[read.path], read), reads):
-                made += size
-                now = time.monotonic()
-                if now - said > QUIET:
-                    said, rate = now, made / (now - began)
-                    say(f"weights: {made / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s")
-    finally:
-        for handle in files.values():
-            os.close(handle)
+    with contextlib.ExitStack() as opened:
+        files = {
+            path: opened.enter_context(open(path, "rb", buffering=0)).fileno()
+            for path in {read.path for read in reads}
+        }
+        pool = opened.enter_context(ThreadPoolExecutor(THREADS))
+        for size in pool.map(lambda read: _read(files[read.path], read), reads):
+            made += size
+            now = time.monotonic()
+            if now - said > QUIET:
+                said, rate = now, made / (now - began)
+                say(f"weights: {made / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s")
 
 
 def _read(handle: int, read: Read) -> int:

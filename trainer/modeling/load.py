@@ -130,7 +130,7 @@ def build(
             model = AutoModelForCausalLM.from_config(config, **options)
             _randomize(model)
         else:
-            with shard_reader.own_shards(weights.folder(name, settings.model_revision)):
+            with shard_reader.own_shards():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     name,
                     revision=settings.model_revision,

@@ -43,7 +43,7 @@ def check(name: str, config: PreTrainedConfig, revision: str, trust_remote_code:
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, info = _on_meta(name, config, {"": "meta"}, options)
     check_loaded(name, info)
-    stored = stored_tensors(folder(name, revision))
+    stored = stored_tensors(_folder(name, revision))
     _check_types(name, model, stored)
     _check_tied(name, model, config, options)
     return _check_unexpected(name, model, info["unexpected_keys"], stored)
@@ -177,7 +177,7 @@ def _is_mask(dtype: str, shape: list[int]) -> bool:
     return not dtype.startswith(("F", "BF")) or not shape or square
 
 
-def folder(name: str, revision: str) -> Path:
+def _folder(name: str, revision: str) -> Path:
     """Return the directory of a model, on the disk or in the hub's cache."""
     if Path(name).is_dir():
         return Path(name)
