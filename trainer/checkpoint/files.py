@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from data.files import hash_file, in_place, is_own, read_json
+from data.files import hash_file, in_place, is_own, read_json, safetensors_header
 from trainer.errors import FAILED, RunError
 from trainer.run_dir import RunIdentity
 
@@ -251,15 +251,13 @@ class ShardIndex:
             if not shard.startswith("rank-"):
                 continue
             path = saved.folder / shard
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
+            header, data = safetensors_header(path)
             starts = header.pop("__metadata__")
             for name, tensor in header.items():
                 state_key, _, parameter = name.partition("/")
                 begin, end = tensor["data_offsets"]
                 start = int(starts[parameter]) * itemsize
-                stored = StoredSlice(start, end - begin, path, 8 + length + begin)
+                stored = StoredSlice(start, end - begin, path, data + begin)
                 self.slices[state_key, parameter].append(stored)
 
     def fill(self, state_key: str, shard_slice: "ShardSlice", offset: int, view: Any) -> None:

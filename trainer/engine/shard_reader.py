@@ -9,9 +9,7 @@ other way still.
 
 import contextlib
 import copy
-import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import modeling_utils
 
+from data.files import safetensors_header
 from trainer.console import say
 from trainer.distributed import on_all_ranks
 from trainer.errors import RunError, named
@@ -149,14 +148,12 @@ def _stored(files: Iterable[Path]) -> dict[str, Stored]:
     for path in files:
         if path.suffix != ".safetensors":
             return {}
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+        header, data = safetensors_header(path)
         header.pop("__metadata__", None)
         for name, tensor in header.items():
             found.pop(name, None)
             if dtype := DTYPES.get(tensor["dtype"]):
-                begin = 8 + size + tensor["data_offsets"][0]
+                begin = data + tensor["data_offsets"][0]
                 found[name] = Stored(path, begin, dtype, tensor["shape"])
     return found
 
@@ -211,13 +208,8 @@ def _run(reads: list[Read]) -> None:
     """Make the reads. Raises RunError where a file cannot be read, or ends too early."""
     total, made, began = sum(read.size for read in reads), 0, time.monotonic()
     said = began
-    with contextlib.ExitStack() as opened:
-        files = {
-            path: opened.enter_context(open(path, "rb", buffering=0)).fileno()
-            for path in {read.path for read in reads}
-        }
-        pool = opened.enter_context(ThreadPoolExecutor(THREADS))
-        for size in pool.map(lambda read: _read(files[read.path], read), reads):
+    with ThreadPoolExecutor(THREADS) as pool:
+        for size in pool.map(_read, reads):
             made += size
             now = time.monotonic()
             if now - said > QUIET:
@@ -225,19 +217,17 @@ def _run(reads: list[Read]) -> None:
                 say(f"weights: {made / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s")
 
 
-def _read(handle: int, read: Read) -> int:
+def _read(read: Read) -> int:
     """Read it, and return its bytes."""
     place = read.place
     direct = place.dtype == read.dtype and place.device.type == "cpu"
     into = place if direct else torch.empty(place.numel(), dtype=read.dtype)
     array: Any = into.view(torch.uint8).numpy()
-    view, done = memoryview(array), 0
     try:
-        while done < read.size:
-            count = os.preadv(handle, [view[done:]], read.begin + done)
-            if not count:
-                raise OSError(f"it ends {read.size - done} bytes too early")
-            done += count
+        with open(read.path, "rb") as file:
+            file.seek(read.begin)
+            if missing := read.size - file.readinto(array):
+                raise OSError(f"it ends {missing} bytes too early")
     except OSError as error:
         raise RunError(
             f"{read.path} is not readable",
