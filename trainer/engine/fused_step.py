@@ -1,21 +1,19 @@
-"""Gradients on their way to their place, and the optimizer step, for DeepSpeed 0.19.8.
+"""The optimizer step, for DeepSpeed 0.19.8.
 
-The stock engine copies a gradient to the host, back to the GPU for its norm, casts it to fp32 there
-and copies it once more: 8 bytes a parameter over PCIe, 4 of host memory. Then it makes three passes
-over all of it: scale, Adam, cast. Here a gradient is copied once, in the type in which
-micro-batches are added; its norm is taken where it was made; and one pass scales, steps and casts,
-on the CPU (adam.c) or on the GPU (gpu_adam.py), with the same bits. In bf16, with no parameters on
-NVMe, a master weight is the weight and 16 bits more (split_master.py). Each sub-group's weights,
-gradient and states are where placement.py says. States on NVMe come and go through a ring of
-buffers (state_ring.py): 10 bytes a parameter each way, 12 with an fp32 weight, where the stock
-engine moves 16, as it writes the fp32 gradient too (runtime/zero/stage3.py: partition_grads,
-_optimizer_step, unscale_and_clip_grads).
+The stock engine makes three passes over all of it: scale, Adam, cast. Here one pass scales, steps
+and casts, on the CPU (adam.c) or on the GPU (gpu_adam.py), with the same bits; the gradients come
+to it once (gradients.py). In bf16, with no parameters on NVMe, a master weight is the weight and 16
+bits more (split_master.py). Each sub-group's weights, gradient and states are where placement.py
+says. States on NVMe come and go through a ring of buffers (state_ring.py): 10 bytes a parameter
+each way, 12 with an fp32 weight, where the stock engine moves 16, as it writes the fp32 gradient
+too (runtime/zero/stage3.py: _optimizer_step, unscale_and_clip_grads).
 """
 
 import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +34,7 @@ from trainer.engine import (
     all_gather,
     cpu_adam,
     gpu_adam,
+    gradients,
     placement,
     resident,
     split_master,
@@ -49,7 +48,6 @@ from trainer.errors import RunError
 from trainer.system import ops
 
 accelerator: Any = get_accelerator()
-SMALL = 2**22  # elements; smaller tensors that are neighbours in one buffer are copied together
 
 
 class Job(NamedTuple):
@@ -193,45 +191,47 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     fused_step: "FusedStep"
 
-    @torch.no_grad()
-    def partition_grads(self, params: list[Any], partitions: list[Any]) -> None:
-        """Copy or add this rank's shards of the gradients to their places, in RAM or on the GPU.
+    def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
+        """Add a complete gradient to its place at once, where no other rank has a part in it.
 
-        params: parameters whose gradient is complete. partitions: this rank's shard of each.
+        DeepSpeed's bucket is for what is reduced. On one rank it is two copies on the GPU more, a
+        wait of the host in each micro-batch, and a fifth of the host's time (docs/infinity.md).
         """
         step = self.fused_step
-        step.wait_for_gradients()
-        copies = {}
-        for param, shard in zip(params, partitions):
-            if param.ds_id in step.real:
-                place = step.gradient_of[param.ds_id][: shard.numel()]
-                shard = shard.view(-1)
-                if param.ds_id in step.norms:  # an earlier micro-batch of this step
-                    shard = place.to(shard.device, non_blocking=True).add_(shard)
-                copies[param.ds_id] = place, shard
-                if param.grad is not None and param.grad.is_cuda:
-                    param.grad.record_stream(torch.cuda.current_stream())
+        if self._coalesce_grad_reduction or not step.gradients.stay(param):
+            super().reduce_ready_partitions_and_remove_grads(param)
+        elif getattr(param, "ds_grad_is_ready", True):  # not between the tiles of one computation
+            step.wait_for_gradients()
+            step.gradients.add(param, param.grad)
             param.grad = None
-        if copies:
-            shards = [shard for _, shard in copies.values()]
-            norms = torch._foreach_norm(shards, 2, dtype=torch.float32)
-            step.norms.update(zip(copies, norms))  # the last micro-batch's is the whole one
-        for place, shards in _join_neighbours(copies.values()):
-            whole = shards[0] if len(shards) == 1 else torch.cat(shards)
-            place.copy_(whole, non_blocking=True)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """End a backward pass; gradients that came after their layer's end are not left behind.
+
+        A parameter of two decoder layers has its gradient when both are through. DeepSpeed asks for
+        it at the end of each, takes it for zero, and adds it only if its bucket is still open then.
+        """
+        waiting = {id(p) for bucket in self.ipg_buckets.values() for p in bucket.params}
+        for param in itertools.chain(*self.fp16_groups):
+            if param.grad is not None and id(param) not in waiting:
+                self.reduce_ready_partitions_and_remove_grads(param)
+        super().independent_gradient_partition_epilogue()
+
+    def partition_grads(self, params: list[Any], partitions: list[Any]) -> None:
+        """Bring this rank's shards of complete gradients to their places."""
+        self.fused_step.wait_for_gradients()
+        self.fused_step.gradients.take(params, partitions)
 
     def reset_cpu_buffers(self) -> None:
         """Forget the gradients of the last step."""
-        self.fused_step.norms, self.fused_step.total_norm = {}, None
+        self.fused_step.gradients.forget()
+        self.fused_step.total_norm = None
 
     def _total_norm(self) -> torch.Tensor:
         """Return the norm of all gradients on all ranks, times the loss scale."""
         step = self.fused_step
         if step.total_norm is None:
-            norms = list(step.norms.values()) or [
-                torch.zeros((), device=accelerator.current_device_name())
-            ]
-            total = torch.stack(norms).square_().sum()
+            total = torch.stack(step.gradients.norms()).square_().sum()
             dist.all_reduce(total, group=self.dp_process_group)
             step.total_norm = total.sqrt().cpu()
         return step.total_norm
@@ -269,10 +269,9 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
                 moments = _moments(0 if tier == NVME else numel, flat.device)
             state.update(zip(("step", "exp_avg", "exp_avg_sq"), (0, *moments)))
         state["step"] += 1
-        for param in self.fp16_groups[i]:
-            if param.ds_id in step.real and param.ds_id not in step.norms:
-                step.gradient_of[param.ds_id].zero_()  # an older step's gradient lies there
-        parts: Any = step.low.get(i, flat), step.grads[i], state, group, step.scale, flat_lp
+        step.gradients.clear(self.fp16_groups[i])
+        grad = step.gradients.flat[i]
+        parts: Any = step.low.get(i, flat), grad, state, group, step.scale, flat_lp
         if flat.is_cuda:
             gpu_adam.run(*parts)
         elif tier == NVME or step.staging.moves(i):
@@ -350,7 +349,7 @@ class FusedStepOptimizer(DeepSpeedZeroOptimizer_Stage3):
         """
         group = self.dp_process_group
         ranks = dist.get_world_size(group)
-        joined = _join_neighbours((p.ds_tensor.data, p) for p in params)
+        joined = gradients.join_neighbours((p.ds_tensor.data, p) for p in params)
         # Addresses, and so their order, differ between ranks.
         for place, together in sorted(joined, key=lambda pair: pair[1][0].ds_id):
             new = place.to(together[0].device, non_blocking=True).view(1, -1)
@@ -373,11 +372,9 @@ class FusedStep:
 
     placement: the tiers of each sub-group. low: {sub-group: low halves of its master weights},
     where the high ones are its bf16 weights and there is no fp32 tensor. moments: those on the GPU
-    before the first step. grads: each sub-group's
-    flat gradient; gradient_of: {ds_id: a parameter's part of it}. queue, pending: {sub-group: its
-    update}, to be made and being made. worker: the thread of steps beside the forward pass, or
-    None. norms: {ds_id of a parameter: norm} of one step's gradients so far; total_norm: of all of
-    them.
+    before the first step. queue, pending: {sub-group: its update}, to be made and being made.
+    worker: the thread of steps beside the forward pass, or None. total_norm: of one step's
+    gradients on all ranks.
     """
 
     def __init__(self, zero: Any, adam: ctypes.CDLL, wanted: Wanted, not_on_gpu: str) -> None:
@@ -389,12 +386,6 @@ class FusedStep:
         self.halved = split_master.applies(zero)
         self.placement = _placement(zero, wanted, not_on_gpu)
         params = [(i, param) for i, group in enumerate(zero.fp16_groups) for param in group]
-        # Of the smallest parameters some ranks hold padding alone.
-        self.real = {
-            param.ds_id
-            for _, param in params
-            if param.partition_numel() * zero._get_param_partition_rank(param) < param.ds_numel
-        }
         self.scale = 1.0
         self.low: dict[int, torch.Tensor] = {}
         self.moments: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -416,12 +407,11 @@ class FusedStep:
         if overlap:
             for _, param in params:
                 param.pending_step = self  # patches.ensure_availability waits for it
-        self.norms: dict[int, torch.Tensor] = {}
         self.total_norm: torch.Tensor | None = None
         self.ring = self._make_ring()
         self._make_masters()
-        self._make_gradients()
-        self.staging = Staging(self.placement, self.grads, self.weights, self.halved)
+        self.gradients = gradients.Gradients(zero, self.placement.gradients, self)
+        self.staging = Staging(self.placement, self.gradients.flat, self.weights, self.halved)
 
     def _make_ring(self) -> StateRing | None:
         tiers = enumerate(self.placement.states)
@@ -465,29 +455,6 @@ class FusedStep:
         ring: Any = self.ring
         ring.step([i], fill, read=False)
         return torch.empty(0)
-
-    def _make_gradients(self) -> None:
-        zero = self.zero
-        self.grads = placement.flat_parts(
-            self.numels,
-            self.placement.gradients,
-            zero.gradient_accumulation_dtype,
-            self,
-            zero.offload_optimizer_pin_memory,
-        )
-        self.gradient_of: dict[int, torch.Tensor] = {}
-        for group, flat in zip(zero.fp16_groups, self.grads, strict=True):
-            parts = flat.split([param.partition_numel() for param in group])
-            self.gradient_of.update(zip((param.ds_id for param in group), parts, strict=True))
-        zero.grad_partitions_flat_buffer = None  # partition_grads and the step use the parts
-        zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = self.gradient_of
-        for of_type, bucket in zero.ipg_buckets.items() if zero.contiguous_gradients else ():
-            bucket.buffer = torch.empty(
-                zero.reduce_bucket_size, dtype=of_type, device=self._device(HBM)
-            )
-        # partition_grads adds to the buffers in their type. DeepSpeed would first make a copy of
-        # each shard in that type on the GPU.
-        zero.gradient_accumulation_dtype = zero.communication_data_type
 
     @staticmethod
     def _device(tier: str) -> str:
@@ -635,21 +602,3 @@ def _placement(zero: Any, wanted: Wanted, not_on_gpu: str) -> placement.Placemen
         if numels[i] < RING_PIECE and all(param.ds_persist for param in params)
     }
     return placement.place(numels, tiers, norms)
-
-
-def _join_neighbours(pairs: Iterable[tuple[torch.Tensor, Any]]) -> list[tuple[torch.Tensor, list]]:
-    """Join small tensors that are neighbours in one buffer.
-
-    pairs: (tensor, what belongs to it). Returns (tensor, all that belongs to it).
-    """
-    joined, end = [], None
-    for tensor, other in sorted(pairs, key=lambda pair: pair[0].data_ptr()):
-        buffer, address = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
-        small = tensor.numel() < SMALL
-        if end == (buffer, address) and small:
-            first, others = joined[-1]
-            joined[-1] = first.as_strided((first.numel() + tensor.numel(),), (1,)), [*others, other]
-        else:
-            joined.append((tensor, [other]))
-        end = (buffer, address + tensor.nbytes) if small else None
-    return joined
