@@ -125,3 +125,71 @@ def test_no_gradient_means_the_plain_layer():
         assert torch.equal(model(input_ids=ids).logits, plain)
         with model.disable_adapter():
             assert not torch.equal(model(input_ids=ids).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma", "Olmo2"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_kept_layers_make_inputs_again(method, kind):
+    """Same bits as where a layer is recomputed, which saves its inputs, and less is kept."""
+    model = make(method, kind)
+    linear.install(decoder(model), leaf=True)
+    loss, gradients = step(model)
+    for layer in decoder(model):
+        layer.gradient_checkpointing = False
+    kept_loss, kept = step(model)
+    assert kept_loss == loss and kept.keys() == gradients.keys()
+    assert all(torch.equal(kept[name], gradient) for name, gradient in gradients.items())
+
+
+def kept_elements(model):
+    """Elements of a token that a layer keeps: the difference that a second layer makes."""
+    sizes, weights = [], {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for layers in (decoder(model)[:1], decoder(model)):
+        seen = {}
+
+        def pack(tensor, seen=seen):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage, storage.nbytes() // tensor.itemsize
+            return tensor
+
+        hidden = torch.randn(2, 24, 32, requires_grad=True)
+        position = torch.arange(24)[None]
+        rope = model.model.rotary_emb(hidden, position)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for layer in layers:
+                hidden = layer(hidden, position_embeddings=rope)
+        sizes.append(sum(size for _, size in seen.values()))
+    return (sizes[1] - sizes[0]) / 48
+
+
+def test_inputs_that_are_made_again_are_not_kept():
+    model = make("full")
+    for layer in decoder(model):
+        layer.gradient_checkpointing = False
+    before = kept_elements(model)
+    linear.install(decoder(model), leaf=True)
+    after = kept_elements(model)
+    # What goes into the attention's maps and the MLP's, and what comes out of the gate.
+    assert before - after == 2 * 32 + 96, (before, after)
+
+
+def test_an_input_that_changes_in_place_between_two_maps():
+    """The second map's is another tensor's: what was known of the first does not hold for it."""
+    layer = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
+    layer.gradient_checkpointing = False
+    x, scale = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+
+    def gradients():
+        layer.zero_grad()
+        h = x * scale
+        first = layer["a"](h.clone() if plain else h)
+        h += 1
+        (first + layer["b"](h)).square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    plain = True
+    expected = gradients()
+    linear.install([layer], leaf=True)
+    plain = False
+    assert all(map(torch.allclose, gradients(), expected))

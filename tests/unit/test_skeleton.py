@@ -95,7 +95,15 @@ def test_known_families(family):
         kept = [model.activations(64, 4, liger, full) for model in (known, found)]
         assert kept[0] == kept[1]
     (one,), (other,) = known.kinds, found.kinds
-    for name in ("active", "last", "intermediate", "query", "modules", "norms"):
+    for name in (
+        "active",
+        "last",
+        "intermediate",
+        "query",
+        "modules",
+        "norms",
+        "norms_first",
+    ):
         assert getattr(one, name) == getattr(other, name), name
 
 
@@ -140,7 +148,8 @@ def test_runs_on_an_h200(config, method, rows, measured):
     found = model_shapes.ModelSpec.from_description(describer.describe(made), "")
     for kind in found.kinds:
         kind.scores = 0
-    job = TrainingJob(found, "full" if method == "full" else "lora")
+    # What was measured kept all inputs of linear layers.
+    job = TrainingJob(found, "full" if method == "full" else "lora", remakes_inputs=False)
     job.kept_weights = None if kept else 0
     if method == "experts":
         job.lora_target_modules = "attention,experts"
@@ -293,11 +302,18 @@ def test_dense_layers_before_mixtures():
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "qwen3", "gemma3_text", "gpt_neox", "phi", "phi3", "falcon", "gpt2", "mixtral"],
+    ["llama", "qwen3", "gemma3_text", "gpt_neox", "phi", "phi3", "falcon", "gpt2", "mixtral"]
+    + ["olmo2", "qwen3_moe", "glm4"],
 )
-def test_what_a_layer_keeps(family):
-    """What autograd saves in a real forward pass, in fp32 without Liger's kernels."""
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "made again"])
+def test_what_a_layer_keeps(family, again):
+    """What autograd saves in a real forward pass, in fp32 without Liger's kernels.
+
+    again: with the fused linear layers, which make some of their inputs again.
+    """
     import torch
+
+    from trainer.modeling import linear
 
     made = make_model(family).train()
     found = model_shapes.ModelSpec.from_description(describer.describe(made), family)
@@ -314,10 +330,16 @@ def test_what_a_layer_keeps(family):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    if again:
+        linear.install(models.decoder_layers(made), leaf=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         made(input_ids=torch.arange(256).view(2, 128), use_cache=False)
     _, mean, _ = found.activations(256, 4, liger=False, full=True, length=128)
-    assert mean * found.layers == pytest.approx(sum(saved.values()), rel=0.1)
+    if again:
+        mean -= found.remade(256, 4, liger=False, full=True)
+    # Phi's GELU, operation by operation, is made again as well, which the plan does not count on.
+    more = 0.18 if again and family == "phi" else 0
+    assert sum(saved.values()) == pytest.approx(mean * (1 - more) * found.layers, rel=0.1)
 
 
 def test_weights_that_are_read_past_forward():

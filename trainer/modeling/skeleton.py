@@ -113,12 +113,21 @@ def _layer(layer: nn.Module, model: PreTrainedModel, index: int, seen: set[int])
         "norms": sum(width for _, width in norms),
         "fused_norms": sum(width for norm, width in norms if isinstance(norm, nn.LayerNorm)),
         "beside": sum({BESIDE.get(type(module).__name__, 0) for module in modules.values()}),
+        "norms_first": _norms_first(layer),
         "modules": len(modules),
         "query": query,
         "rotated": rotated,
         "window": _window(softmax[0][1], config, index) if softmax else None,
         "scores": int(scores),
     }
+
+
+def _norms_first(layer: nn.Module) -> bool:
+    """Return whether a layer begins with a norm, as most do; OLMo 2's do not."""
+    calls = re.findall(r"self\.(\w+)\(", source(layer))
+    children = dict(layer.named_children())
+    first = next((children[call] for call in calls if call in children), None)
+    return "Norm" in type(first).__name__
 
 
 def _window(attention: nn.Module, config: Any, index: int) -> int | None:

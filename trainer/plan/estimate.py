@@ -60,7 +60,7 @@ class Prediction(Workload):
         rank = rank_bytes(self)
         kept = self.kept_layers = _kept_layers(self, sum(rank.values()))
         if kept:
-            rank["kept activations"] = kept * (self.mean_bytes - self.input_bytes)
+            rank["kept activations"] = kept * (self.kept_bytes - self.input_bytes)
         weights = self.kept_weights = _kept_weights(self, kept, sum(rank.values()))
         if weights:  # where all stay, those at work and those fetched ahead are among them
             more = min(weights, max(0, self.model.layers - LAYERS_GATHERED))
@@ -114,6 +114,8 @@ def rank_bytes(work: Workload) -> Bytes:
     if zero["stage3_param_persistence_threshold"] > shapes.largest_trainable:
         persistent = adapters * itemsize
     bucket = min(zero["reduce_bucket_size"], shapes.largest_trainable) * itemsize
+    if work.fused_step and ranks == 1 and on_gpu and work.places.gradients_in_hbm == work.trainable:
+        bucket = 0  # a gradient is added to its place at once (engine/fused_step.py)
     at_work = work.layer_bytes + 3 * work.tokens * model.at_work * itemsize
     inputs = 2 if job.activation_offload and on_gpu else model.layers
     places = work.places
@@ -220,7 +222,7 @@ def _kept_layers(work: Workload, used: float) -> int:
         return layers
     if kept is None and work.on_gpu:
         room = work.machine.gpu_memory * (1 - SPARE_GPU) - used
-        kept = max(0, room // max(work.mean_bytes - work.input_bytes, 1))
+        kept = max(0, room // max(work.kept_bytes - work.input_bytes, 1))
     return min(layers, int(kept or 0))
 
 

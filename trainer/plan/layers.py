@@ -39,6 +39,7 @@ class Layer:
     rotated: int = 0
     scores: int = 0
     beside: int = 0
+    norms_first: bool = True
     count: int = 1
 
     @cached_property
@@ -94,13 +95,7 @@ class Layer:
         autograd keeps the activation of a gate too, and the quotients of norms whose weights are
         trained. length: tokens of a row, for attention without a fused kernel.
         """
-        backs = [group.back for group in self._groups]
-        streams = {
-            map_.kind == ATTENTION
-            for map_ in self.maps
-            if map_.into == self.hidden and map_.kind != EXPERTS and map_ not in backs
-        }
-        elements = self.norms + len(streams) * self.hidden
+        elements = self.norms + len(self._streams) * self.hidden
         for group in self._groups:
             elements += group.inputs + group.outputs
             # Experts are not computed by Liger's kernels (modeling/experts.py).
@@ -110,6 +105,30 @@ class Layer:
             elements += self.norms - self.fused_norms
         elements += self.rotated + SCORES * self.scores * length
         return elements + self.beside * self.intermediate
+
+    def remade(self, liger: bool, full: bool) -> float:
+        """Return those of the kept elements that are made again instead (modeling/remake.py).
+
+        They are what comes out of RMSNorm into the maps, where torch's product keeps both factors
+        or Liger's kernel computes it, and what comes out of the MLP's gate; but not what a router
+        and its experts take as well.
+        """
+        gates = sum(group.gated for group in self._groups if not group.routes)
+        streams = self._streams
+        if any(group.routes for group in self._groups):
+            streams = streams - {False}
+        normed = self.norms_first and not self.fused_norms and (liger or full)
+        return gates + normed * len(streams) * self.hidden
+
+    @cached_property
+    def _streams(self) -> set[bool]:
+        """The tensors of the residual stream's width that go into maps: the attention's, others."""
+        backs = [group.back for group in self._groups]
+        return {
+            map_.kind == ATTENTION
+            for map_ in self.maps
+            if map_.into == self.hidden and map_.kind != EXPERTS and map_ not in backs
+        }
 
 
 @dataclass

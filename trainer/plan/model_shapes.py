@@ -176,6 +176,11 @@ class ModelSpec:
         size = tokens * itemsize
         return max(kept) * size, mean * size, self.hidden * size
 
+    def remade(self, tokens: int, itemsize: int, liger: bool, full: bool) -> float:
+        """Return the bytes of an average layer that is kept which are made again (Layer.remade)."""
+        elements = total(self.kinds, lambda kind: kind.remade(liger, full))
+        return elements / self.layers * tokens * itemsize
+
     @property
     def at_work(self) -> float:
         """The largest Layer.at_work."""

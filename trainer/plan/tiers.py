@@ -43,10 +43,19 @@ def predict(
     for way in ways:
         if (other := tried(*way)) and _better(other, best):
             best, (order, share) = other, way
-    for change in FINER:
-        if 0 <= share + change <= 1 and _better(other := tried(order, share + change), best):
+    finer = [share + change for change in FINER]
+    if room := _room(bare):  # and with what that leaves free
+        finer.append(share + 0.99 * (_room(best) or 0) / room)
+    for share in finer:
+        if share >= 0 and _better(other := tried(order, share), best):
             best = other
     return best
+
+
+def _room(made: Prediction) -> float:
+    """Return the bytes of a GPU that a prediction leaves free."""
+    free = made.machine.gpu_memory * (1 - SPARE_GPU) - made.totals["gpu"]
+    return max(0.0, free) if made.on_gpu else 0.0
 
 
 def _better(other: Prediction, best: Prediction) -> bool:
@@ -82,10 +91,8 @@ def _fill(bare: Prediction, order: str, share: float) -> Tiers:
     bare: with nothing placed. What is left of the states goes to RAM, as far as that reaches.
     """
     work, machine, trained = bare, bare.machine, bare.trainable
-    room = share * max(0.0, machine.gpu_memory * (1 - SPARE_GPU) - bare.totals["gpu"])
+    room = share * _room(bare)
     sizes = {"weights": work.itemsize, "gradients": work.grad_itemsize, "states": work.state_bytes}
-    if not work.on_gpu:
-        room = 0.0
     if order == "whole sub-groups":
         here = dict.fromkeys(sizes, min(trained, room / sum(sizes.values())))
     else:

@@ -38,7 +38,8 @@ class TrainingJob:
     dataset_tokens: of one epoch. kept_layers, kept_weights: None: as many as fit a GPU.
     longest: tokens of the longest row that comes, if that is less than max_length.
     mean: tokens of an average row, with the padding that it gets in its batch.
-    labelled: share of the tokens over which the loss is taken.
+    labelled: share of the tokens over which the loss is taken. remakes_inputs: layers that keep
+    their activations make inputs of linear layers again (modeling/remake.py).
     """
 
     model: ModelSpec
@@ -55,6 +56,7 @@ class TrainingJob:
     gradient_checkpointing: bool = True
     fused_step: bool = True
     resident_weights: bool = True
+    remakes_inputs: bool = True
     kept_layers: int | None = None
     kept_weights: int | None = None
     longest: int | None = None
@@ -78,6 +80,9 @@ class TrainingJob:
             gradient_checkpointing=settings.gradient_checkpointing,
             fused_step=settings.optimizes("fused_step"),
             resident_weights=settings.optimizes("resident_weights"),
+            remakes_inputs=settings.optimizes("fused_linear")
+            and settings.optimizes("leaf_modules", gains=gpu)
+            and (settings.method == "full" or not settings.lora_dropout),
             overlap_step=settings.optimizes("overlap_step", gains=gpu),
             **{flag: settings.values[flag] for flag in JOB_FLAGS},
         )
@@ -114,9 +119,10 @@ class Workload:
     one rank's buffers, for parameters and for states on NVMe. trainable: parameters that one rank's
     optimizer has; on_nvme: those whose states are there. machine_share: of all ranks, those of one
     machine. tokens: of the largest micro-batch that comes. layer_bytes, mean_bytes, input_bytes:
-    activations of the largest decoder
-    layer, of an average one, and of an input alone. state_bytes: of a trained parameter's states,
-    in RAM or on NVMe. written_bytes: to NVMe, of a trained parameter in an optimizer step.
+    activations of the largest decoder layer, of an average one, and of an input alone; kept_bytes:
+    of an average one that keeps them, without what is made again. state_bytes: of a trained
+    parameter's states, in RAM or on NVMe. written_bytes: to NVMe, of a trained parameter in an
+    optimizer step.
     """
 
     job: TrainingJob
@@ -158,6 +164,10 @@ class Workload:
         self.layer_bytes, self.mean_bytes, self.input_bytes = self.model.activations(
             self.tokens, self.itemsize, self.on_gpu, job.full, length
         )
+        self.kept_bytes = self.mean_bytes
+        if job.remakes_inputs:
+            sizes = self.tokens, self.itemsize
+            self.kept_bytes -= self.model.remade(*sizes, self.on_gpu, job.full)
         # Weight and two moments. A step also writes the parameter, where parameters are on NVMe
         # (stage3.py, _partitioned_params_swap_out).
         self.state_bytes = self.config.state_bytes(self.shapes) if self.fused_step else 12
