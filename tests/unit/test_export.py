@@ -3,10 +3,13 @@
 The models are tiny and of random weights; `PreTrainedModel.save_pretrained` is the reference.
 """
 
+import gc
 import json
+import re
 import shutil
 import stat
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +39,8 @@ def make(kind, **changes):
 def exported(model, folder, **options):
     """Write the model into a new folder and return it."""
     folder.mkdir()
-    writer.write_model(model, folder, options.pop("limit", LIMIT), **options)
+    plan = writer.layout(model, options.pop("limit", LIMIT))
+    writer.write_model(model, folder, plan, **options)
     return folder
 
 
@@ -100,7 +104,7 @@ def test_one_tensor_is_gathered_at_a_time(tmp_path):
         return gather
 
     exported(model, tmp_path / "ours", gather=gathering(calls[True]))
-    writer.write_model(model, None, LIMIT, gathering(calls[False]))
+    writer.write_model(model, None, writer.layout(model, LIMIT), gathering(calls[False]))
     assert calls[True] == calls[False] and all(len(call) == 1 for call in calls[True])
     assert sorted(call[0] for call in calls[True]) == sorted(id(p) for p in model.parameters())
 
@@ -286,9 +290,9 @@ def adapter(tiny_model, tmp_path):
     """adapter(kind, configuration) → folder of a PEFT adapter whose base is under tmp_path."""
     from peft import get_peft_model
 
-    def go(kind, config):
+    def go(kind, config, **changes):
         base, folder = tmp_path / "base", tmp_path / "adapter"
-        model = make(kind, vocab_size=512)
+        model = make(kind, vocab_size=512, **changes)
         model.save_pretrained(base)
         contradicting = {"temperature": 0.6, "eos_token_id": 2}
         (base / "generation_config.json").write_text(json.dumps(contradicting))
@@ -387,3 +391,59 @@ def test_an_adapter_that_is_no_part_of_the_weights(adapter, tmp_path):
     with pytest.raises(RunError, match="cannot be merged"):
         merging.merge(folder, tmp_path / "merged", LIMIT)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_has_one_weight_in_memory_at_a_time(adapter, tmp_path):
+    """Not the model, of 117 MB here: what the process has for itself while it merges."""
+    from threading import Event, Thread
+
+    from peft import LoraConfig
+
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9}
+    folder = adapter("llama", config, **shape)
+    size = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
+    largest = 4 * 512 * 2048
+
+    def own():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+    merging.merge(folder, tmp_path / "first", 10**9)  # what it imports
+    gc.collect()
+    before, peak, done = own(), [0], Event()
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], own())
+
+    thread = Thread(target=watch)
+    thread.start()
+    try:
+        merging.merge(folder, tmp_path / "second", 10**9)
+    finally:
+        done.set()
+        thread.join()
+    assert size > 100e6 and 0 < peak[0] - before < 8 * largest, (size, peak[0] - before)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "lora_bias": True, "bias": "none"},
+    ],
+    ids=["modules_to_save", "dora", "embeddings", "bias"],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_a_merge_is_what_peft_merges(more, tied, adapter, tmp_path):
+    from peft import LoraConfig, PeftModel
+
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ADAPTED, **more})
+    folder = adapter("qwen2", config, tie_word_embeddings=tied)
+    merging.merge(folder, tmp_path / "merged", LIMIT)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(tmp_path / "theirs")
+    assert_equal(weights(tmp_path / "merged"), weights(tmp_path / "theirs"))

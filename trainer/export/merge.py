@@ -1,13 +1,16 @@
 """Merge a run's LoRA adapter into its base model: a plain model directory."""
 
+import contextlib
+import functools
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data.files import new_directory, read_json
+from data.files import new_directory, read_json, safetensors_header
 from trainer.checkpoint.base import fingerprint
 from trainer.config.command_line import Parser, command
 from trainer.config.flags import all_keys, parse_size
@@ -19,10 +22,11 @@ from trainer.system.hardware import free_memory
 
 
 def merge(run: Path, output: Path, limit: int) -> None:
-    """Merge a run's adapter into its base model, in RAM, and write a new model directory.
+    """Merge a run's adapter into its base model and write a new model directory.
 
-    run: a run directory, or a directory that holds an adapter. limit: bytes of one file. Raises
-    RunError where that cannot be done.
+    The base model's files are mapped, and one weight after the other gets its adapter and is
+    written. run: a run directory, or a directory that holds an adapter. limit: bytes of one file.
+    Raises RunError where that cannot be done.
     """
     adapter = run / "export" if (run / "export").is_dir() else run
     if not (adapter / "adapter_config.json").is_file():
@@ -35,11 +39,11 @@ def merge(run: Path, output: Path, limit: int) -> None:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from trainer.export.writer import processor_files, write_model
+    from trainer.export.writer import layout, processor_files, write_model
     from trainer.modeling import weights
 
-    base = _base_of(adapter)
-    _check_base(base, adapter)
+    base, whole = _base_of(adapter)
+    _check_base(base, adapter, whole)
     if output.exists():
         raise RunError(f"{output} exists", fix="choose another --output, or remove it")
     say(f"loading {base}")
@@ -55,17 +59,21 @@ def merge(run: Path, output: Path, limit: int) -> None:
             base, dtype="auto", revision=revision, trust_remote_code=trusted
         )
         _check_same_base(base, revision, trusted, adapter)
-        model = _adapted(model, adapter).merge_and_unload()
+        plan = layout(model, limit)
+        adapted = _adapted(model, adapter)
+        owners = {} if whole else _owners(adapted)
+        if whole:
+            model = adapted.merge_and_unload()
+            plan = layout(model, limit)
         tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trusted)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"{base} with the adapter in {adapter} cannot be read", found=one_line(error)
         ) from None
-    _check_finite(model, base)
     others = processor_files(base, revision, model.config)
     try:
         with new_directory(output) as work:
-            write_model(model, work, limit)
+            write_model(model, work, plan, functools.partial(_merged, owners, base))
             for file in others:
                 shutil.copy(file, work)
             tokenizer.save_pretrained(work)
@@ -75,8 +83,12 @@ def merge(run: Path, output: Path, limit: int) -> None:
     say(f"merged model: {output}")
 
 
-def _base_of(adapter: Path) -> str:
-    """Return the adapter's base model. Raise RunError where the two do not become one model."""
+def _base_of(adapter: Path) -> tuple[str, bool]:
+    """Return the adapter's base model, and whether more than the weights of layers changes.
+
+    Where modules have been replaced, tied ones are not tied any more. Raises RunError where the two
+    do not become one model.
+    """
     from peft import PeftConfig
 
     try:
@@ -89,7 +101,8 @@ def _base_of(adapter: Path) -> str:
             found=f"{config.peft_type}: vectors before the prompt",
             needed="an adapter of the weights, such as LoRA",
         )
-    return str(config.base_model_name_or_path)
+    whole = ("modules_to_save", "trainable_token_indices")
+    return str(config.base_model_name_or_path), any(getattr(config, name, None) for name in whole)
 
 
 def _adapted(model: Any, adapter: Path) -> Any:
@@ -150,28 +163,82 @@ def _check_same_base(base: str, revision: str, trusted: bool, adapter: Path) -> 
         )
 
 
-def _check_finite(model: Any, base: str) -> None:
-    """Raise RunError where a merged weight is not finite: fp16 may not hold the sum."""
+def _owners(adapted: Any) -> dict[int, list[tuple[Any, list[Any]]]]:
+    """Return {id of a base parameter: the adapted layers that change it, with all they change}."""
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, list[tuple[Any, list[Any]]]] = {}
+    for layer in adapted.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if isinstance(layer, ParamWrapper):
+            changed = [layer.get_param()]
+        else:
+            changed = list(layer.get_base_layer().parameters(recurse=False))
+        for param in changed:
+            owners.setdefault(id(param), []).append((layer, changed))
+    return owners
+
+
+@contextlib.contextmanager
+def _merged(owners: dict[int, list], base: str, tensors: list[Any]) -> Iterator[None]:
+    """Let these base weights have their adapters for as long as the context lives.
+
+    owners: see _owners. Raises RunError for a sum that is not finite: fp16 may not hold it.
+    """
     from trainer.engine.values import is_finite
 
-    for name, weight in model.named_parameters():
-        if not is_finite(weight.detach()):
-            raise RunError(
-                f"the merged weights are not finite: {name}",
-                found=f"{base} is in {str(weight.dtype).removeprefix('torch.')}",
-                needed="a base model and an adapter whose sum is finite; nothing was written",
-                code=FAILED,
-            )
+    layers = {
+        id(layer): (layer, changed) for t in tensors for layer, changed in owners.get(id(t), ())
+    }
+    before = {id(p): (p, p.data) for _, changed in layers.values() for p in changed}
+    for param, data in before.values():
+        param.data = data.clone()  # it is mapped from the file
+    try:
+        for layer, _ in layers.values():
+            try:
+                layer.merge()
+            except Exception as error:  # each kind of adapter has its own
+                raise RunError("the adapter cannot be merged", found=one_line(error)) from None
+        for tensor in tensors:
+            if tensor.is_floating_point() and not is_finite(tensor.detach()):
+                raise RunError(
+                    "the merged weights are not finite",
+                    found=f"{base} is in {str(tensor.dtype).removeprefix('torch.')}",
+                    needed="a base model and an adapter whose sum is finite; nothing was written",
+                    code=FAILED,
+                )
+        yield
+    finally:
+        for layer, _ in layers.values():
+            layer.merged_adapters.clear()
+        for param, data in before.values():
+            param.data = data
 
 
-def _check_base(base: str, adapter: Path) -> None:
-    """Raise RunError where the base model is gone or does not fit in RAM; a hub name passes."""
+def _check_base(base: str, adapter: Path, whole: bool) -> None:
+    """Raise RunError where the base model is gone or does not fit in RAM; a hub name passes.
+
+    whole: all of it will be in RAM. Else it is a weight three times: of the file's pages none has
+    to stay. Experts are joined to stacks when they are read, and are all there.
+    """
     if Path(base).is_dir():
-        needed = sum(f.stat().st_size for f in Path(base).glob("*.safetensors")) * 1.2
+        sizes = []
+        for path in Path(base).glob("*.safetensors"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, MemoryError):
+                # A file that cannot be read is named when it is loaded.
+                header, _ = safetensors_header(path)
+                header.pop("__metadata__", None)
+                for name, tensor in header.items():
+                    begin, end = tensor["data_offsets"]
+                    sizes.append((end - begin, whole or ".experts." in name))
+        stay = sum(size for size, stays in sizes if stays)
+        needed = 1.2 * stay + 3 * max((size for size, _ in sizes), default=0)
         free = free_memory()
         if needed > free:
             raise RunError(
-                "the merged model does not fit in RAM",
+                "what has to be in RAM to merge the model does not fit",
                 found=f"{free / 1e9:.1f} GB free",
                 needed=f"{needed / 1e9:.1f} GB",
                 code=DOES_NOT_FIT,

@@ -13,7 +13,7 @@ import torch
 from data.files import new_directory
 from trainer.distributed import is_main_process
 from trainer.export import BASE, not_written
-from trainer.export.writer import write_model
+from trainer.export.writer import layout, write_model
 
 
 def export(
@@ -41,7 +41,8 @@ def export(
                     model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
                     (folder / BASE).write_text(json.dumps({"fingerprint": base}), encoding="utf-8")
             else:
-                write_model(model, folder, limit, deepspeed.zero.GatheredParameters, breaks_off)
+                gather = deepspeed.zero.GatheredParameters
+                write_model(model, folder, layout(model, limit), gather, breaks_off)
             if folder:
                 for file in others:
                     shutil.copy(file, folder)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
@@ -28,6 +27,20 @@ from trainer.errors import RunError, one_line
 from trainer.modeling.experts import shape
 
 Tensors = dict[str, torch.Tensor]
+DTYPES = {  # the names of safetensors
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # Of a model that reads images or sound too: without them it does not start elsewhere.
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -41,11 +54,13 @@ class Layout:
     """Which tensors a model has, and what is written of them.
 
     tensors: of the model, by its names; a tied one comes once. groups: (names in the model, names
-    that are written), in the order of the files: what is converted together. split: the files.
+    that are written), in the order of the files: what is converted together. written: on the meta
+    device. split: the files.
     """
 
     tensors: Tensors
     groups: list[tuple[list[str], set[str]]]
+    written: Tensors
     split: StateDictSplit
 
 
@@ -66,7 +81,7 @@ def layout(model: Any, limit: int) -> Layout:
     # Those of one stack are views of one tensor, and would each count as the whole of it.
     written = {name: _shape_of(tensor) for name, tensor in reverted.items()}
     split = split_torch_state_dict_into_shards(written, max_shard_size=limit)
-    return Layout(tensors, _groups(model, shapes, reverted), split)
+    return Layout(tensors, _groups(model, shapes, reverted), written, split)
 
 
 def _shape_of(tensor: Any) -> torch.Tensor:
@@ -125,32 +140,63 @@ def _groups(
 def write_model(
     model: PreTrainedModel,
     folder: Path | None,
-    limit: int,
+    plan: Layout,
     gather: Callable[[list[torch.Tensor]], AbstractContextManager] = lambda _: nullcontext(),
     breaks_off: Callable[[], bool] = lambda: False,
 ) -> None:
     """Write weights and configuration.
 
-    In memory are one file of at most `limit` bytes and what is converted together, such as the
-    experts of a layer, twice. folder: None on a rank that only takes part in gathering. gather:
-    gives whole tensors for as long as its context lives. breaks_off: asked before each file, on all
-    ranks. Raises OSError, and BrokenOff.
+    In memory is what is converted together, twice: a tensor, or the experts of a layer. folder:
+    None on a rank that only takes part in gathering. gather: gives whole tensors for as long as its
+    context lives. breaks_off: asked before each file, on all ranks. Raises OSError, and BrokenOff.
     """
-    plan = layout(model, limit)
     groups, ready = iter(plan.groups), {}
+
+    def take(name: str) -> Any:
+        while name not in ready:
+            ready.update(_converted(model, plan.tensors, next(groups), folder is not None, gather))
+        return ready.pop(name)
+
     for filename, names in plan.split.filename_to_tensors.items():
         if breaks_off():
             raise BrokenOff
-        while not ready.keys() >= set(names):
-            ready |= _converted(model, plan.tensors, next(groups), folder is not None, gather)
-        shard = {name: ready.pop(name) for name in names}
+        # Each begins at a multiple of its type's size.
+        names = sorted(names, key=lambda name: -plan.written[name].itemsize)
         if folder:
-            shard = {name: tensor.contiguous() for name, tensor in shard.items()}
-            save_file(shard, folder / filename, metadata={"format": "pt"})
-        del shard
+            _write_tensors(folder / filename, {name: plan.written[name] for name in names}, take)
+        else:
+            for name in names:
+                take(name)
     if folder:
         _write_index(plan.split, folder)
         write_configuration(model, folder)
+
+
+def _write_tensors(path: Path, shapes: Tensors, take: Callable[[str], torch.Tensor]) -> None:
+    """Write a safetensors file, one tensor after the other: save_file needs all in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in shapes.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, promised in shapes.items():
+            tensor = take(name)
+            if (tensor.shape, tensor.dtype) != (promised.shape, promised.dtype):
+                raise RunError(
+                    f"{name} is not what was to be written",
+                    found=f"{tensor.dtype} {list(tensor.shape)}",
+                    needed=f"{promised.dtype} {list(promised.shape)}",
+                )
+            array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.write(array)
 
 
 def _converted(
