@@ -310,6 +310,23 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+# Types of tensors, as torch and as safetensors names them.
+STORED_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return what a safetensors file says of its tensors, and where in it their bytes begin."""
     with open(path, "rb") as file:

@@ -403,7 +403,6 @@ def test_a_merge_has_one_weight_in_memory_at_a_time(adapter, tmp_path):
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 9}
     folder = adapter("llama", config, **shape)
     size = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
-    largest = 4 * 512 * 2048
 
     def own():
         status = Path("/proc/self/status").read_text()
@@ -424,7 +423,7 @@ def test_a_merge_has_one_weight_in_memory_at_a_time(adapter, tmp_path):
     finally:
         done.set()
         thread.join()
-    assert size > 100e6 and 0 < peak[0] - before < 8 * largest, (size, peak[0] - before)
+    assert size > 100e6 and 0 < peak[0] - before < size / 2, (size, peak[0] - before)
 
 
 @pytest.mark.parametrize(
@@ -447,3 +446,16 @@ def test_a_merge_is_what_peft_merges(more, tied, adapter, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(tmp_path / "theirs")
     assert_equal(weights(tmp_path / "merged"), weights(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("configured, fits", [("float32", True), ("bfloat16", False)])
+def test_a_base_that_is_read_into_another_type_has_to_fit(configured, fits, tmp_path, monkeypatch):
+    save_file({f"w{i}": torch.zeros(1000) for i in range(100)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": configured}))
+    (tmp_path / "other.safetensors").write_bytes(b"broken")
+    monkeypatch.setattr(merging, "free_memory", lambda: 100_000)
+    if fits:
+        merging._check_base(str(tmp_path), tmp_path, whole=False)
+    else:
+        with pytest.raises(RunError, match="does not fit"):
+            merging._check_base(str(tmp_path), tmp_path, whole=False)

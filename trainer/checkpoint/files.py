@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from data.files import hash_file, in_place, is_own, read_json, safetensors_header
+from data.files import STORED_DTYPES, hash_file, in_place, is_own, read_json, safetensors_header
 from trainer.errors import FAILED, RunError
 from trainer.run_dir import RunIdentity
 
@@ -68,7 +68,6 @@ _PREFIX = "checkpoint-"
 _TEMPORARY = ".tmp-checkpoint-"
 _NAME = re.compile(r"[\w-]+\.(json|safetensors)")  # of a file: nothing that leaves the folder
 _CHANGED = "is not what was written (its hash differs)"
-_DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
 def kill_point(name: str) -> None:
@@ -217,7 +216,7 @@ def shard_chunks(state: "OptimizerState", i: int) -> Iterator[bytes | memoryview
     for state_key, shard_slice in contents:
         begin, end = end, end + shard_slice.numel * state.dtype.itemsize
         header[f"{state_key}/{shard_slice.name}"] = {
-            "dtype": _DTYPES[str(state.dtype)],
+            "dtype": STORED_DTYPES[str(state.dtype).removeprefix("torch.")],
             "shape": [shard_slice.numel],
             "data_offsets": [begin, end],
         }

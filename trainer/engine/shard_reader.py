@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import modeling_utils
 
-from data.files import safetensors_header
+from data.files import STORED_DTYPES, safetensors_header
 from trainer.console import say
 from trainer.distributed import on_all_ranks
 from trainer.errors import RunError, named
@@ -32,7 +32,10 @@ PIECE = 2**24  # bytes of one read
 THREADS = 8
 SAMPLE = 64  # bytes of a weight, by which machines are compared
 QUIET = 10.0  # seconds without a line about the progress
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {
+    STORED_DTYPES[dtype]: getattr(torch, dtype)
+    for dtype in ("bfloat16", "float16", "float32", "float64")
+}
 
 
 class Stored(NamedTuple):

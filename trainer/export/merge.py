@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from data.files import new_directory, read_json, safetensors_header
+from data.files import STORED_DTYPES, new_directory, read_json, safetensors_header
 from trainer.checkpoint.base import fingerprint
 from trainer.config.command_line import Parser, command
 from trainer.config.flags import all_keys, parse_size
@@ -221,10 +221,14 @@ def _check_base(base: str, adapter: Path, whole: bool) -> None:
     """Raise RunError where the base model is gone or does not fit in RAM; a hub name passes.
 
     whole: all of it will be in RAM. Else it is a weight three times: of the file's pages none has
-    to stay. Experts are joined to stacks when they are read, and are all there.
+    to stay. What is read into another type, and experts, which are joined to stacks, are all there.
     """
     if Path(base).is_dir():
-        sizes = []
+        sizes: list[tuple[int, bool]] = []
+        config: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            config = read_json(Path(base, "config.json"))
+        made = STORED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
         for path in Path(base).glob("*.safetensors"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, MemoryError):
                 # A file that cannot be read is named when it is loaded.
@@ -232,7 +236,8 @@ def _check_base(base: str, adapter: Path, whole: bool) -> None:
                 header.pop("__metadata__", None)
                 for name, tensor in header.items():
                     begin, end = tensor["data_offsets"]
-                    sizes.append((end - begin, whole or ".experts." in name))
+                    other = made not in (None, tensor["dtype"])
+                    sizes.append((end - begin, whole or other or ".experts." in name))
         stay = sum(size for size, stays in sizes if stays)
         needed = 1.2 * stay + 3 * max((size for size, _ in sizes), default=0)
         free = free_memory()

@@ -22,25 +22,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import cached_file
 
+from data.files import STORED_DTYPES
 from trainer.console import say
 from trainer.errors import RunError, one_line
 from trainer.modeling.experts import shape
 
 Tensors = dict[str, torch.Tensor]
-DTYPES = {  # the names of safetensors
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 # Of a model that reads images or sound too: without them it does not start elsewhere.
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -179,7 +166,7 @@ def _write_tensors(path: Path, shapes: Tensors, take: Callable[[str], torch.Tens
     for name, tensor in shapes.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": DTYPES[tensor.dtype],
+            "dtype": STORED_DTYPES[str(tensor.dtype).removeprefix("torch.")],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
