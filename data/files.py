@@ -328,7 +328,15 @@ STORED_DTYPES = {
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return what a safetensors file says of its tensors, and where in it their bytes begin."""
+    """Return what a safetensors file says of its tensors, and where in it their bytes begin.
+
+    Raises OSError; ValueError where it is another kind of file.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is no safetensors file: it is shorter than its header")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no safetensors file: its header is no object")
+    return header, 8 + length

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from data.files import STORED_DTYPES, new_directory, read_json, safetensors_header
+from data.files import STORED_DTYPES, new_directory, read_json
 from trainer.checkpoint.base import fingerprint
 from trainer.config.command_line import Parser, command
 from trainer.config.flags import all_keys, parse_size
@@ -61,7 +62,6 @@ def merge(run: Path, output: Path, limit: int) -> None:
         _check_same_base(base, revision, trusted, adapter)
         plan = layout(model, limit)
         adapted = _adapted(model, adapter)
-        owners = {} if whole else _owners(adapted)
         if whole:
             model = adapted.merge_and_unload()
             plan = layout(model, limit)
@@ -73,7 +73,8 @@ def merge(run: Path, output: Path, limit: int) -> None:
     others = processor_files(base, revision, model.config)
     try:
         with new_directory(output) as work:
-            write_model(model, work, plan, functools.partial(_merged, owners, base))
+            merged = functools.partial(_merged, _owners(model), plan.tensors, base)
+            write_model(model, work, plan, merged)
             for file in others:
                 shutil.copy(file, work)
             tokenizer.save_pretrained(work)
@@ -163,13 +164,16 @@ def _check_same_base(base: str, revision: str, trusted: bool, adapter: Path) -> 
         )
 
 
-def _owners(adapted: Any) -> dict[int, list[tuple[Any, list[Any]]]]:
-    """Return {id of a base parameter: the adapted layers that change it, with all they change}."""
+def _owners(model: Any) -> dict[int, list[tuple[Any, list[Any]]]]:
+    """Return {id of a base parameter: the adapted layers that change it, with all they change}.
+
+    PEFT puts those layers into the base model itself; once it is merged it has none.
+    """
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     owners: dict[int, list[tuple[Any, list[Any]]]] = {}
-    for layer in adapted.modules():
+    for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         if isinstance(layer, ParamWrapper):
@@ -182,10 +186,13 @@ def _owners(adapted: Any) -> dict[int, list[tuple[Any, list[Any]]]]:
 
 
 @contextlib.contextmanager
-def _merged(owners: dict[int, list], base: str, tensors: list[Any]) -> Iterator[None]:
+def _merged(
+    owners: dict[int, list], names: dict[str, Any], base: str, tensors: list[Any]
+) -> Iterator[None]:
     """Let these base weights have their adapters for as long as the context lives.
 
-    owners: see _owners. Raises RunError for a sum that is not finite: fp16 may not hold it.
+    owners: see _owners. names: {name: weight} of all of them. Raises RunError for a sum that is not
+    finite: fp16 may not hold it.
     """
     from trainer.engine.values import is_finite
 
@@ -203,8 +210,9 @@ def _merged(owners: dict[int, list], base: str, tensors: list[Any]) -> Iterator[
                 raise RunError("the adapter cannot be merged", found=one_line(error)) from None
         for tensor in tensors:
             if tensor.is_floating_point() and not is_finite(tensor.detach()):
+                name = next(name for name, weight in names.items() if weight is tensor)
                 raise RunError(
-                    "the merged weights are not finite",
+                    f"the merged weights are not finite: {name}",
                     found=f"{base} is in {str(tensor.dtype).removeprefix('torch.')}",
                     needed="a base model and an adapter whose sum is finite; nothing was written",
                     code=FAILED,
@@ -223,21 +231,21 @@ def _check_base(base: str, adapter: Path, whole: bool) -> None:
     whole: all of it will be in RAM. Else it is a weight three times: of the file's pages none has
     to stay. What is read into another type, and experts, which are joined to stacks, are all there.
     """
+    import torch
+
+    from trainer.plan.model_shapes import stored_tensors
+
     if Path(base).is_dir():
-        sizes: list[tuple[int, bool]] = []
         config: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # it is named when the model is loaded
             config = read_json(Path(base, "config.json"))
         made = STORED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
-        for path in Path(base).glob("*.safetensors"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, MemoryError):
-                # A file that cannot be read is named when it is loaded.
-                header, _ = safetensors_header(path)
-                header.pop("__metadata__", None)
-                for name, tensor in header.items():
-                    begin, end = tensor["data_offsets"]
-                    other = made not in (None, tensor["dtype"])
-                    sizes.append((end - begin, whole or other or ".experts." in name))
+        bytes_of = {stored: getattr(torch, name).itemsize for name, stored in STORED_DTYPES.items()}
+        sizes: list[tuple[int, bool]] = []
+        for name, (dtype, shape) in stored_tensors(Path(base)).items():
+            other = made not in (None, dtype)
+            size = math.prod(shape) * bytes_of.get(dtype, 1)
+            sizes.append((size, whole or other or ".experts." in name))
         stay = sum(size for size, stays in sizes if stays)
         needed = 1.2 * stay + 3 * max((size for size, _ in sizes), default=0)
         free = free_memory()

@@ -113,12 +113,12 @@ def rank_bytes(work: Workload) -> Bytes:
     persistent = 0
     if zero["stage3_param_persistence_threshold"] > shapes.largest_trainable:
         persistent = adapters * itemsize
+    places = work.places
     bucket = min(zero["reduce_bucket_size"], shapes.largest_trainable) * itemsize
-    if work.fused_step and ranks == 1 and on_gpu and work.places.gradients_in_hbm == work.trainable:
+    if work.fused_step and ranks == 1 and on_gpu and places.gradients_in_hbm == work.trainable:
         bucket = 0  # a gradient is added to its place at once (engine/fused_step.py)
     at_work = work.layer_bytes + 3 * work.tokens * model.at_work * itemsize
     inputs = 2 if job.activation_offload and on_gpu else model.layers
-    places = work.places
     gathered = persistent + min(
         zero["stage3_max_live_parameters"] * itemsize, 3 * layer + model.embedding * itemsize
     )

@@ -45,7 +45,7 @@ def predict(
             best, (order, share) = other, way
     finer = [share + change for change in FINER]
     if room := _room(bare):  # and with what that leaves free
-        finer.append(share + 0.99 * (_room(best) or 0) / room)
+        finer.append(share + 0.99 * _room(best) / room)
     for share in finer:
         if share >= 0 and _better(other := tried(order, share), best):
             best = other
